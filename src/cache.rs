@@ -1,0 +1,389 @@
+//! The KV cache: preallocated storage for the layers that store, and which slots hold a token.
+//!
+//! All rows of a batch grow together, one slot per column, so that an append is one write whatever
+//! the rows' lengths. A slot that holds no token of a row (left padding, a rejected draft) is a
+//! *hole* of that row: nothing attends to it and it takes no position.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+
+use crate::decoder::KeyValue;
+use crate::decoder::kv::KvStore;
+use crate::error::CacheError;
+use crate::plan::KvLayout;
+
+/// What a cache must agree with its decoder about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CacheShape {
+    pub layout: Arc<KvLayout>,
+    pub n_kv_heads: usize,
+    pub head_dim: usize,
+}
+
+impl std::fmt::Display for CacheShape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} kv heads of {} channels and layers {:?}",
+            self.n_kv_heads,
+            self.head_dim,
+            self.layout.layers(),
+        )
+    }
+}
+
+/// Keys and values of the layers that store, for a batch of rows.
+///
+/// Should be created with [`FusedKvDecoder::new_cache`](crate::FusedKvDecoder::new_cache) and
+/// filled by [`forward_cached`](crate::FusedKvDecoder::forward_cached). Memory for the whole
+/// capacity is taken at once. A clone is a fork: it shares memory until either side is appended to,
+/// and is then copied.
+///
+/// Every error leaves the cache as it was.
+///
+/// ```
+/// use burn::backend::{Flex, flex::FlexDevice};
+/// use fusedkv::{FusedKvDecoderConfig, KvPlan, Logits, TokenBatch};
+///
+/// let device = FlexDevice::default();
+/// let config = FusedKvDecoderConfig::tiny(64, KvPlan::FusedKv { storage_layers: 3 });
+/// let model = config.init::<Flex>(&device)?;
+/// let mut cache = model.new_cache(2, 8)?;
+/// let prompts = TokenBatch::from_rows(&[vec![1, 2, 3], vec![4]], 64, &device)?;
+/// model.forward_cached(prompts, &mut cache, Logits::Last)?;
+/// assert_eq!((cache.len(), cache.row_lens()), (3, vec![3, 1]));
+///
+/// cache.select_rows(&[1])?; // the first row is finished
+/// assert_eq!((cache.batch(), cache.row_lens()), (1, vec![1]));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct FusedKvCache<B: Backend> {
+    shape: CacheShape,
+    /// `[batch, n_kv_heads, capacity, head_dim]` each; the first `len` slots are in use.
+    slots: Vec<Slot<B>>,
+    /// Per row, the slots below `len` that hold no token: sorted, disjoint, not empty.
+    holes: Vec<Vec<Range<usize>>>,
+    len: usize,
+    capacity: usize,
+}
+
+/// One layer's storage. `None` only while a write has it: the backend can then write in place,
+/// because nobody else holds the tensor.
+#[derive(Clone, Debug)]
+struct Slot<B: Backend> {
+    key: Option<Tensor<B, 4>>,
+    value: Option<Tensor<B, 4>>,
+}
+
+impl<B: Backend> FusedKvCache<B> {
+    pub(crate) fn new(
+        shape: CacheShape,
+        batch: usize,
+        capacity: usize,
+        dtype: DType,
+        device: &B::Device,
+    ) -> Result<Self, CacheError> {
+        for (field, value) in [("batch", batch), ("capacity", capacity)] {
+            if value == 0 {
+                return Err(CacheError::Zero { field });
+            }
+        }
+        let dims = [batch, shape.n_kv_heads, capacity, shape.head_dim];
+        let zeros = || Some(Tensor::zeros(dims, (device, dtype)));
+        let slots = (0..shape.layout.n_stores())
+            .map(|_| Slot {
+                key: zeros(),
+                value: zeros(),
+            })
+            .collect();
+        Ok(Self {
+            shape,
+            slots,
+            holes: vec![Vec::new(); batch],
+            len: 0,
+            capacity,
+        })
+    }
+
+    /// Number of rows.
+    pub fn batch(&self) -> usize {
+        self.holes.len()
+    }
+
+    /// Slots in use per row, padding and rejected drafts included.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is cached.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Slots allocated per row.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Slots left per row.
+    pub fn remaining(&self) -> usize {
+        self.capacity - self.len
+    }
+
+    /// Tokens cached per row; the next token's position.
+    pub fn row_lens(&self) -> Vec<usize> {
+        self.holes
+            .iter()
+            .map(|holes| self.len - holes.iter().map(ExactSizeIterator::len).sum::<usize>())
+            .collect()
+    }
+
+    /// Bytes of all key and value tensors as allocated, used or not.
+    pub fn bytes_allocated(&self) -> usize {
+        self.tensors()
+            .map(|tensor| tensor.shape().num_elements() * tensor.dtype().size())
+            .sum()
+    }
+
+    /// Keeps the first `len` slots of every row, e.g. to undo rejected drafts.
+    ///
+    /// # Errors
+    /// [`CacheError::TruncateBeyondLength`] if fewer are in use.
+    pub fn truncate(&mut self, len: usize) -> Result<(), CacheError> {
+        if len > self.len {
+            return Err(CacheError::TruncateBeyondLength {
+                requested: len,
+                len: self.len,
+            });
+        }
+        self.len = len;
+        for holes in &mut self.holes {
+            clip(holes, len);
+        }
+        Ok(())
+    }
+
+    /// Keeps the first `lens[row]` tokens of each row, e.g. where rows rejected different numbers
+    /// of drafts. Slots freed in all rows are free again; those still used by a longer row become
+    /// holes.
+    ///
+    /// # Errors
+    /// [`CacheError::BatchMismatch`] if there is not one length per row,
+    /// [`CacheError::TruncateBeyondLength`] if a row has fewer tokens.
+    pub fn truncate_rows(&mut self, lens: &[usize]) -> Result<(), CacheError> {
+        self.check_batch(lens.len())?;
+        for (&requested, len) in lens.iter().zip(self.row_lens()) {
+            if requested > len {
+                return Err(CacheError::TruncateBeyondLength { requested, len });
+            }
+        }
+        let ends: Vec<usize> = lens
+            .iter()
+            .zip(&self.holes)
+            .map(|(&len, holes)| end_of(len, holes))
+            .collect();
+        self.len = ends.iter().copied().max().unwrap_or(0);
+        for (holes, end) in self.holes.iter_mut().zip(ends) {
+            clip(holes, end);
+            push_hole(holes, end..self.len);
+        }
+        Ok(())
+    }
+
+    /// Forgets all tokens; the memory stays.
+    pub fn reset(&mut self) {
+        self.len = 0;
+        self.holes.iter_mut().for_each(Vec::clear);
+    }
+
+    /// Makes row `i` what row `rows[i]` was: reorders, repeats (beam search) or drops (finished)
+    /// rows. The batch becomes `rows.len()`; memory is copied.
+    ///
+    /// # Errors
+    /// [`CacheError::Zero`] if `rows` is empty, [`CacheError::NoSuchRow`] if one does not exist.
+    pub fn select_rows(&mut self, rows: &[usize]) -> Result<(), CacheError> {
+        if rows.is_empty() {
+            return Err(CacheError::Zero { field: "batch" });
+        }
+        let batch = self.batch();
+        if let Some(&row) = rows.iter().find(|&&row| row >= batch) {
+            return Err(CacheError::NoSuchRow { row, batch });
+        }
+        let index: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+        for slot in &mut self.slots {
+            for tensor in [&mut slot.key, &mut slot.value] {
+                let old = take(tensor);
+                let index = TensorData::new(index.clone(), [rows.len()]);
+                let index = Tensor::<B, 1, Int>::from_data(index, &old.device());
+                *tensor = Some(old.select(0, index));
+            }
+        }
+        self.holes = rows.iter().map(|&row| self.holes[row].clone()).collect();
+        Ok(())
+    }
+
+    /// Cached keys and values of a storing layer, holes included, `[batch, n_kv_heads, len,
+    /// head_dim]` each; `slot` counts storing layers from the bottom.
+    ///
+    /// # Panics
+    /// If `slot` is not below the number of storing layers.
+    pub fn get(&self, slot: usize) -> KeyValue<B> {
+        self.prefix(slot, self.len)
+    }
+
+    /// Per row, the slots in use that hold no token.
+    pub fn holes(&self) -> &[Vec<Range<usize>>] {
+        &self.holes
+    }
+
+    /// Whether `[batch, seq]` tokens of a decoder that needs `shape` can be appended.
+    pub(crate) fn check(
+        &self,
+        shape: &CacheShape,
+        [batch, seq]: [usize; 2],
+    ) -> Result<(), CacheError> {
+        if *shape != self.shape {
+            return Err(CacheError::PlanMismatch {
+                cache: self.shape.to_string(),
+                decoder: shape.to_string(),
+            });
+        }
+        self.check_batch(batch)?;
+        if seq > self.remaining() {
+            return Err(CacheError::OverCapacity {
+                requested: seq,
+                len: self.len,
+                capacity: self.capacity,
+            });
+        }
+        Ok(())
+    }
+
+    /// Starts an append of `seq` checked slots; nothing counts until it is committed.
+    pub(crate) fn append(&mut self, seq: usize) -> Append<'_, B> {
+        Append { cache: self, seq }
+    }
+
+    fn check_batch(&self, found: usize) -> Result<(), CacheError> {
+        let expected = self.batch();
+        if found != expected {
+            return Err(CacheError::BatchMismatch { found, expected });
+        }
+        Ok(())
+    }
+
+    fn prefix(&self, slot: usize, len: usize) -> KeyValue<B> {
+        let prefix = |tensor: &Option<Tensor<B, 4>>| {
+            tensor
+                .clone()
+                .expect("no write is under way")
+                .narrow(2, 0, len)
+        };
+        KeyValue {
+            key: prefix(&self.slots[slot].key),
+            value: prefix(&self.slots[slot].value),
+        }
+    }
+
+    fn tensors(&self) -> impl Iterator<Item = &Tensor<B, 4>> {
+        self.slots
+            .iter()
+            .flat_map(|slot| slot.key.iter().chain(&slot.value))
+    }
+}
+
+/// An append under way: one chunk's keys and values of every storing layer.
+pub(crate) struct Append<'c, B: Backend> {
+    cache: &'c mut FusedKvCache<B>,
+    seq: usize,
+}
+
+impl<B: Backend> Append<'_, B> {
+    /// Makes the new slots count; the first `padding[row]` of them hold no token.
+    pub fn commit(self, padding: &[usize]) {
+        let start = self.cache.len;
+        self.cache.len += self.seq;
+        for (holes, &padding) in self.cache.holes.iter_mut().zip(padding) {
+            push_hole(holes, start..start + padding);
+        }
+    }
+}
+
+impl<B: Backend> KvStore<B> for Append<'_, B> {
+    fn put(&mut self, slot: usize, kv: KeyValue<B>) {
+        let new = self.cache.len..self.cache.len + self.seq;
+        let slot = &mut self.cache.slots[slot];
+        for (tensor, rows) in [(&mut slot.key, kv.key), (&mut slot.value, kv.value)] {
+            let [batch, heads, _, head_dim] = rows.dims();
+            let range = [0..batch, 0..heads, new.clone(), 0..head_dim];
+            *tensor = Some(take(tensor).slice_assign(range, rows));
+        }
+    }
+
+    fn get(&self, slot: usize) -> KeyValue<B> {
+        self.cache.prefix(slot, self.cache.len + self.seq)
+    }
+}
+
+fn take<B: Backend>(tensor: &mut Option<Tensor<B, 4>>) -> Tensor<B, 4> {
+    tensor.take().expect("no write is under way")
+}
+
+/// Drops the parts of holes at or above `len`.
+fn clip(holes: &mut Vec<Range<usize>>, len: usize) {
+    holes.retain_mut(|hole| {
+        hole.end = hole.end.min(len);
+        hole.start < hole.end
+    });
+}
+
+/// Adds a hole above the others.
+fn push_hole(holes: &mut Vec<Range<usize>>, hole: Range<usize>) {
+    match holes.last_mut() {
+        _ if hole.is_empty() => {}
+        Some(last) if last.end == hole.start => last.end = hole.end,
+        _ => holes.push(hole),
+    }
+}
+
+/// The slot after a row's first `tokens` tokens.
+fn end_of(tokens: usize, holes: &[Range<usize>]) -> usize {
+    let mut end = tokens;
+    for hole in holes {
+        if hole.start >= end {
+            break;
+        }
+        end += hole.len();
+    }
+    end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn end_of_skips_the_holes_before_it() {
+        let holes = [0..2, 3..4];
+        assert_eq!(end_of(0, &holes), 0);
+        assert_eq!(end_of(1, &holes), 3);
+        assert_eq!(end_of(2, &holes), 5);
+        assert_eq!(end_of(3, &[]), 3);
+    }
+
+    #[test]
+    fn holes_merge_and_clip() {
+        let mut holes = vec![0..2];
+        push_hole(&mut holes, 2..2);
+        push_hole(&mut holes, 2..3);
+        push_hole(&mut holes, 5..8);
+        assert_eq!(holes, [0..3, 5..8]);
+        clip(&mut holes, 6);
+        assert_eq!(holes, [0..3, 5..6]);
+        clip(&mut holes, 5);
+        assert_eq!(holes, [0..3]);
+    }
+}

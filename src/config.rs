@@ -1,0 +1,214 @@
+//! The decoder's configuration and presets.
+
+use burn::config::Config;
+
+use crate::error::ConfigError;
+use crate::plan::{KvLayout, KvPlan};
+
+/// Shape of a Qwen3-style decoder, and the plan of its KV cache.
+///
+/// Plain data with a JSON form ([`Config::save`], [`Config::load`]); build the decoder with
+/// [`init`](Self::init). Pre-norm RMSNorm, SwiGLU, RoPE, RMSNorm on every head of q and k, no
+/// biases.
+///
+/// ```
+/// use fusedkv::{FusedKvDecoderConfig, KvPlan};
+///
+/// let config = FusedKvDecoderConfig::tiny(512, KvPlan::FusedKv { storage_layers: 3 });
+/// assert!(config.validate().is_ok());
+/// ```
+#[derive(Config, Debug, PartialEq)]
+pub struct FusedKvDecoderConfig {
+    /// Size of the vocabulary.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Number of layers, L.
+    pub n_layers: usize,
+    /// Number of query heads.
+    pub n_heads: usize,
+    /// Number of key/value heads; fewer than `n_heads` is grouped-query attention
+    /// (arXiv 2305.13245).
+    pub n_kv_heads: usize,
+    /// Channels per head; even, because RoPE rotates pairs.
+    pub head_dim: usize,
+    /// Inner width of the SwiGLU block.
+    pub ffn_size: usize,
+    /// Which layers store keys and values, and what the others read.
+    pub plan: KvPlan,
+    /// Base of the RoPE frequencies.
+    #[config(default = 1e6)]
+    pub rope_theta: f64,
+    /// ε of every RMSNorm.
+    #[config(default = 1e-6)]
+    pub rms_norm_eps: f64,
+    /// Use the embedding as the output head.
+    #[config(default = true)]
+    pub tie_embeddings: bool,
+    /// Longest sequence, prompt and generated tokens together.
+    #[config(default = 4096)]
+    pub max_positions: usize,
+    /// Dropout on the output of attention and SwiGLU blocks while training.
+    #[config(default = 0.0)]
+    pub dropout: f64,
+    /// Standard deviation of the initial embeddings and projections.
+    #[config(default = 0.02)]
+    pub init_std: f64,
+    /// Where learned fusion weights start.
+    #[config(default = "FusionInit::lite()")]
+    pub fusion_init: FusionInit,
+}
+
+/// Initial fusion weights of a [`Mix::Blend`](crate::Mix::Blend). The paper does not say what it
+/// uses.
+#[derive(Config, Debug, Copy, PartialEq)]
+pub struct FusionInit {
+    /// The mean.
+    pub start: FusionStart,
+    /// Standard deviation of normal noise around it; 0 is none.
+    #[config(default = 0.0)]
+    pub noise: f64,
+}
+
+/// The mean of the initial fusion weights.
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum FusionStart {
+    /// One on the highest source for keys and on the lowest for values, zero elsewhere: what
+    /// FusedKV-Lite computes.
+    Lite,
+    /// The same weight on every source, summing to one: equal halves for FusedKV.
+    Equal,
+}
+
+impl FusionInit {
+    /// Start where FusedKV-Lite is.
+    pub fn lite() -> Self {
+        Self::new(FusionStart::Lite)
+    }
+
+    /// Start at the mean of the sources.
+    pub fn equal() -> Self {
+        Self::new(FusionStart::Equal)
+    }
+}
+
+impl FusedKvDecoderConfig {
+    /// A decoder of 6 layers × 128 for tests and for training on a CPU in minutes.
+    pub fn tiny(vocab_size: usize, plan: KvPlan) -> Self {
+        Self::new(vocab_size, 128, 6, 4, 4, 32, 352, plan)
+            .with_max_positions(1024)
+            .with_rope_theta(1e4)
+    }
+
+    /// About 332 M parameters, the smallest size of the FusedKV paper.
+    ///
+    /// The paper gives sizes, not shapes. The shapes of this and the other presets are ours:
+    /// Qwen3-like (GQA with two or four queries per kv head, tied head, 128 000 tokens, 8192
+    /// positions), with standard and FusedKV counts both within 3 % of the size.
+    pub fn b0_332(plan: impl FnOnce(usize) -> KvPlan) -> Self {
+        Self::paper([1024, 16, 16, 8, 64, 3136], plan)
+    }
+
+    /// About 650 M parameters; see [`b0_332`](Self::b0_332).
+    pub fn b0_65(plan: impl FnOnce(usize) -> KvPlan) -> Self {
+        Self::paper([1280, 28, 20, 10, 64, 3328], plan)
+    }
+
+    /// About 1.5 B parameters; see [`b0_332`](Self::b0_332).
+    pub fn b1_5(plan: impl FnOnce(usize) -> KvPlan) -> Self {
+        Self::paper([2048, 24, 16, 8, 128, 6528], plan)
+    }
+
+    /// About 4 B parameters; see [`b0_332`](Self::b0_332).
+    pub fn b4(plan: impl FnOnce(usize) -> KvPlan) -> Self {
+        Self::paper([2560, 36, 32, 8, 128, 9984], plan)
+    }
+
+    fn paper(shape: [usize; 6], plan: impl FnOnce(usize) -> KvPlan) -> Self {
+        let [hidden, layers, heads, kv_heads, head_dim, ffn] = shape;
+        Self::new(
+            128_000,
+            hidden,
+            layers,
+            heads,
+            kv_heads,
+            head_dim,
+            ffn,
+            plan(layers),
+        )
+        .with_max_positions(8192)
+    }
+
+    /// Checks every field and resolves the plan.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the first field that no decoder can be built with.
+    pub fn validate(&self) -> Result<KvLayout, ConfigError> {
+        for (field, value) in [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("n_layers", self.n_layers),
+            ("n_heads", self.n_heads),
+            ("n_kv_heads", self.n_kv_heads),
+            ("head_dim", self.head_dim),
+            ("ffn_size", self.ffn_size),
+            ("max_positions", self.max_positions),
+        ] {
+            if value == 0 {
+                return Err(ConfigError::Zero { field });
+            }
+        }
+        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
+            return Err(ConfigError::HeadGroups {
+                n_heads: self.n_heads,
+                n_kv_heads: self.n_kv_heads,
+            });
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(ConfigError::OddHeadDim(self.head_dim));
+        }
+        let positive = |value: f64| value > 0.0 && value.is_finite();
+        let not_negative = |value: f64| value >= 0.0 && value.is_finite();
+        for (field, value, fits, expected) in [
+            (
+                "rope_theta",
+                self.rope_theta,
+                positive(self.rope_theta),
+                "a positive number",
+            ),
+            (
+                "rms_norm_eps",
+                self.rms_norm_eps,
+                positive(self.rms_norm_eps),
+                "a positive number",
+            ),
+            (
+                "dropout",
+                self.dropout,
+                (0.0..1.0).contains(&self.dropout),
+                "0 or more and below 1",
+            ),
+            (
+                "init_std",
+                self.init_std,
+                not_negative(self.init_std),
+                "0 or more",
+            ),
+            (
+                "fusion_init.noise",
+                self.fusion_init.noise,
+                not_negative(self.fusion_init.noise),
+                "0 or more",
+            ),
+        ] {
+            if !fits {
+                return Err(ConfigError::Range {
+                    field,
+                    value,
+                    expected,
+                });
+            }
+        }
+        Ok(self.plan.resolve(self.n_layers)?)
+    }
+}

@@ -1,0 +1,143 @@
+//! What a configuration costs: parameters, cache bytes, bytes read, FLOPs.
+
+use crate::config::FusedKvDecoderConfig;
+use crate::error::ConfigError;
+use crate::plan::{KvLayout, LayerKv, Mix};
+
+/// Costs of a decoder, derived from its configuration and plan alone.
+///
+/// FLOPs count two per multiply-add of the matrix products (projections, SwiGLU, attention, output
+/// head), for one row. A query attends to its own and earlier positions only, and a blend of k
+/// sources is attended to without materialising it, as the cached path does: k products per key.
+///
+/// ```
+/// use fusedkv::{FusedKvDecoderConfig, KvPlan};
+///
+/// let fused = FusedKvDecoderConfig::b1_5(|l| KvPlan::FusedKv { storage_layers: l / 2 });
+/// let standard = FusedKvDecoderConfig::b1_5(|_| KvPlan::Standard);
+/// let (fused, standard) = (fused.costs()?, standard.costs()?);
+/// assert_eq!(2 * fused.cache_bytes_per_token(2), standard.cache_bytes_per_token(2));
+/// # Ok::<(), fusedkv::ConfigError>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct DecoderCosts {
+    config: FusedKvDecoderConfig,
+    layout: KvLayout,
+}
+
+impl FusedKvDecoderConfig {
+    /// The costs of this configuration.
+    ///
+    /// # Errors
+    /// [`ConfigError`] as [`validate`](Self::validate).
+    pub fn costs(&self) -> Result<DecoderCosts, ConfigError> {
+        Ok(DecoderCosts {
+            layout: self.validate()?,
+            config: self.clone(),
+        })
+    }
+}
+
+impl DecoderCosts {
+    /// Number of learned parameters; a tied head counts once.
+    pub fn parameters(&self) -> usize {
+        let c = &self.config;
+        let embedding = c.vocab_size * c.hidden_size;
+        let head = if c.tie_embeddings { 0 } else { embedding };
+        let norms = 2 * c.hidden_size + c.head_dim;
+        let layers: usize = (0..c.n_layers)
+            .map(|layer| {
+                self.trunk_weights()
+                    + norms
+                    + match self.layout.layer(layer) {
+                        LayerKv::Store { residual } => {
+                            let alphas = if residual.is_some() { 2 } else { 0 };
+                            self.kv_weights() + c.head_dim + alphas
+                        }
+                        LayerKv::Reuse { key, value } => {
+                            self.fusion_weights(key, c.head_dim / 2)
+                                + self.fusion_weights(value, c.head_dim)
+                        }
+                    }
+            })
+            .sum();
+        embedding + head + layers + c.hidden_size
+    }
+
+    /// Bytes one token of one row takes in the cache, at `element_bytes` per element (4 for f32,
+    /// 2 for f16 and bf16).
+    pub fn cache_bytes_per_token(&self, element_bytes: usize) -> usize {
+        2 * self.layout.n_stores() * self.kv_width() * element_bytes
+    }
+
+    /// Cache bytes that decoding one token of one row reads when `context` tokens are cached
+    /// (itself included): every layer reads each stored tensor it attends to once.
+    pub fn cache_bytes_read_per_token(&self, context: usize, element_bytes: usize) -> usize {
+        let reads: usize = (0..self.config.n_layers)
+            .map(|layer| self.layout.n_reads(layer))
+            .sum();
+        reads * context * self.kv_width() * element_bytes
+    }
+
+    /// FLOPs to prefill `prompt` tokens of one row into an empty cache and get the last one's
+    /// logits. Above the highest storing layer, and in it past its keys and values, only the last
+    /// position is computed.
+    pub fn prefill_flops(&self, prompt: usize) -> usize {
+        self.flops(prompt, 0)
+    }
+
+    /// FLOPs to decode one token of one row that attends to `context` tokens, itself included.
+    pub fn decode_flops(&self, context: usize) -> usize {
+        self.flops(1, context.saturating_sub(1))
+    }
+
+    /// FLOPs of `tokens` new positions after `cached` ones, with the last position's logits.
+    fn flops(&self, tokens: usize, cached: usize) -> usize {
+        if tokens == 0 {
+            return 0;
+        }
+        let c = &self.config;
+        let q_width = c.n_heads * c.head_dim;
+        // Pairs of query and key: position t attends to t + 1 keys.
+        let all_pairs = tokens * cached + tokens * (tokens + 1) / 2;
+        let last_pairs = cached + tokens;
+        let head = c.vocab_size * c.hidden_size;
+        let layers: usize = (0..c.n_layers)
+            .map(|layer| {
+                let (queries, pairs) = if layer < self.layout.last_store() {
+                    (tokens, all_pairs)
+                } else {
+                    (1, last_pairs)
+                };
+                let kv = match self.layout.layer(layer) {
+                    LayerKv::Store { .. } => tokens * self.kv_weights(),
+                    LayerKv::Reuse { .. } => 0,
+                };
+                kv + queries * self.trunk_weights() + pairs * q_width * self.layout.n_reads(layer)
+            })
+            .sum();
+        2 * (layers + head)
+    }
+
+    /// q, o and SwiGLU projections of one layer.
+    fn trunk_weights(&self) -> usize {
+        let c = &self.config;
+        c.hidden_size * (2 * c.n_heads * c.head_dim + 3 * c.ffn_size)
+    }
+
+    /// k and v projections of one storing layer.
+    fn kv_weights(&self) -> usize {
+        2 * self.config.hidden_size * self.kv_width()
+    }
+
+    fn kv_width(&self) -> usize {
+        self.config.n_kv_heads * self.config.head_dim
+    }
+
+    fn fusion_weights(&self, mix: &Mix, channels: usize) -> usize {
+        match mix.weights_shape(self.config.n_kv_heads, channels) {
+            Some(shape) => shape.iter().product(),
+            None => 0,
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! Attention over blends of stored keys and values, in two forms that compute the same.
+//!
+//! With queries q, keys K = Σ_s a_s ⊙ K_s and values V = Σ_s b_s ⊙ V_s:
+//! - *materialised*: form K and V, then ordinary attention;
+//! - *absorbed*: q · K = Σ_s (q ⊙ a_s) · K_s and Σ_t p_t V[t] = Σ_s b_s ⊙ Σ_t p_t V_s[t], so the
+//!   weights move to the query and the output, and nothing of the sources' size is written.
+//!
+//! The blend costs as much as a few queries do, so the absorbed form is for few queries over a
+//! long cache, the materialised one for as many queries as keys. Either way the scale is
+//! 1/√head_dim.
+
+use burn::tensor::activation::softmax;
+use burn::tensor::module::attention;
+use burn::tensor::ops::AttentionModuleOptions;
+use burn::tensor::{Bool, Tensor, backend::Backend};
+
+/// How attention treats a blend of sources; both give the same result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FusionForm {
+    /// Blend keys and values first.
+    Materialised,
+    /// Move the weights to the query and the output.
+    Absorbed,
+}
+
+/// A term of a blend.
+#[derive(Clone, Debug)]
+pub(crate) struct Term<B: Backend> {
+    /// `[batch, n_kv_heads, keys, head_dim]`.
+    pub source: Tensor<B, 4>,
+    /// Broadcastable to the source; none is one.
+    pub weight: Option<Tensor<B, 4>>,
+}
+
+/// Which keys each query may see.
+#[derive(Clone, Debug)]
+pub(crate) enum Visibility<B: Backend> {
+    /// All of them.
+    All,
+    /// Those up to its own position; the last query stands at the last key.
+    Causal,
+    /// Those that are not `true` here, `[batch, 1, queries, keys]`.
+    Except(Tensor<B, 4, Bool>),
+}
+
+impl<B: Backend> Visibility<B> {
+    /// What the last query sees.
+    pub fn last(self) -> Self {
+        match self {
+            Self::All | Self::Causal => Self::All,
+            Self::Except(hidden) => {
+                let [_, _, queries, _] = hidden.dims();
+                Self::Except(hidden.narrow(2, queries - 1, 1))
+            }
+        }
+    }
+}
+
+/// Attention of `query` `[batch, n_heads, queries, head_dim]` over blends of stored keys and
+/// values; query head h uses kv head h / (n_heads / n_kv_heads). The output is shaped as the query.
+pub(crate) fn attend<B: Backend>(
+    form: FusionForm,
+    query: Tensor<B, 4>,
+    keys: Vec<Term<B>>,
+    values: Vec<Term<B>>,
+    visibility: &Visibility<B>,
+) -> Tensor<B, 4> {
+    match form {
+        FusionForm::Materialised => materialised(query, blend(keys), blend(values), visibility),
+        FusionForm::Absorbed => absorbed(query, keys, values, visibility),
+    }
+}
+
+fn materialised<B: Backend>(
+    query: Tensor<B, 4>,
+    key: Tensor<B, 4>,
+    value: Tensor<B, 4>,
+    visibility: &Visibility<B>,
+) -> Tensor<B, 4> {
+    let [_, n_heads, _, _] = query.dims();
+    let (key, value) = (repeat_heads(key, n_heads), repeat_heads(value, n_heads));
+    let (hidden, is_causal) = match visibility {
+        Visibility::All => (None, false),
+        Visibility::Causal => (None, true),
+        Visibility::Except(hidden) => (Some(hidden.clone()), false),
+    };
+    let options = AttentionModuleOptions {
+        is_causal,
+        ..Default::default()
+    };
+    attention(query, key, value, hidden, None, options)
+}
+
+fn absorbed<B: Backend>(
+    query: Tensor<B, 4>,
+    keys: Vec<Term<B>>,
+    values: Vec<Term<B>>,
+    visibility: &Visibility<B>,
+) -> Tensor<B, 4> {
+    let shape @ [batch, n_heads, n_queries, head_dim] = query.dims();
+    let [_, n_kv_heads, n_keys, _] = keys[0].source.dims();
+    let group = n_heads / n_kv_heads;
+    // The queries of a kv head's whole group side by side: no key or value is repeated for GQA.
+    let query = (query * (head_dim as f64).sqrt().recip()).reshape([
+        batch,
+        n_kv_heads,
+        group * n_queries,
+        head_dim,
+    ]);
+    let scores = sum(keys
+        .into_iter()
+        .map(|key| weighted(query.clone(), key.weight).matmul(key.source.swap_dims(2, 3))));
+    let scores = match visibility {
+        Visibility::All => scores,
+        Visibility::Causal => {
+            let hidden = causal_mask(n_queries, n_keys, &scores.device());
+            hide(scores, hidden.repeat_dim(2, group))
+        }
+        Visibility::Except(hidden) => hide(scores, hidden.clone().repeat_dim(2, group)),
+    };
+    let probabilities = softmax(scores, 3);
+    sum(values
+        .into_iter()
+        .map(|value| weighted(probabilities.clone().matmul(value.source), value.weight)))
+    .reshape(shape)
+}
+
+/// `true` where key j lies after query i, the last query standing at the last key:
+/// `[1, 1, queries, keys]`.
+pub(crate) fn causal_mask<B: Backend>(
+    queries: usize,
+    keys: usize,
+    device: &B::Device,
+) -> Tensor<B, 4, Bool> {
+    let offset = keys as i64 - queries as i64;
+    Tensor::<B, 2, Bool>::tril_mask([queries, keys], offset, device).unsqueeze()
+}
+
+/// Scores of hidden keys become the lowest finite number: their probability is exactly 0 beside any
+/// visible key, and a padding query that sees no key at all still gets finite numbers.
+fn hide<B: Backend>(scores: Tensor<B, 4>, hidden: Tensor<B, 4, Bool>) -> Tensor<B, 4> {
+    let lowest = scores
+        .dtype()
+        .finfo()
+        .map_or(f64::from(f32::MIN), |info| info.min);
+    scores.mask_fill(hidden, lowest)
+}
+
+fn blend<B: Backend>(terms: Vec<Term<B>>) -> Tensor<B, 4> {
+    sum(terms
+        .into_iter()
+        .map(|term| weighted(term.source, term.weight)))
+}
+
+fn weighted<B: Backend>(x: Tensor<B, 4>, weight: Option<Tensor<B, 4>>) -> Tensor<B, 4> {
+    match weight {
+        Some(weight) => x * weight,
+        None => x,
+    }
+}
+
+fn sum<B: Backend>(mut terms: impl Iterator<Item = Tensor<B, 4>>) -> Tensor<B, 4> {
+    let first = terms.next().expect("a validated mix has a source");
+    terms.fold(first, |sum, term| sum + term)
+}
+
+fn repeat_heads<B: Backend>(x: Tensor<B, 4>, n_heads: usize) -> Tensor<B, 4> {
+    let [batch, n_kv_heads, seq, head_dim] = x.dims();
+    if n_heads == n_kv_heads {
+        return x;
+    }
+    x.unsqueeze_dim::<5>(2)
+        .repeat_dim(2, n_heads / n_kv_heads)
+        .reshape([batch, n_heads, seq, head_dim])
+}

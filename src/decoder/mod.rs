@@ -1,0 +1,386 @@
+//! The decoder: tokens → embedding → layers, each told by the plan where its keys and values come
+//! from → output head.
+
+pub(crate) mod attend;
+mod attention;
+mod fusion;
+pub(crate) mod kv;
+mod layer;
+mod rope;
+
+use std::sync::Arc;
+
+use burn::module::{Initializer, Module};
+use burn::nn::{
+    Dropout, DropoutConfig, Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm,
+    RmsNormConfig,
+};
+use burn::tensor::module::linear as matmul;
+use burn::tensor::{Bool, Tensor, TensorData, backend::Backend};
+
+pub use attend::FusionForm;
+pub use attention::Attention;
+pub use fusion::{KvFusion, KvFusionConfig, KvResidual};
+pub use kv::KeyValue;
+pub use layer::{DecoderLayer, SwiGluBlock};
+pub use rope::{Rope, RopeAngles};
+
+use crate::cache::{CacheShape, FusedKvCache};
+use crate::config::FusedKvDecoderConfig;
+use crate::error::{CacheError, ConfigError, ForwardError};
+use crate::plan::{KvLayout, LayerKv};
+use crate::tokens::TokenBatch;
+use attend::{Visibility, causal_mask};
+use kv::{KvStore, Uncached};
+
+/// A Qwen3-style decoder whose [plan](crate::KvPlan) says which layers have keys and values of
+/// their own; all methods are this decoder.
+///
+/// Should be created with [`FusedKvDecoderConfig::init`]. Field names are those of Hugging Face's
+/// Qwen3.
+///
+/// ```
+/// use burn::backend::{Flex, flex::FlexDevice};
+/// use fusedkv::{FusedKvDecoderConfig, KvPlan, Logits, TokenBatch};
+///
+/// let device = FlexDevice::default();
+/// let config = FusedKvDecoderConfig::tiny(64, KvPlan::FusedKv { storage_layers: 3 });
+/// let model = config.init::<Flex>(&device)?;
+///
+/// // Training and scoring: all logits, no cache.
+/// let batch = TokenBatch::from_rows(&[vec![1, 2, 3, 4]], 64, &device)?;
+/// let logits = model.forward(batch.clone())?;
+/// assert_eq!(logits.dims(), [1, 4, 64]);
+///
+/// // Inference: prefill, then decode one token.
+/// let mut cache = model.new_cache(1, 16)?;
+/// model.forward_cached(batch, &mut cache, Logits::Last)?;
+/// let next = TokenBatch::from_rows(&[vec![5]], 64, &device)?;
+/// let logits = model.forward_cached(next, &mut cache, Logits::Last)?;
+/// assert_eq!((logits.dims(), cache.len()), ([1, 1, 64], 5));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Module, Debug)]
+pub struct FusedKvDecoder<B: Backend> {
+    /// `[vocab_size, hidden_size]`.
+    pub embed_tokens: Embedding<B>,
+    /// The layers, bottom first.
+    pub layers: Vec<DecoderLayer<B>>,
+    /// Over hidden_size, before the head.
+    pub norm: RmsNorm<B>,
+    /// `[hidden_size, vocab_size]`; none where the embedding is the head.
+    pub lm_head: Option<Linear<B>>,
+    rope: Rope<B>,
+    dropout: Dropout,
+    #[module(skip)]
+    config: Arc<FusedKvDecoderConfig>,
+    #[module(skip)]
+    layout: Arc<KvLayout>,
+}
+
+/// Which positions' logits a cached pass returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// The last position's: prefill and decoding. Layers above the highest that stores compute
+    /// nothing for the other positions.
+    Last,
+    /// All positions': scoring, checking drafts.
+    All,
+}
+
+/// What all layers share of one chunk of tokens.
+#[derive(Clone, Debug)]
+pub(crate) struct Span<B: Backend> {
+    pub angles: RopeAngles<B>,
+    pub visibility: Visibility<B>,
+}
+
+impl FusedKvDecoderConfig {
+    /// Builds a decoder with random weights.
+    ///
+    /// # Errors
+    /// [`ConfigError`] as [`validate`](Self::validate).
+    pub fn init<B: Backend>(&self, device: &B::Device) -> Result<FusedKvDecoder<B>, ConfigError> {
+        let layout = self.validate()?;
+        Ok(FusedKvDecoder {
+            embed_tokens: EmbeddingConfig::new(self.vocab_size, self.hidden_size)
+                .with_initializer(self.initializer())
+                .init(device),
+            layers: layout
+                .layers()
+                .iter()
+                .map(|layer| DecoderLayer::new(self, layer, device))
+                .collect(),
+            norm: rms_norm(self.hidden_size, self, device),
+            lm_head: (!self.tie_embeddings)
+                .then(|| linear(self.hidden_size, self.vocab_size, self, device)),
+            rope: Rope::new(self.max_positions, self.head_dim, self.rope_theta, device),
+            dropout: DropoutConfig::new(self.dropout).init(),
+            config: Arc::new(self.clone()),
+            layout: Arc::new(layout),
+        })
+    }
+
+    fn initializer(&self) -> Initializer {
+        Initializer::Normal {
+            mean: 0.0,
+            std: self.init_std,
+        }
+    }
+}
+
+impl<B: Backend> FusedKvDecoder<B> {
+    /// The configuration the decoder was built from.
+    pub fn config(&self) -> &FusedKvDecoderConfig {
+        &self.config
+    }
+
+    /// The plan, spelled out for this decoder's layers.
+    pub fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    /// An empty cache for `batch` rows of up to `capacity` tokens, in the decoder's float type and
+    /// on its device.
+    ///
+    /// # Errors
+    /// [`CacheError::Zero`] if `batch` or `capacity` is 0.
+    pub fn new_cache(&self, batch: usize, capacity: usize) -> Result<FusedKvCache<B>, CacheError> {
+        let embedding = self.embed_tokens.weight.val();
+        FusedKvCache::new(
+            self.cache_shape(),
+            batch,
+            capacity,
+            embedding.dtype(),
+            &embedding.device(),
+        )
+    }
+
+    /// All positions' logits, without a cache: training and scoring.
+    ///
+    /// # Shapes
+    /// - tokens: `[batch, seq]`
+    /// - output: `[batch, seq, vocab_size]`; meaningless where `tokens` is padding
+    ///
+    /// # Errors
+    /// [`ForwardError::Tokens`] if there are none, [`ForwardError::TooManyPositions`] beyond
+    /// `max_positions`.
+    ///
+    /// # Panics
+    /// Token ids are not checked here, where they may live on an accelerator: on most backends one
+    /// beyond the vocabulary panics. [`TokenBatch::from_rows`] checks them.
+    pub fn forward(&self, tokens: impl Into<TokenBatch<B>>) -> Result<Tensor<B, 3>, ForwardError> {
+        // As many queries as keys: blending once per layer beats attending twice as wide.
+        self.forward_with(tokens, FusionForm::Materialised)
+    }
+
+    /// [`forward`](Self::forward) with the blend computed in a form of your choice, to compare them.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_with(
+        &self,
+        tokens: impl Into<TokenBatch<B>>,
+        form: FusionForm,
+    ) -> Result<Tensor<B, 3>, ForwardError> {
+        let tokens = tokens.into();
+        tokens.check()?;
+        let [batch, _] = tokens.dims();
+        let past = vec![0; batch];
+        let span = self.span(&tokens, &past, 0, tokens.hidden_keys(&[], 0))?;
+        Ok(self.walk(tokens, span, &mut Uncached::new(), form, Logits::All))
+    }
+
+    /// Appends a chunk of tokens to the cache and returns logits: prefill in chunks of any size,
+    /// decoding of one or several tokens. Each row continues where it stands; padding on its left
+    /// is skipped, so that rows of different lengths give what each gives alone.
+    ///
+    /// # Shapes
+    /// - tokens: `[batch, seq]`
+    /// - output: `[batch, 1, vocab_size]` for [`Logits::Last`], `[batch, seq, vocab_size]` for
+    ///   [`Logits::All`]
+    ///
+    /// # Errors
+    /// - [`ForwardError::Tokens`] if there are none
+    /// - [`CacheError::PlanMismatch`], [`CacheError::BatchMismatch`] or
+    ///   [`CacheError::OverCapacity`] if the cache cannot take the tokens
+    /// - [`ForwardError::TooManyPositions`] beyond `max_positions`
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward).
+    pub fn forward_cached(
+        &self,
+        tokens: impl Into<TokenBatch<B>>,
+        cache: &mut FusedKvCache<B>,
+        logits: Logits,
+    ) -> Result<Tensor<B, 3>, ForwardError> {
+        let tokens = tokens.into();
+        tokens.check()?;
+        cache.check(&self.cache_shape(), tokens.dims())?;
+        let hidden = tokens.hidden_keys(cache.holes(), cache.len());
+        let span = self.span(&tokens, &cache.row_lens(), cache.len(), hidden)?;
+        let padding = tokens.padding().to_vec();
+        let mut append = cache.append(tokens.dims()[1]);
+        let output = self.walk(tokens, span, &mut append, FusionForm::Absorbed, logits);
+        append.commit(&padding);
+        Ok(output)
+    }
+
+    fn cache_shape(&self) -> CacheShape {
+        CacheShape {
+            layout: self.layout.clone(),
+            n_kv_heads: self.config.n_kv_heads,
+            head_dim: self.config.head_dim,
+        }
+    }
+
+    /// The one walk through the plan that every forward pass is.
+    fn walk(
+        &self,
+        tokens: TokenBatch<B>,
+        mut span: Span<B>,
+        store: &mut impl KvStore<B>,
+        form: FusionForm,
+        logits: Logits,
+    ) -> Tensor<B, 3> {
+        let [_, seq] = tokens.dims();
+        let mut x = self.embed_tokens.forward(tokens.into_tensor());
+        for (i, layer) in self.layers.iter().enumerate() {
+            let mut normed = layer.input_layernorm.forward(x.clone());
+            if let Some(mut kv) = layer.self_attn.own_kv(normed.clone(), &span) {
+                if let LayerKv::Store {
+                    residual: Some(lower),
+                } = self.layout.layer(i)
+                {
+                    let lower = store.get(self.layout.slot(*lower)).tail(seq);
+                    kv = layer.self_attn.add_residual(kv, lower);
+                }
+                store.put(self.layout.slot(i), kv);
+            }
+            if i == self.layout.last_store() && logits == Logits::Last && seq > 1 {
+                // From here on nobody reads the other positions.
+                x = x.narrow(1, seq - 1, 1);
+                normed = normed.narrow(1, seq - 1, 1);
+                span = span.last();
+            }
+            let (keys, values) = self.sources(i, store);
+            let attended = layer.self_attn.forward(form, normed, keys, values, &span);
+            x = x + self.dropout.forward(attended);
+            let normed = layer.post_attention_layernorm.forward(x.clone());
+            x = x + self.dropout.forward(layer.mlp.forward(normed));
+        }
+        self.head(self.norm.forward(x))
+    }
+
+    /// The stored keys and values that a layer attends to, in the plan's order.
+    fn sources(
+        &self,
+        layer: usize,
+        store: &impl KvStore<B>,
+    ) -> (Vec<Tensor<B, 4>>, Vec<Tensor<B, 4>>) {
+        let slot = |source: &usize| self.layout.slot(*source);
+        match self.layout.layer(layer) {
+            LayerKv::Store { .. } => {
+                let own = store.get(slot(&layer));
+                (vec![own.key], vec![own.value])
+            }
+            LayerKv::Reuse { key, value } => (
+                key.sources()
+                    .iter()
+                    .map(|s| store.get(slot(s)).key)
+                    .collect(),
+                value
+                    .sources()
+                    .iter()
+                    .map(|s| store.get(slot(s)).value)
+                    .collect(),
+            ),
+        }
+    }
+
+    fn head(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        match &self.lm_head {
+            Some(head) => head.forward(x),
+            None => matmul(x, self.embed_tokens.weight.val().transpose(), None),
+        }
+    }
+
+    /// Positions and visibility of `tokens` after `past[row]` tokens of each row in `cached` slots,
+    /// of which `hidden` says which hold no token (none: all do).
+    fn span(
+        &self,
+        tokens: &TokenBatch<B>,
+        past: &[usize],
+        cached: usize,
+        hidden: Option<Vec<bool>>,
+    ) -> Result<Span<B>, ForwardError> {
+        let [batch, seq] = tokens.dims();
+        let max_positions = self.config.max_positions;
+        for (row, (past, padding)) in past.iter().zip(tokens.padding()).enumerate() {
+            let positions = past + seq - padding;
+            if positions > max_positions {
+                return Err(ForwardError::TooManyPositions {
+                    row,
+                    positions,
+                    max_positions,
+                });
+            }
+        }
+        let Some(hidden) = hidden else {
+            return Ok(Span {
+                angles: self.rope.range(cached, seq),
+                visibility: if seq == 1 {
+                    Visibility::All
+                } else {
+                    Visibility::Causal
+                },
+            });
+        };
+        let device = tokens.device();
+        let positions: Vec<Vec<usize>> = past
+            .iter()
+            .zip(tokens.padding())
+            .map(|(past, &padding)| (0..seq).map(|i| past + i.saturating_sub(padding)).collect())
+            .collect();
+        let keys = cached + seq;
+        let hidden = TensorData::new(hidden, [batch, 1, 1, keys]);
+        let hidden = Tensor::<B, 4, Bool>::from_data(hidden, &device).repeat_dim(2, seq);
+        let future = causal_mask::<B>(seq, keys, &device).repeat_dim(0, batch);
+        Ok(Span {
+            angles: self.rope.gather(&positions, &device),
+            visibility: Visibility::Except(hidden.bool_or(future)),
+        })
+    }
+}
+
+impl<B: Backend> Span<B> {
+    /// The last position's.
+    fn last(self) -> Self {
+        Self {
+            angles: self.angles.last(),
+            visibility: self.visibility.last(),
+        }
+    }
+}
+
+fn linear<B: Backend>(
+    input: usize,
+    output: usize,
+    config: &FusedKvDecoderConfig,
+    device: &B::Device,
+) -> Linear<B> {
+    LinearConfig::new(input, output)
+        .with_bias(false)
+        .with_initializer(config.initializer())
+        .init(device)
+}
+
+fn rms_norm<B: Backend>(
+    width: usize,
+    config: &FusedKvDecoderConfig,
+    device: &B::Device,
+) -> RmsNorm<B> {
+    RmsNormConfig::new(width)
+        .with_epsilon(config.rms_norm_eps)
+        .init(device)
+}

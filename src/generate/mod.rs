@@ -1,0 +1,283 @@
+//! Generation: prefill once, then draw and decode token by token through the cache.
+
+mod sampling;
+
+use std::collections::VecDeque;
+
+use burn::config::Config;
+use burn::tensor::{Tensor, backend::Backend};
+use rand::SeedableRng;
+use rand::rngs::ChaCha8Rng;
+
+use crate::cache::FusedKvCache;
+use crate::decoder::{FusedKvDecoder, Logits};
+use crate::error::{ForwardError, GenerateError};
+use crate::tokens::TokenBatch;
+use sampling::sample;
+
+/// How tokens are drawn, and when to stop.
+#[derive(Config, Debug, PartialEq)]
+pub struct GenerationConfig {
+    /// Stop after this many tokens per row.
+    #[config(default = 64)]
+    pub max_new_tokens: usize,
+    /// Divides the logits; 0 takes the most likely token.
+    #[config(default = 0.0)]
+    pub temperature: f64,
+    /// Draw among this many most likely tokens.
+    pub top_k: Option<usize>,
+    /// Draw among the most likely tokens that together reach this probability (arXiv 1904.09751).
+    pub top_p: Option<f64>,
+    /// Divides positive and multiplies negative logits of tokens that are in the row already,
+    /// prompt included (arXiv 1909.05858); 1 is none.
+    #[config(default = 1.0)]
+    pub repetition_penalty: f64,
+    /// A row ends with the first of these, which is returned too.
+    #[config(default = "Vec::new()")]
+    pub stop_tokens: Vec<u32>,
+    /// The same seed, settings and model draw the same tokens.
+    #[config(default = 0)]
+    pub seed: u64,
+}
+
+/// One token of one row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GeneratedToken {
+    /// The prompt it continues.
+    pub row: usize,
+    /// The token.
+    pub id: u32,
+    /// Set on the last token of a row.
+    pub finish: Option<FinishReason>,
+}
+
+/// Why a row ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token was drawn.
+    Stop,
+    /// `max_new_tokens` were drawn.
+    Length,
+}
+
+/// Continues each prompt, streaming tokens as they are drawn: step by step, within a step row by
+/// row. Rows do not influence each other: each is given the logits it is given alone, draws from a
+/// random stream of its own (row i from stream i of the seed), and leaves the batch when finished.
+///
+/// The cache is sized for the longest prompt and `max_new_tokens`; it is half a standard
+/// decoder's for plans that store half the layers. Work happens as the iterator is advanced,
+/// prefill included.
+///
+/// # Errors
+/// [`GenerateError`] if a setting is out of range, a prompt is empty or has a token the model does
+/// not know, or prompt and new tokens exceed `max_positions`: all before anything is computed. The
+/// iterator yields an error, and ends, if the model returns logits that are not numbers.
+pub fn generate<'m, B: Backend>(
+    model: &'m FusedKvDecoder<B>,
+    prompts: &[impl AsRef<[u32]>],
+    config: &GenerationConfig,
+) -> Result<Generation<'m, B>, GenerateError> {
+    config.validate()?;
+    let device = model.embed_tokens.weight.val().device();
+    let shape = model.config();
+    let batch = TokenBatch::from_rows(prompts, shape.vocab_size, &device)?;
+    let [rows, longest] = batch.dims();
+    for (row, prompt) in prompts.iter().enumerate() {
+        let positions = prompt.as_ref().len() + config.max_new_tokens;
+        if positions > shape.max_positions {
+            return Err(GenerateError::Forward(ForwardError::TooManyPositions {
+                row,
+                positions,
+                max_positions: shape.max_positions,
+            }));
+        }
+    }
+    let cache = model.new_cache(rows, longest + config.max_new_tokens)?;
+    Ok(Generation {
+        model,
+        cache,
+        config: config.clone(),
+        rows: prompts
+            .iter()
+            .enumerate()
+            .map(|(row, prompt)| Row {
+                index: row,
+                tokens: prompt.as_ref().to_vec(),
+                prompt_len: prompt.as_ref().len(),
+                rng: stream(config.seed, row),
+            })
+            .collect(),
+        next: Some(batch),
+        ready: VecDeque::new(),
+    })
+}
+
+/// A running generation: an iterator over tokens.
+#[derive(Debug)]
+pub struct Generation<'m, B: Backend> {
+    model: &'m FusedKvDecoder<B>,
+    cache: FusedKvCache<B>,
+    config: GenerationConfig,
+    /// The rows still going, in the order of the cache's rows.
+    rows: Vec<Row>,
+    /// What the model reads next; none when all is drawn.
+    next: Option<TokenBatch<B>>,
+    ready: VecDeque<GeneratedToken>,
+}
+
+#[derive(Debug)]
+struct Row {
+    index: usize,
+    tokens: Vec<u32>,
+    prompt_len: usize,
+    rng: ChaCha8Rng,
+}
+
+impl<B: Backend> Iterator for Generation<'_, B> {
+    type Item = Result<GeneratedToken, GenerateError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ready.is_empty() {
+            let tokens = self.next.take()?;
+            if let Err(error) = self.step(tokens) {
+                return Some(Err(error));
+            }
+        }
+        self.ready.pop_front().map(Ok)
+    }
+}
+
+impl<B: Backend> Generation<'_, B> {
+    /// The cache, e.g. for its size.
+    pub fn cache(&self) -> &FusedKvCache<B> {
+        &self.cache
+    }
+
+    /// Reads `tokens`, draws the next one of every row, and drops the rows that are done.
+    fn step(&mut self, tokens: TokenBatch<B>) -> Result<(), GenerateError> {
+        let device = tokens.device();
+        let logits = self
+            .model
+            .forward_cached(tokens, &mut self.cache, Logits::Last)?;
+        let mut going = Vec::new();
+        for (row, logits) in rows_of(logits).into_iter().enumerate() {
+            let token = self.rows[row].draw(logits, &self.config)?;
+            if token.finish.is_none() {
+                going.push(row);
+            }
+            self.ready.push_back(token);
+        }
+        if going.is_empty() {
+            return Ok(());
+        }
+        if going.len() < self.rows.len() {
+            self.cache.select_rows(&going)?;
+            let mut kept = going.iter().copied().peekable();
+            let mut row = 0;
+            self.rows.retain(|_| {
+                row += 1;
+                kept.next_if_eq(&(row - 1)).is_some()
+            });
+        }
+        let last: Vec<&[u32]> = self.rows.iter().map(Row::last).collect();
+        let vocab_size = self.model.config().vocab_size;
+        let next = TokenBatch::from_rows(&last, vocab_size, &device)?;
+        self.next = Some(next);
+        Ok(())
+    }
+}
+
+impl Row {
+    fn draw(
+        &mut self,
+        logits: Vec<f32>,
+        config: &GenerationConfig,
+    ) -> Result<GeneratedToken, GenerateError> {
+        let generated = self.tokens.len() - self.prompt_len;
+        let id = sample(logits, &self.tokens, config, &mut self.rng).ok_or(
+            GenerateError::NotANumber {
+                row: self.index,
+                generated,
+            },
+        )?;
+        self.tokens.push(id);
+        let finish = if config.stop_tokens.contains(&id) {
+            Some(FinishReason::Stop)
+        } else if generated + 1 == config.max_new_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        Ok(GeneratedToken {
+            row: self.index,
+            id,
+            finish,
+        })
+    }
+
+    fn last(&self) -> &[u32] {
+        &self.tokens[self.tokens.len() - 1..]
+    }
+}
+
+impl GenerationConfig {
+    /// Checks every setting.
+    ///
+    /// # Errors
+    /// [`GenerateError::Setting`] naming the first that is out of range.
+    pub fn validate(&self) -> Result<(), GenerateError> {
+        let top_k = self.top_k.unwrap_or(1) as f64;
+        let top_p = self.top_p.unwrap_or(1.0);
+        let (temperature, penalty) = (self.temperature, self.repetition_penalty);
+        for (field, value, fits, expected) in [
+            (
+                "max_new_tokens",
+                self.max_new_tokens as f64,
+                self.max_new_tokens > 0,
+                "1 or more",
+            ),
+            (
+                "temperature",
+                temperature,
+                temperature >= 0.0 && temperature.is_finite(),
+                "0 or more",
+            ),
+            ("top_k", top_k, top_k >= 1.0, "1 or more"),
+            (
+                "top_p",
+                top_p,
+                top_p > 0.0 && top_p <= 1.0,
+                "above 0 and at most 1",
+            ),
+            (
+                "repetition_penalty",
+                penalty,
+                penalty > 0.0 && penalty.is_finite(),
+                "above 0",
+            ),
+        ] {
+            if !fits {
+                return Err(GenerateError::Setting {
+                    field,
+                    value,
+                    expected,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Each row has a random stream of its own, so that equal prompts are continued differently.
+fn stream(seed: u64, row: usize) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(row as u64);
+    rng
+}
+
+/// `[batch, 1, vocab_size]` as one vector per row.
+fn rows_of<B: Backend>(logits: Tensor<B, 3>) -> Vec<Vec<f32>> {
+    let [_, _, vocab_size] = logits.dims();
+    let flat: Vec<f32> = logits.into_data().iter::<f32>().collect();
+    flat.chunks(vocab_size).map(<[f32]>::to_vec).collect()
+}

@@ -1,0 +1,56 @@
+//! Transformer decoders for [Burn](https://burn.dev) whose top layers need no KV cache of their
+//! own.
+//!
+//! FusedKV (arXiv 2512.03870) caches the bottom half of the layers only. Each top layer
+//! reconstructs its keys and values as a learned, per-channel blend of the bottom and the middle
+//! layer's caches, directly on post-RoPE keys. Half the cache; the paper reports lower perplexity
+//! than a standard decoder's. The same decoder runs the methods it is compared with (FusedKV-Lite,
+//! YOCO, YOCO++, CLA, GQA, the standard cache) and plans of your own: a method is a [`KvPlan`].
+//!
+//! ```
+//! use burn::backend::{Flex, flex::FlexDevice};
+//! use fusedkv::{FusedKvDecoderConfig, GenerationConfig, KvPlan, generate};
+//!
+//! let device = FlexDevice::default();
+//! let config = FusedKvDecoderConfig::tiny(256, KvPlan::FusedKv { storage_layers: 3 });
+//! let model = config.init::<Flex>(&device)?;
+//!
+//! let prompts = [b"FusedKV".map(u32::from)];
+//! let settings = GenerationConfig::new().with_max_new_tokens(5);
+//! for token in generate(&model, &prompts, &settings)? {
+//!     print!("{} ", token?.id);
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Data flows one way: tokens → embedding → layers, each told by the plan where its keys and values
+//! come from → head. The modules:
+//! - [`plan`]: which layers store, what the others read
+//! - [`config`], [`cost`]: shapes, presets, and what they cost
+//! - [`decoder`]: the model
+//! - [`cache`]: storage for the layers that store
+//! - [`tokens`]: batches whose rows differ in length
+//! - [`mod@generate`]: sampling through the cache
+//! - `train` (feature `train`): training on Burn's `Learner`
+//! - [`error`]: what can go wrong
+
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod cache;
+pub mod config;
+pub mod cost;
+pub mod decoder;
+pub mod error;
+pub mod generate;
+pub mod plan;
+pub mod tokens;
+
+pub use cache::FusedKvCache;
+pub use config::{FusedKvDecoderConfig, FusionInit, FusionStart};
+pub use cost::DecoderCosts;
+pub use decoder::{FusedKvDecoder, FusionForm, KvFusion, KvFusionConfig, Logits};
+pub use error::{CacheError, ConfigError, ForwardError, GenerateError, PlanError, TokensError};
+pub use generate::{GeneratedToken, GenerationConfig, generate};
+pub use plan::{BlendWeights, KvLayout, KvPlan, LayerKv, Mix};
+pub use tokens::TokenBatch;

@@ -1,0 +1,141 @@
+//! Batches of token ids whose rows may differ in length.
+
+use std::ops::Range;
+
+use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+
+use crate::error::TokensError;
+
+/// Token ids `[batch, seq]`, each row with some padding on its left.
+///
+/// Padding on the left makes every row end, and continue, in the same column. What ids stand in
+/// the padding does not matter. A tensor without padding converts with [`From`].
+#[derive(Clone, Debug)]
+pub struct TokenBatch<B: Backend> {
+    tokens: Tensor<B, 2, Int>,
+    padding: Vec<usize>,
+}
+
+impl<B: Backend> From<Tensor<B, 2, Int>> for TokenBatch<B> {
+    fn from(tokens: Tensor<B, 2, Int>) -> Self {
+        let [batch, _] = tokens.dims();
+        Self {
+            tokens,
+            padding: vec![0; batch],
+        }
+    }
+}
+
+impl<B: Backend> TokenBatch<B> {
+    /// A batch of rows of any lengths, padded on the left to the longest.
+    ///
+    /// # Errors
+    /// [`TokensError`] if there is no row, a row is empty, or a token is not below `vocab_size`.
+    pub fn from_rows(
+        rows: &[impl AsRef<[u32]>],
+        vocab_size: usize,
+        device: &B::Device,
+    ) -> Result<Self, TokensError> {
+        let seq = rows.iter().map(|row| row.as_ref().len()).max();
+        let seq = seq.ok_or(TokensError::NoRows)?;
+        let mut ids = Vec::with_capacity(rows.len() * seq);
+        let mut padding = Vec::with_capacity(rows.len());
+        for (row, tokens) in rows.iter().enumerate() {
+            let tokens = tokens.as_ref();
+            if tokens.is_empty() {
+                return Err(TokensError::EmptyRow { row });
+            }
+            if let Some(position) = tokens.iter().position(|&t| t as usize >= vocab_size) {
+                return Err(TokensError::OutOfVocabulary {
+                    row,
+                    position,
+                    token: tokens[position],
+                    vocab_size,
+                });
+            }
+            padding.push(seq - tokens.len());
+            ids.resize(ids.len() + seq - tokens.len(), 0);
+            ids.extend(tokens.iter().map(|&token| i64::from(token)));
+        }
+        Ok(Self {
+            tokens: Tensor::from_data(TensorData::new(ids, [rows.len(), seq]), device),
+            padding,
+        })
+    }
+
+    /// Token ids that are already on a device, with `padding[row]` columns of padding on the left
+    /// of each row.
+    ///
+    /// # Errors
+    /// [`TokensError`] if there is no row, a row is all padding, or `padding` has another number of
+    /// rows.
+    pub fn left_padded(
+        tokens: Tensor<B, 2, Int>,
+        padding: Vec<usize>,
+    ) -> Result<Self, TokensError> {
+        let [rows, _] = tokens.dims();
+        if padding.len() != rows {
+            return Err(TokensError::PaddingRows {
+                found: padding.len(),
+                rows,
+            });
+        }
+        let batch = Self { tokens, padding };
+        batch.check()?;
+        Ok(batch)
+    }
+
+    /// Every batch has a row and every row a token.
+    pub(crate) fn check(&self) -> Result<(), TokensError> {
+        let [rows, seq] = self.dims();
+        if rows == 0 {
+            return Err(TokensError::NoRows);
+        }
+        match self.padding.iter().position(|&padding| padding >= seq) {
+            Some(row) => Err(TokensError::EmptyRow { row }),
+            None => Ok(()),
+        }
+    }
+
+    /// `[batch, seq]`.
+    pub fn dims(&self) -> [usize; 2] {
+        self.tokens.dims()
+    }
+
+    /// Columns of padding on the left of each row.
+    pub fn padding(&self) -> &[usize] {
+        &self.padding
+    }
+
+    /// The ids, `[batch, seq]`.
+    pub fn into_tensor(self) -> Tensor<B, 2, Int> {
+        self.tokens
+    }
+
+    pub(crate) fn device(&self) -> B::Device {
+        self.tokens.device()
+    }
+
+    /// Which of `cached` slots and these tokens hold no token, `[batch, cached + seq]` row by row,
+    /// if any does; `holes` are those of the cached slots.
+    pub(crate) fn hidden_keys(
+        &self,
+        holes: &[Vec<Range<usize>>],
+        cached: usize,
+    ) -> Option<Vec<bool>> {
+        let full = |holes: &Vec<Range<usize>>| holes.is_empty();
+        if holes.iter().all(full) && self.padding.iter().all(|&padding| padding == 0) {
+            return None;
+        }
+        let [batch, seq] = self.dims();
+        let keys = cached + seq;
+        let mut hidden = vec![false; batch * keys];
+        for (row, &padding) in self.padding.iter().enumerate() {
+            let own = cached..cached + padding;
+            for hole in holes.get(row).into_iter().flatten().chain([&own]) {
+                hidden[row * keys..][hole.clone()].fill(true);
+            }
+        }
+        Some(hidden)
+    }
+}
