@@ -44,7 +44,7 @@ impl std::fmt::Display for CacheShape {
 /// Every error leaves the cache as it was.
 ///
 /// ```
-/// use burn::backend::{Flex, flex::FlexDevice};
+/// use fusedkv::backend::{Flex, FlexDevice};
 /// use fusedkv::{FusedKvDecoderConfig, KvPlan, Logits, TokenBatch};
 ///
 /// let device = FlexDevice::default();

@@ -8,7 +8,7 @@
 //! YOCO, YOCO++, CLA, GQA, the standard cache) and plans of your own: a method is a [`KvPlan`].
 //!
 //! ```
-//! use burn::backend::{Flex, flex::FlexDevice};
+//! use fusedkv::backend::{Flex, FlexDevice};
 //! use fusedkv::{FusedKvDecoderConfig, GenerationConfig, KvPlan, generate};
 //!
 //! let device = FlexDevice::default();
@@ -32,11 +32,13 @@
 //! - [`tokens`]: batches whose rows differ in length
 //! - [`mod@generate`]: sampling through the cache
 //! - `train` (feature `train`): training on Burn's `Learner`
+//! - [`backend`]: the Burn backends behind features
 //! - [`error`]: what can go wrong
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod backend;
 pub mod cache;
 pub mod config;
 pub mod cost;

@@ -40,7 +40,7 @@ use kv::{KvStore, Uncached};
 /// Qwen3.
 ///
 /// ```
-/// use burn::backend::{Flex, flex::FlexDevice};
+/// use fusedkv::backend::{Flex, FlexDevice};
 /// use fusedkv::{FusedKvDecoderConfig, KvPlan, Logits, TokenBatch};
 ///
 /// let device = FlexDevice::default();

@@ -1,0 +1,15 @@
+//! The Burn backends this crate has features for, under one roof.
+//!
+//! Everything here is generic over [`Backend`](burn::tensor::backend::Backend) and takes any other
+//! as well; these are the ones the examples and tests run on.
+
+#[cfg(feature = "train")]
+pub use burn::backend::Autodiff;
+#[cfg(feature = "cuda")]
+pub use burn_cuda::{Cuda, CudaDevice};
+#[cfg(feature = "flex")]
+pub use burn_flex::{Flex, FlexDevice};
+#[cfg(feature = "ndarray")]
+pub use burn_ndarray::{NdArray, NdArrayDevice};
+#[cfg(feature = "wgpu")]
+pub use burn_wgpu::{Wgpu, WgpuDevice};
