@@ -47,6 +47,8 @@ pub mod error;
 pub mod generate;
 pub mod plan;
 pub mod tokens;
+#[cfg(feature = "train")]
+pub mod train;
 
 pub use cache::FusedKvCache;
 pub use config::{FusedKvDecoderConfig, FusionInit, FusionStart};
