@@ -1,4 +1,11 @@
 //! Properties of the decoder, its plans, cache and generation, over random shapes.
 
+mod cache;
+mod configuration;
 mod equivalence;
+mod generation;
+mod golden;
+mod gradients;
 mod models;
+mod positions;
+mod unfused;

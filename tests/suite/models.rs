@@ -178,7 +178,7 @@ impl<B: Backend> ModuleMapper<B> for ByName {
                     }
                 })
                 .collect();
-            Tensor::from_data(TensorData::new(values, dims), &old.device())
+            Tensor::from_data(TensorData::new(values, dims), &old.device()).require_grad()
         })
     }
 }

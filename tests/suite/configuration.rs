@@ -1,0 +1,342 @@
+//! Plans and configurations: what is refused, what survives JSON, and whether reported costs are
+//! what the built model has.
+
+use burn::config::Config;
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::Tensor;
+use fusedkv::{
+    BlendWeights, ConfigError, FusedKvDecoderConfig, FusionInit, FusionStart, KvPlan, LayerKv,
+    Logits, Mix, PlanError, TokenBatch,
+};
+use proptest::prelude::*;
+
+use crate::models::{F64, VOCAB, any_case, plans, values};
+
+fn reuse(key: Mix, value: Mix) -> LayerKv {
+    LayerKv::Reuse { key, value }
+}
+
+#[test]
+fn plans_nobody_can_follow_are_refused() {
+    let store = || LayerKv::Store { residual: None };
+    let blend = |sources: &[usize]| Mix::Blend {
+        sources: sources.to_vec(),
+        weights: BlendWeights::PerChannel,
+    };
+    let custom = |layers: Vec<LayerKv>| {
+        let n = layers.len();
+        KvPlan::Custom { layers }.resolve(n).unwrap_err()
+    };
+    let as_is = Mix::AsIs;
+    for (layers, expected) in [
+        (vec![], PlanError::NoLayers),
+        (
+            vec![reuse(as_is(0), as_is(0))],
+            PlanError::SourceNotBelow {
+                reader: 0,
+                layer: 0,
+            },
+        ),
+        (
+            vec![store(), reuse(as_is(2), as_is(0)), store()],
+            PlanError::SourceNotBelow {
+                reader: 1,
+                layer: 2,
+            },
+        ),
+        (
+            vec![
+                store(),
+                reuse(as_is(0), as_is(0)),
+                reuse(as_is(0), as_is(1)),
+            ],
+            PlanError::SourceDoesNotStore {
+                reader: 2,
+                layer: 1,
+            },
+        ),
+        (
+            vec![store(), reuse(blend(&[]), as_is(0))],
+            PlanError::EmptyMix { reader: 1 },
+        ),
+        (
+            vec![store(), reuse(as_is(0), blend(&[0, 0]))],
+            PlanError::DuplicateSource {
+                reader: 1,
+                layer: 0,
+            },
+        ),
+        (
+            vec![store(), LayerKv::Store { residual: Some(1) }],
+            PlanError::SourceNotBelow {
+                reader: 1,
+                layer: 1,
+            },
+        ),
+    ] {
+        assert_eq!(custom(layers), expected);
+    }
+    let short = KvPlan::Custom {
+        layers: vec![store()],
+    };
+    assert_eq!(
+        short.resolve(2),
+        Err(PlanError::LayerCount {
+            plan: 1,
+            n_layers: 2
+        })
+    );
+    for n in [0, 1, 4, 9] {
+        let refused = KvPlan::FusedKv { storage_layers: n }.resolve(4);
+        assert!(
+            matches!(refused, Err(PlanError::StorageLayers { min: 2, storage_layers, .. }) if storage_layers == n)
+        );
+    }
+    for n in [0, 4] {
+        let refused = KvPlan::Yoco { storage_layers: n }.resolve(4);
+        assert!(matches!(
+            refused,
+            Err(PlanError::StorageLayers { min: 1, .. })
+        ));
+    }
+    for factor in [0, 5] {
+        let refused = KvPlan::Cla { factor }.resolve(4);
+        assert_eq!(
+            refused,
+            Err(PlanError::ClaFactor {
+                factor,
+                n_layers: 4
+            })
+        );
+    }
+    let unknown = KvPlan::from_method("mla", 4);
+    assert_eq!(unknown, Err(PlanError::UnknownMethod("mla".into())));
+}
+
+#[test]
+fn configurations_nobody_can_build_are_refused() {
+    let good = FusedKvDecoderConfig::new(VOCAB, 12, 4, 4, 2, 4, 10, KvPlan::Standard);
+    let refused = |change: fn(&mut FusedKvDecoderConfig)| {
+        let mut config = good.clone();
+        change(&mut config);
+        assert_eq!(config.costs().err(), config.validate().err());
+        config
+            .init::<F64>(&Default::default())
+            .expect_err("refused")
+    };
+    assert_eq!(
+        refused(|c| c.vocab_size = 0),
+        ConfigError::Zero {
+            field: "vocab_size"
+        }
+    );
+    assert_eq!(
+        refused(|c| c.n_kv_heads = 0),
+        ConfigError::Zero {
+            field: "n_kv_heads"
+        }
+    );
+    assert_eq!(
+        refused(|c| c.max_positions = 0),
+        ConfigError::Zero {
+            field: "max_positions"
+        }
+    );
+    assert_eq!(
+        refused(|c| c.n_kv_heads = 3),
+        ConfigError::HeadGroups {
+            n_heads: 4,
+            n_kv_heads: 3
+        }
+    );
+    assert_eq!(refused(|c| c.head_dim = 5), ConfigError::OddHeadDim(5));
+    let range = |error| match error {
+        ConfigError::Range { field, .. } => field,
+        other => panic!("{other}"),
+    };
+    assert_eq!(range(refused(|c| c.rope_theta = 0.0)), "rope_theta");
+    assert_eq!(range(refused(|c| c.rms_norm_eps = -1.0)), "rms_norm_eps");
+    assert_eq!(range(refused(|c| c.dropout = 1.0)), "dropout");
+    assert_eq!(range(refused(|c| c.init_std = -1.0)), "init_std");
+    assert_eq!(
+        range(refused(|c| c.fusion_init.noise = f64::INFINITY)),
+        "fusion_init.noise"
+    );
+    let plan = refused(|c| c.plan = KvPlan::Cla { factor: 0 });
+    assert_eq!(
+        plan,
+        ConfigError::Plan(PlanError::ClaFactor {
+            factor: 0,
+            n_layers: 4
+        })
+    );
+}
+
+#[test]
+fn plans_read_as_checkpoints_spell_them() {
+    let read = |json: &str| serde_json::from_str::<KvPlan>(json).unwrap();
+    let fused = read(r#"{"method": "fused_kv", "storage_layers": 8}"#);
+    assert_eq!(fused, KvPlan::FusedKv { storage_layers: 8 });
+    assert_eq!(
+        read(r#"{"method": "cla", "factor": 3}"#),
+        KvPlan::Cla { factor: 3 }
+    );
+    assert_eq!(
+        read(r#"{"method": "standard", "storage_layers": 8}"#),
+        KvPlan::Standard
+    );
+    for plan in plans(5) {
+        let json = serde_json::to_string(&plan).unwrap();
+        assert_eq!(read(&json), plan, "{json}");
+        assert!(
+            json.contains(&format!("\"method\":\"{}\"", plan.method())),
+            "{json}"
+        );
+    }
+    for method in KvPlan::METHODS {
+        assert_eq!(KvPlan::from_method(method, 8).unwrap().method(), method);
+    }
+}
+
+#[test]
+fn configuration_survives_json() {
+    let plan = KvPlan::from_method("dense_fusion", 6).unwrap();
+    let config = FusedKvDecoderConfig::tiny(300, plan)
+        .with_tie_embeddings(false)
+        .with_fusion_init(FusionInit::equal().with_noise(0.125));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    config.save(file.path()).unwrap();
+    assert_eq!(FusedKvDecoderConfig::load(file.path()).unwrap(), config);
+}
+
+#[test]
+fn fusion_weights_start_where_they_are_told() {
+    let weights = |init: FusionInit| {
+        let plan = KvPlan::FusedKv { storage_layers: 3 };
+        let config = FusedKvDecoderConfig::new(VOCAB, 12, 4, 4, 2, 4, 10, plan);
+        let model = config
+            .with_fusion_init(init)
+            .init::<F64>(&Default::default())
+            .unwrap();
+        let fusion = model.layers[3].self_attn.kv_fusion.clone().unwrap();
+        let (key, value) = (
+            fusion.key_weight.unwrap().val(),
+            fusion.value_weight.unwrap().val(),
+        );
+        assert_eq!((key.dims(), value.dims()), ([2, 2, 2], [2, 2, 4]));
+        (values(&key), values(&value))
+    };
+    let (key, value) = weights(FusionInit::lite());
+    assert_eq!(key, [[0.0; 4], [1.0; 4]].concat());
+    assert_eq!(value, [[1.0; 8], [0.0; 8]].concat());
+    let (key, value) = weights(FusionInit::equal());
+    assert!(key.iter().chain(&value).all(|&w| w == 0.5));
+    let (key, _) = weights(FusionInit::new(FusionStart::Equal).with_noise(0.1));
+    assert!(key.iter().all(|w| (w - 0.5).abs() < 1.0) && key.iter().any(|&w| w != 0.5));
+}
+
+#[test]
+fn presets_have_the_sizes_they_are_named_for() {
+    type Preset = fn(&dyn Fn(usize) -> KvPlan) -> FusedKvDecoderConfig;
+    let presets: [(Preset, f64); 4] = [
+        (|plan| FusedKvDecoderConfig::b0_332(plan), 332e6),
+        (|plan| FusedKvDecoderConfig::b0_65(plan), 650e6),
+        (|plan| FusedKvDecoderConfig::b1_5(plan), 1.5e9),
+        (|plan| FusedKvDecoderConfig::b4(plan), 4e9),
+    ];
+    for (preset, size) in presets {
+        for method in KvPlan::METHODS {
+            let config = preset(&|n| KvPlan::from_method(method, n).unwrap());
+            let found = config.costs().unwrap().parameters() as f64;
+            assert!(
+                (found / size - 1.0).abs() < 0.03,
+                "{method} {size}: {found}"
+            );
+        }
+    }
+}
+
+/// Sizes of all matrices by layer, read off a built model.
+#[derive(Default)]
+struct Matrices {
+    path: Vec<String>,
+    parameters: usize,
+    /// Per layer, elements of k and v projections, and of the other projections.
+    layers: Vec<(usize, usize)>,
+}
+
+impl ModuleVisitor<F64> for Matrices {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<F64, D>>) {
+        let n = param.val().shape().num_elements();
+        self.parameters += n;
+        let [first, layer, .., projection, _] = self.path.as_slice() else {
+            return;
+        };
+        if first != "layers" || !projection.ends_with("_proj") {
+            return;
+        }
+        let layer: usize = layer.parse().unwrap();
+        self.layers.resize(self.layers.len().max(layer + 1), (0, 0));
+        match projection.as_str() {
+            "k_proj" | "v_proj" => self.layers[layer].0 += n,
+            _ => self.layers[layer].1 += n,
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn reported_costs_are_the_built_models(case in any_case(1..8)) {
+        let config = &case.config;
+        let costs = config.costs().unwrap();
+        let model = case.model::<F64>();
+        let mut built = Matrices::default();
+        model.visit(&mut built);
+        prop_assert_eq!(costs.parameters(), built.parameters);
+        prop_assert_eq!(costs.parameters(), model.num_params());
+
+        let (rows, seq) = (case.tokens.len(), case.tokens[0].len());
+        let mut cache = model.new_cache(rows, seq).unwrap();
+        prop_assert_eq!(costs.cache_bytes_per_token(8) * rows * seq, cache.bytes_allocated());
+        let batch = TokenBatch::from_rows(&case.tokens, VOCAB, &Default::default()).unwrap();
+        model.forward_cached(batch, &mut cache, Logits::Last).unwrap();
+
+        // Bytes read: sizes of the cached tensors each layer attends to.
+        let layout = model.layout();
+        let n_stores = (0..config.n_layers).filter(|&l| matches!(layout.layer(l), LayerKv::Store { .. })).count();
+        let tensor = values(&cache.get(n_stores - 1).key).len() * 8 / rows;
+        let tensors = |layer: usize| match layout.layer(layer) {
+            LayerKv::Store { .. } => 2,
+            LayerKv::Reuse { key, value } => key.sources().len() + value.sources().len(),
+        };
+        let read: usize = (0..config.n_layers).map(|layer| tensors(layer) * tensor).sum();
+        prop_assert_eq!(costs.cache_bytes_read_per_token(seq, 8), read);
+
+        // FLOPs: two per element of each matrix and position it is applied to, and per channel of
+        // each tensor attended to, query head and visible key.
+        let top = (0..config.n_layers).rev().find(|&l| built.layers[l].0 > 0).unwrap();
+        let q_width = config.n_heads * config.head_dim;
+        let head = config.vocab_size * config.hidden_size;
+        let mut prefill = 2 * head;
+        let mut decode = 2 * head;
+        for (layer, &(kv, other)) in built.layers.iter().enumerate() {
+            let visible: usize = match layer < top {
+                true => (1..=seq).sum(),
+                false => seq,
+            };
+            let positions = if layer < top { seq } else { 1 };
+            prefill += 2 * (kv * seq + other * positions + visible * tensors(layer) * q_width);
+            decode += 2 * (kv + other + seq * tensors(layer) * q_width);
+        }
+        prop_assert_eq!(costs.prefill_flops(seq), prefill);
+        prop_assert_eq!(costs.decode_flops(seq), decode);
+    }
+}

@@ -1,0 +1,81 @@
+//! Blending post-RoPE keys keeps scores a function of relative position exactly if the weights of
+//! a rotated pair are tied.
+
+use burn::tensor::{Distribution, Tensor};
+use fusedkv::decoder::{KvFusionConfig, Rope};
+use fusedkv::{BlendWeights, FusionInit, Mix};
+use proptest::prelude::*;
+
+use crate::models::{F64, difference};
+
+const SEQ: usize = 5;
+const HEADS: usize = 2;
+
+/// Scores of SEQ queries over SEQ blended keys, all at positions `start..`.
+fn scores(
+    start: usize,
+    x: &[Tensor<F64, 4>; 3],
+    weights: &[Tensor<F64, 4>],
+    theta: f64,
+) -> Tensor<F64, 4> {
+    let head_dim = x[0].dims()[3];
+    let angles = Rope::<F64>::new(200, head_dim, theta, &Default::default()).range(start, SEQ);
+    let [query, bottom, middle] = x.clone().map(|x| angles.apply(x));
+    let key = bottom * weights[0].clone() + middle * weights[1].clone();
+    query.matmul(key.swap_dims(2, 3))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn tied_pairs_and_only_they_keep_scores_relative(
+        pairs in 1usize..5,
+        shift in 1usize..190,
+        theta in 10.0..1e6,
+    ) {
+        let device = Default::default();
+        let head_dim = 2 * pairs;
+        let normal = || Tensor::<F64, 4>::random(
+            [1, HEADS, SEQ, head_dim], Distribution::Normal(0.0, 1.0), &device,
+        );
+        let x = [normal(), normal(), normal()];
+        let mix = Mix::Blend { sources: vec![0, 3], weights: BlendWeights::PerChannel };
+        let fusion = KvFusionConfig {
+            n_kv_heads: HEADS,
+            head_dim,
+            key: mix.clone(),
+            value: mix,
+            init: FusionInit::equal().with_noise(1.0),
+        };
+        let tied = fusion.init::<F64>(&device).unwrap().key_weights().unwrap();
+        let moved = difference(&scores(0, &x, &tied, theta), &scores(shift, &x, &tied, theta));
+        prop_assert!(moved < 1e-9, "tied: {moved}");
+
+        // Break the tie: negate the weights of the first pair's second channel.
+        let sign = (0..head_dim).map(|j| if j == pairs { -1.0 } else { 1.0 }).collect::<Vec<_>>();
+        let sign = Tensor::<F64, 1>::from_floats(sign.as_slice(), &device).unsqueeze::<4>();
+        let broken: Vec<_> = tied.iter().map(|w| w.clone() * sign.clone()).collect();
+        let moved = difference(&scores(0, &x, &broken, theta), &scores(shift, &x, &broken, theta));
+        prop_assert!(moved > 1e-6, "broken: {moved}");
+    }
+
+    /// Channel j turns with channel j + head_dim/2, by position · theta^(−2j/head_dim).
+    #[test]
+    fn rope_rotates_halves(pairs in 1usize..5, position in 0usize..100, theta in 10.0..1e6) {
+        let device = Default::default();
+        let x = Tensor::<F64, 4>::random([1, 1, 1, 2 * pairs], Distribution::Normal(0.0, 1.0), &device);
+        let rope = Rope::<F64>::new(100, 2 * pairs, theta, &device);
+        let values = |t: Tensor<F64, 4>| t.into_data().to_vec::<f64>().unwrap();
+        let turned = values(rope.range(position, 1).apply(x.clone()));
+        let gathered = values(rope.gather(&[vec![position]], &device).apply(x.clone()));
+        let x = values(x);
+        for j in 0..pairs {
+            let angle = position as f64 * theta.powf(-(j as f64) / pairs as f64);
+            let (a, b) = (x[j], x[j + pairs]);
+            prop_assert!((turned[j] - (a * angle.cos() - b * angle.sin())).abs() < 1e-9);
+            prop_assert!((turned[j + pairs] - (b * angle.cos() + a * angle.sin())).abs() < 1e-9);
+        }
+        prop_assert_eq!(turned, gathered);
+    }
+}

@@ -1,0 +1,134 @@
+//! A FusedKV decoder against a decoder with a standard cache that is fed the materialised keys and
+//! values of every layer: fused and unfused caches give the same logits.
+
+use burn::tensor::activation::softmax;
+use burn::tensor::{Bool, Tensor};
+use fusedkv::decoder::Rope;
+use fusedkv::{FusedKvDecoder, KvPlan, LayerKv, Logits, TokenBatch};
+use proptest::prelude::*;
+
+use crate::models::{F64, VOCAB, any_case, difference};
+
+/// Keys and values of all layers, top ones included: what a standard decoder caches.
+type StandardCache = Vec<(Tensor<F64, 4>, Tensor<F64, 4>)>;
+
+/// One chunk through a standard decoder's loop: every layer appends its own (here: materialised)
+/// keys and values and attends to all it has, in the plainest way.
+fn standard_chunk(
+    model: &FusedKvDecoder<F64>,
+    cache: &mut StandardCache,
+    tokens: TokenBatch<F64>,
+) -> Tensor<F64, 3> {
+    let c = model.config();
+    let [batch, seq] = tokens.dims();
+    let past = cache.first().map_or(0, |(key, _)| key.dims()[2]);
+    let rope = Rope::<F64>::new(
+        c.max_positions,
+        c.head_dim,
+        c.rope_theta,
+        &Default::default(),
+    );
+    let angles = rope.range(past, seq);
+    let heads = |x: Tensor<F64, 3>, n: usize| x.reshape([batch, seq, n, c.head_dim]);
+    let mut x = model.embed_tokens.forward(tokens.into_tensor());
+    let mut fresh: StandardCache = vec![];
+    for (i, layer) in model.layers.iter().enumerate() {
+        let attn = &layer.self_attn;
+        let y = layer.input_layernorm.forward(x.clone());
+        let (key, value) = match model.layout().layer(i) {
+            LayerKv::Store { .. } => {
+                let key = heads(
+                    attn.k_proj.as_ref().unwrap().forward(y.clone()),
+                    c.n_kv_heads,
+                );
+                let key = attn.k_norm.as_ref().unwrap().forward(key).swap_dims(1, 2);
+                let value = heads(
+                    attn.v_proj.as_ref().unwrap().forward(y.clone()),
+                    c.n_kv_heads,
+                );
+                (angles.apply(key), value.swap_dims(1, 2))
+            }
+            LayerKv::Reuse { key, value } => {
+                let fusion = attn.kv_fusion.as_ref().unwrap();
+                let (a, b) = (
+                    fusion.key_weights().unwrap(),
+                    fusion.value_weights().unwrap(),
+                );
+                let blend = |i: usize, j: usize| {
+                    let [s, t] = [key.sources()[i], value.sources()[j]];
+                    (
+                        fresh[s].0.clone() * a[i].clone(),
+                        fresh[t].1.clone() * b[j].clone(),
+                    )
+                };
+                let ((k0, v0), (k1, v1)) = (blend(0, 0), blend(1, 1));
+                (k0 + k1, v0 + v1)
+            }
+        };
+        fresh.push((key.clone(), value.clone()));
+        if past == 0 {
+            cache.push((key, value));
+        } else {
+            let (keys, values) = cache[i].clone();
+            cache[i] = (
+                Tensor::cat(vec![keys, key], 2),
+                Tensor::cat(vec![values, value], 2),
+            );
+        }
+        let query = attn
+            .q_norm
+            .forward(heads(attn.q_proj.forward(y), c.n_heads));
+        let query = angles.apply(query.swap_dims(1, 2));
+        let group = c.n_heads / c.n_kv_heads;
+        let outputs = (0..c.n_heads).map(|head| {
+            let kv = |x: &Tensor<F64, 4>| x.clone().narrow(1, head / group, 1);
+            let scores = query
+                .clone()
+                .narrow(1, head, 1)
+                .matmul(kv(&cache[i].0).swap_dims(2, 3));
+            let future = Tensor::<F64, 2, Bool>::tril_mask(
+                [seq, past + seq],
+                past as i64,
+                &Default::default(),
+            );
+            let scores = scores / (c.head_dim as f64).sqrt();
+            let scores = scores.mask_fill(future.unsqueeze::<4>(), f64::NEG_INFINITY);
+            softmax(scores, 3).matmul(kv(&cache[i].1))
+        });
+        let output = Tensor::cat(outputs.collect(), 1).swap_dims(1, 2);
+        let output = output.reshape([batch, seq, c.n_heads * c.head_dim]);
+        x = x + attn.o_proj.forward(output);
+        x = x.clone() + layer.mlp.forward(layer.post_attention_layernorm.forward(x));
+    }
+    let x = model.norm.forward(x);
+    match &model.lm_head {
+        Some(head) => head.forward(x),
+        None => x.matmul(model.embed_tokens.weight.val().transpose().unsqueeze()),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn fused_cache_is_standard_cache_of_materialised_kv(
+        mut case in any_case(2..9),
+        n in 2usize..4,
+        cut in any::<prop::sample::Index>(),
+    ) {
+        case.config.n_layers = case.config.n_layers.max(n + 1);
+        let model = case.model_with::<F64>(KvPlan::FusedKv { storage_layers: n });
+        let seq = case.tokens[0].len();
+        let cut = 1 + cut.index(seq - 1);
+        let mut fused = model.new_cache(case.tokens.len(), seq).unwrap();
+        let mut standard = vec![];
+        for range in [0..cut, cut..seq] {
+            let rows: Vec<_> = case.tokens.iter().map(|row| row[range.clone()].to_vec()).collect();
+            let batch = TokenBatch::from_rows(&rows, VOCAB, &Default::default()).unwrap();
+            let expected = standard_chunk(&model, &mut standard, batch.clone());
+            let found = model.forward_cached(batch, &mut fused, Logits::All).unwrap();
+            let difference = difference(&found, &expected);
+            prop_assert!(difference < 1e-6, "{difference}");
+        }
+    }
+}
