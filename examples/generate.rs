@@ -1,54 +1,66 @@
-//! Lets a model that `train_tiny` saved continue one or several prompts.
+//! Continues prompts with a model that `train_tiny` saved.
+//!
+//! ```sh
+//! cargo run --release --example generate -- 'impl Config {'
+//! cargo run --release --example generate -- --temperature 0 --stats 'pub fn' 'let mut'
+//! echo 'use burn::' | cargo run --release --example generate
+//! ```
 
-mod backends;
+mod backend;
 
 use std::error::Error;
-use std::io::{IsTerminal, Read, Write};
+use std::io::{self, Read, Write, stdin, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use backends::{BackendName, Job};
 use burn::tensor::backend::Backend;
 use clap::Parser;
-use fusedkv::train::{END_OF_TEXT, TextStream, Tokenizer, encode, load_model};
+use fusedkv::train::{Tokenizer, load_model};
 use fusedkv::{GenerationConfig, generate};
 
-/// Continue prompts with a model that train_tiny saved.
-#[derive(Parser, Debug)]
-#[command(version)]
+use backend::{BackendName, Program};
+
+/// Continue prompts with a model that `train_tiny` saved.
+#[derive(Parser)]
 struct Args {
-    /// Prompts; several make one batch [default: standard input]
+    /// What to continue; several are one batch. Standard input if there is none
     prompts: Vec<String>,
     /// Directory of the model
-    #[arg(long, default_value = "target/train_tiny")]
+    #[arg(long, value_name = "DIR", default_value = "target/train_tiny")]
     model: PathBuf,
-    #[arg(long, value_enum, default_value_t = BackendName::Flex)]
-    backend: BackendName,
-    #[arg(long, default_value_t = 100)]
+    /// Tokens to write per prompt
+    #[arg(long, default_value_t = 120)]
     max_new_tokens: usize,
-    /// 0 takes the most likely token
+    /// Divides the logits; 0 always takes the most likely token
     #[arg(long, default_value_t = 0.7)]
     temperature: f64,
     /// Draw among this many most likely tokens
     #[arg(long)]
     top_k: Option<usize>,
-    /// Draw among the most likely tokens that reach this probability
+    /// Draw among the most likely tokens that together reach this probability
     #[arg(long)]
     top_p: Option<f64>,
+    /// Above 1, makes tokens that are already there less likely
     #[arg(long, default_value_t = 1.0)]
     repetition_penalty: f64,
+    /// The same seed draws the same tokens
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Print TTFT, TPOT and the size of the cache
+    /// What to compute on
+    #[arg(long, value_enum, default_value = "flex")]
+    backend: BackendName,
+    /// Print times and the size of the cache
     #[arg(long)]
     stats: bool,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match backends::run(args.backend, args) {
+    match args.backend.run(args) {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads the output has seen enough.
+        Err(error) if is_broken_pipe(&*error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE
@@ -56,101 +68,125 @@ fn main() -> ExitCode {
     }
 }
 
-impl Job for Args {
-    fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
+fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
+    let error = error.downcast_ref::<io::Error>();
+    error.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+impl Program for Args {
+    fn run<B: Backend>(mut self, device: &B::Device) -> Result<(), Box<dyn Error>> {
         let (model, tokenizer) = load_model::<B>(&self.model, device)?;
-        let texts = self.texts()?;
-        let prompts = texts
-            .iter()
-            .map(|text| encode(&tokenizer, text))
-            .collect::<Result<Vec<_>, _>>()?;
-        let settings = GenerationConfig::new()
-            .with_max_new_tokens(self.max_new_tokens)
-            .with_temperature(self.temperature)
-            .with_top_k(self.top_k)
-            .with_top_p(self.top_p)
-            .with_repetition_penalty(self.repetition_penalty)
-            .with_stop_tokens(tokenizer.token_to_id(END_OF_TEXT).into_iter().collect())
-            .with_seed(self.seed);
+        if self.prompts.is_empty() {
+            self.prompts.push(read_prompt()?);
+        }
+        let prompts = self.prompts.iter().map(|prompt| tokenizer.encode(prompt));
+        let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
 
         let start = Instant::now();
-        let mut generation = generate(&model, &prompts, &settings)?;
-        let cache_bytes = generation.cache().bytes_allocated();
-        let mut output = Output::new(&tokenizer, &texts)?;
-        let mut first = None;
-        let mut steps = 0;
-        let mut last_row = usize::MAX;
-        while let Some(token) = generation.next() {
+        let mut generation = generate(&model, &prompts, &self.settings(&tokenizer))?;
+        let mut output = Output::new(&self.prompts, &tokenizer)?;
+        let mut times = Vec::new();
+        for token in generation.by_ref() {
             let token = token?;
-            first.get_or_insert_with(|| start.elapsed());
-            // A row number that does not grow begins a new step.
-            steps += usize::from(token.row <= last_row);
-            last_row = token.row;
-            output.push(token.row, token.id)?;
+            // Rows take turns: the first row's tokens mark the steps, and those of a longer row.
+            if output.push(token.row, token.id)? > times.len() {
+                times.push(start.elapsed().as_secs_f64() * 1e3);
+            }
         }
-        let total = start.elapsed();
-        output.finish();
-        if let (true, Some(first)) = (self.stats, first) {
-            let decode = (total - first).as_secs_f64() * 1e3;
-            println!(
-                "\nTTFT {:.1} ms, TPOT {:.2} ms over {steps} steps, cache {cache_bytes} bytes",
-                first.as_secs_f64() * 1e3,
-                decode / (steps.max(2) - 1) as f64,
-            );
+        output.finish()?;
+
+        if self.stats {
+            let bytes = generation.cache().bytes_allocated();
+            let (first, last) = (times[0], times[times.len() - 1]);
+            eprintln!("time to first token   {first:.1} ms");
+            if times.len() > 1 {
+                let each = (last - first) / (times.len() - 1) as f64;
+                eprintln!("time per token after  {each:.2} ms");
+            }
+            eprintln!("cache                 {bytes} bytes");
         }
         Ok(())
     }
 }
 
 impl Args {
-    fn texts(&self) -> Result<Vec<String>, Box<dyn Error>> {
-        if !self.prompts.is_empty() {
-            return Ok(self.prompts.clone());
-        }
-        if std::io::stdin().is_terminal() {
-            eprintln!("reading the prompt from standard input, end with Ctrl-D");
-        }
-        let mut text = String::new();
-        std::io::stdin().read_to_string(&mut text)?;
-        match text.is_empty() {
-            true => Err("the prompt is empty".into()),
-            false => Ok(vec![text]),
-        }
+    fn settings(&self, tokenizer: &Tokenizer) -> GenerationConfig {
+        GenerationConfig::new()
+            .with_max_new_tokens(self.max_new_tokens)
+            .with_temperature(self.temperature)
+            .with_top_k(self.top_k)
+            .with_top_p(self.top_p)
+            .with_repetition_penalty(self.repetition_penalty)
+            .with_seed(self.seed)
+            .with_stop_tokens(tokenizer.end_of_text().into_iter().collect())
     }
 }
 
-/// Text as it comes for one prompt; for several, each when all is done.
+/// The whole of standard input, without the newline that ends it.
+fn read_prompt() -> io::Result<String> {
+    let mut prompt = String::new();
+    stdin().read_to_string(&mut prompt)?;
+    if prompt.ends_with('\n') {
+        prompt.pop();
+    }
+    Ok(prompt)
+}
+
+/// Prints a single prompt's text as it comes, and those of several one after the other.
 struct Output<'t> {
-    streams: Vec<TextStream<'t>>,
-    texts: Vec<String>,
+    rows: Vec<(fusedkv::train::TextStream<'t>, String)>,
+    lens: Vec<usize>,
+    end_of_text: Option<u32>,
 }
 
 impl<'t> Output<'t> {
-    fn new(tokenizer: &'t Tokenizer, prompts: &[String]) -> Result<Self, Box<dyn Error>> {
+    fn new(prompts: &[String], tokenizer: &'t Tokenizer) -> io::Result<Self> {
+        let output = Self {
+            rows: prompts
+                .iter()
+                .map(|prompt| (tokenizer.stream(), prompt.clone()))
+                .collect(),
+            lens: vec![0; prompts.len()],
+            end_of_text: tokenizer.end_of_text(),
+        };
         if let [prompt] = prompts {
-            print!("{prompt}");
-            std::io::stdout().flush()?;
+            print(prompt)?;
         }
-        Ok(Self {
-            streams: prompts.iter().map(|_| TextStream::new(tokenizer)).collect(),
-            texts: prompts.to_vec(),
-        })
+        Ok(output)
     }
 
-    fn push(&mut self, row: usize, id: u32) -> Result<(), Box<dyn Error>> {
-        let text = self.streams[row].push(id)?;
-        if self.texts.len() == 1 {
-            print!("{text}");
-            std::io::stdout().flush()?;
+    /// Takes a token of a row and returns how many it has now.
+    fn push(&mut self, row: usize, token: u32) -> Result<usize, Box<dyn Error>> {
+        self.lens[row] += 1;
+        if Some(token) != self.end_of_text {
+            let alone = self.rows.len() == 1;
+            let (stream, text) = &mut self.rows[row];
+            let piece = stream.push(token)?;
+            if alone {
+                print(&piece)?;
+            } else {
+                text.push_str(&piece);
+            }
         }
-        self.texts[row].push_str(&text);
+        Ok(self.lens[row])
+    }
+
+    fn finish(self) -> Result<(), Box<dyn Error>> {
+        let alone = self.rows.len() == 1;
+        for (row, (stream, text)) in self.rows.into_iter().enumerate() {
+            let rest = stream.finish()?;
+            match (alone, row) {
+                (true, _) => print(&format!("{rest}\n"))?,
+                (false, 0) => print(&format!("{text}{rest}\n"))?,
+                (false, _) => print(&format!("---\n{text}{rest}\n"))?,
+            }
+        }
         Ok(())
     }
+}
 
-    fn finish(self) {
-        match self.texts.as_slice() {
-            [_] => println!(),
-            several => several.iter().for_each(|text| println!("{text}\n---")),
-        }
-    }
+fn print(text: &str) -> io::Result<()> {
+    let mut out = stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
 }

@@ -1,117 +1,102 @@
-//! Trains a tiny language model and lets it write through its KV cache.
+//! Trains a tiny decoder on a text, by default the sources of this crate, and writes with it.
 //!
-//! `cargo run --release --example train_tiny` needs nothing else: it trains a FusedKV decoder on
-//! this crate's own sources in a few minutes on two CPU cores. `--help` lists what can be changed.
+//! ```sh
+//! cargo run --release --example train_tiny
+//! cargo run --release --example train_tiny -- --method standard --out target/standard
+//! cargo run --release --example train_tiny -- --data book.txt --steps 2000
+//! ```
 
-mod backends;
+mod backend;
+mod corpus;
 
 use std::error::Error;
-use std::io::Write;
+use std::fs;
+use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use backends::{BackendName, Job};
+use burn::module::Module;
 use burn::tensor::backend::Backend;
 use clap::Parser;
 use fusedkv::backend::Autodiff;
-use fusedkv::train::{
-    TextStream, Tokenizer, TrainingConfig, encode, load_tokenizer, save_model, train, train_bpe,
+use fusedkv::train::{Run, Tokenizer, Trained, TrainingConfig, perplexity, save_model, train};
+use fusedkv::{
+    ConfigError, FusedKvDecoder, FusedKvDecoderConfig, GenerationConfig, KvPlan, generate,
 };
-use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, GenerationConfig, KvPlan, generate};
 
-/// The default text: this crate's sources.
-const SOURCES: &[&str] = &[
-    include_str!("../src/lib.rs"),
-    include_str!("../src/plan.rs"),
-    include_str!("../src/config.rs"),
-    include_str!("../src/cost.rs"),
-    include_str!("../src/cache.rs"),
-    include_str!("../src/tokens.rs"),
-    include_str!("../src/error.rs"),
-    include_str!("../src/backend.rs"),
-    include_str!("../src/decoder/mod.rs"),
-    include_str!("../src/decoder/attend.rs"),
-    include_str!("../src/decoder/attention.rs"),
-    include_str!("../src/decoder/fusion.rs"),
-    include_str!("../src/decoder/kv.rs"),
-    include_str!("../src/decoder/layer.rs"),
-    include_str!("../src/decoder/rope.rs"),
-    include_str!("../src/generate/mod.rs"),
-    include_str!("../src/generate/sampling.rs"),
-    include_str!("../src/train/mod.rs"),
-    include_str!("../src/train/data.rs"),
-    include_str!("../src/train/files.rs"),
-    include_str!("../src/train/metric.rs"),
-    include_str!("../src/train/model_dir.rs"),
-    include_str!("../src/train/progress.rs"),
-    include_str!("../src/train/step.rs"),
-    include_str!("../src/train/tokenizer.rs"),
-];
+use backend::{BackendName, Program};
 
-/// Train a tiny language model, then let it write through its KV cache.
-#[derive(Parser, Debug)]
-#[command(version)]
+/// Length at which the caches are compared.
+const CACHE_TOKENS: usize = 1024;
+
+/// Train a tiny decoder on a text and write with it.
+#[derive(Parser)]
 struct Args {
-    /// Text to train on [default: this crate's sources]
-    #[arg(long)]
+    /// Text to train on; the sources of this crate if not given
+    #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
-    /// Where the run, and in the end the model, is kept
-    #[arg(long, default_value = "target/train_tiny")]
-    out: PathBuf,
-    /// Continue from the last checkpoint in --out
-    #[arg(long)]
-    resume: bool,
-    #[arg(long, value_enum, default_value_t = BackendName::Flex)]
-    backend: BackendName,
-
-    /// How top layers get keys and values
-    #[arg(long, default_value = "fused_kv", value_parser = clap::builder::PossibleValuesParser::new(KvPlan::METHODS))]
+    /// How layers share keys and values
+    #[arg(long, default_value = "fused_kv", value_parser = KvPlan::METHODS)]
     method: String,
+    /// Layers that store keys and values; half of them if not given
+    #[arg(long)]
+    storage_layers: Option<usize>,
+    /// Layers per stored layer, for `cla` [default: 2]
+    #[arg(long)]
+    factor: Option<usize>,
+    /// What to compute on
+    #[arg(long, value_enum, default_value = "flex")]
+    backend: BackendName,
     #[arg(long, default_value_t = 6)]
     layers: usize,
+    /// Width of the residual stream
     #[arg(long, default_value_t = 128)]
     hidden: usize,
+    /// Query heads
     #[arg(long, default_value_t = 4)]
     heads: usize,
-    /// Fewer than --heads is grouped-query attention
-    #[arg(long, default_value_t = 4)]
-    kv_heads: usize,
-    #[arg(long, default_value_t = 32)]
-    head_dim: usize,
-    #[arg(long, default_value_t = 352)]
-    ffn: usize,
-
-    /// Vocabulary of the byte-level BPE trained on the text
+    /// Key/value heads; as many as query heads if not given
+    #[arg(long)]
+    kv_heads: Option<usize>,
+    /// Channels per head; width divided by heads if not given
+    #[arg(long)]
+    head_dim: Option<usize>,
+    /// Inner width of the SwiGLU blocks; 2.75 times the width if not given
+    #[arg(long)]
+    ffn: Option<usize>,
+    /// Size of the vocabulary to learn
     #[arg(long, default_value_t = 1024)]
     vocab: usize,
-    /// Use this tokenizer.json instead
-    #[arg(long)]
+    /// A tokenizer.json to use instead of learning one
+    #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
-    /// Tokens per window
+    /// Tokens per training window
     #[arg(long, default_value_t = 128)]
     context: usize,
     /// Windows per step
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 8)]
     batch: usize,
-    #[arg(long, default_value_t = 240)]
+    #[arg(long, default_value_t = 400)]
     steps: usize,
-    /// While training, on the output of attention and SwiGLU blocks
-    #[arg(long, default_value_t = 0.1)]
-    dropout: f64,
-    /// Peak learning rate
-    #[arg(long, default_value_t = 2e-3)]
+    /// Highest learning rate
+    #[arg(long, default_value_t = 3e-3)]
     lr: f64,
     #[arg(long, default_value_t = 0)]
     seed: u64,
-
-    /// What the sample at the end continues
+    /// Directory for the model and, in `run`, the checkpoints
+    #[arg(long, value_name = "DIR", default_value = "target/train_tiny")]
+    out: PathBuf,
+    /// Go on from the last checkpoint in --out
+    #[arg(long)]
+    resume: bool,
+    /// What the sample at the end begins with
     #[arg(long, default_value = "/// The cache")]
     prompt: String,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match backends::run(args.backend, args) {
+    match args.backend.run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
@@ -120,121 +105,174 @@ fn main() -> ExitCode {
     }
 }
 
-impl Args {
-    fn text(&self) -> Result<String, Box<dyn Error>> {
-        match &self.data {
-            Some(path) => std::fs::read_to_string(path)
-                .map_err(|error| format!("--data {}: {error}", path.display()).into()),
-            None => Ok(SOURCES.concat()),
-        }
-    }
-
-    fn model(&self, vocab_size: usize) -> Result<FusedKvDecoderConfig, Box<dyn Error>> {
-        let plan = KvPlan::from_method(&self.method, self.layers)?;
-        Ok(FusedKvDecoderConfig::new(
-            vocab_size,
-            self.hidden,
-            self.layers,
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            self.ffn,
-            plan,
-        )
-        .with_rope_theta(1e4)
-        .with_dropout(self.dropout)
-        .with_max_positions(8 * self.context))
-    }
-}
-
-impl Job for Args {
+impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
-        let text = self.text()?;
-        let tokenizer = match &self.tokenizer {
-            Some(path) => load_tokenizer(path)?,
-            None => train_bpe(&text, self.vocab)?,
+        let text = match &self.data {
+            Some(path) => fs::read_to_string(path)
+                .map_err(|error| format!("cannot read {}: {error}", path.display()))?,
+            None => corpus::default_text(),
         };
-        let tokens = encode(&tokenizer, &text)?;
-        let model = self.model(tokenizer.get_vocab_size(true))?;
+        let tokenizer = self.tokenizer(&text)?;
+        let tokens = tokenizer.encode(&text)?;
+        let config = self.config(tokenizer.vocab_size())?;
+        config.validate()?;
         println!(
-            "{}: {} parameters, {} of {} layers store; {} tokens of text",
-            self.method,
-            model.costs()?.parameters(),
-            model.validate()?.n_stores(),
-            self.layers,
+            "{} parameters, {}, {} layers; {} bytes of text are {} tokens; a step reads {}",
+            config.model.costs()?.parameters(),
+            config.model.plan.method(),
+            config.model.n_layers,
+            text.len(),
             tokens.len(),
+            config.tokens_per_step(),
         );
-        let config = TrainingConfig::new(model)
-            .with_context(self.context)
-            .with_batch_size(self.batch)
-            .with_steps(self.steps)
-            .with_epoch_steps(60.min(self.steps.max(1)))
-            .with_warmup_steps(self.steps / 10)
-            .with_learning_rate(self.lr)
-            .with_seed(self.seed)
-            .with_resume(self.resume);
-        let trained = train::<Autodiff<B>>(&config, tokens, &self.out, device)?;
+
+        fs::create_dir_all(&self.out)
+            .map_err(|error| format!("cannot make {}: {error}", self.out.display()))?;
+        tokenizer.save(self.run_tokenizer())?;
+        let run = Run::new(self.out.join("run")).with_resume(self.resume);
+        let trained = train::<Autodiff<B>>(&config, tokens, &run, device)?;
         save_model(&self.out, &trained.model, &tokenizer)?;
 
+        self.summary(&trained, device)?;
+        self.sample(&trained.model, &tokenizer)?;
         println!(
-            "\ntrain loss {:.3}, valid loss {:.3} nats per token, valid perplexity {:.2}",
-            trained.train_loss,
-            trained.valid_loss,
-            trained.valid_loss.exp(),
-        );
-        println!(
-            "{} tokens in {:.0} s, {:.0} tokens/s",
-            trained.tokens,
-            trained.seconds,
-            trained.tokens as f64 / trained.seconds,
-        );
-        print_cache_bytes(&trained.model, device)?;
-        print_sample(&trained.model, &tokenizer, &self.prompt, self.seed)?;
-        println!(
-            "\nsaved to {out}; write more with\n  cargo run --release --example generate -- --model {out} \"{prompt}\"",
-            out = self.out.display(),
-            prompt = self.prompt,
+            "\nSaved to {0}. Write more with\n  cargo run --release --example generate -- --model {0} '{1}'",
+            self.out.display(),
+            self.prompt,
         );
         Ok(())
     }
 }
 
-/// What the caches of this decoder and of a standard one really take.
-fn print_cache_bytes<B: Backend>(
-    model: &FusedKvDecoder<B>,
-    device: &B::Device,
-) -> Result<(), Box<dyn Error>> {
-    let capacity = model.config().max_positions;
-    let mut standard = model.config().clone();
-    standard.plan = KvPlan::Standard;
-    let standard = standard.init::<B>(device)?.new_cache(1, capacity)?;
-    let own = model.new_cache(1, capacity)?;
-    println!(
-        "cache for {capacity} tokens: {} bytes, standard decoder {} bytes, ratio {:.3}",
-        own.bytes_allocated(),
-        standard.bytes_allocated(),
-        own.bytes_allocated() as f64 / standard.bytes_allocated() as f64,
-    );
-    Ok(())
+impl Args {
+    /// The tokenizer asked for, that of the run to resume, or a new one.
+    fn tokenizer(&self, text: &str) -> Result<Tokenizer, Box<dyn Error>> {
+        Ok(match &self.tokenizer {
+            Some(path) => Tokenizer::load(path)?,
+            None if self.resume => Tokenizer::load(self.run_tokenizer())?,
+            None => Tokenizer::train_bpe(text, self.vocab)?,
+        })
+    }
+
+    /// The tokenizer of the run, apart from that of a model which is there until the run has ended.
+    fn run_tokenizer(&self) -> PathBuf {
+        self.out.join("run-tokenizer.json")
+    }
+
+    fn config(&self, vocab_size: usize) -> Result<TrainingConfig, Box<dyn Error>> {
+        let model = FusedKvDecoderConfig::new(
+            vocab_size,
+            self.hidden,
+            self.layers,
+            self.heads,
+            self.kv_heads.unwrap_or(self.heads),
+            self.head_dim.unwrap_or(self.hidden / self.heads.max(1)),
+            self.ffn.unwrap_or(self.hidden * 11 / 4),
+            self.plan()?,
+        )
+        .with_rope_theta(1e4)
+        .with_max_positions(self.context.max(CACHE_TOKENS));
+        Ok(
+            TrainingConfig::new(model, self.context, self.batch, self.steps)
+                .with_learning_rate(self.lr)
+                .with_epochs(self.steps.clamp(1, 5))
+                .with_warmup_steps(self.steps / 20)
+                .with_seed(self.seed),
+        )
+    }
+
+    fn plan(&self) -> Result<KvPlan, Box<dyn Error>> {
+        let mut plan = KvPlan::from_method(&self.method, self.layers)?;
+        match (&mut plan, self.storage_layers, self.factor) {
+            (_, None, None) => {}
+            (KvPlan::Cla { factor }, None, Some(layers)) => *factor = layers,
+            (
+                KvPlan::FusedKv { storage_layers }
+                | KvPlan::FusedKvLite { storage_layers }
+                | KvPlan::FusedKvLiteLearnable { storage_layers }
+                | KvPlan::FusedKvLiteReversed { storage_layers }
+                | KvPlan::Yoco { storage_layers }
+                | KvPlan::YocoPlusPlus { storage_layers }
+                | KvPlan::DenseFusion { storage_layers },
+                Some(layers),
+                None,
+            ) => *storage_layers = layers,
+            (_, Some(_), _) => {
+                return Err(format!("--storage-layers has no meaning for {}", self.method).into());
+            }
+            (_, None, Some(_)) => {
+                return Err(format!("--factor has no meaning for {}", self.method).into());
+            }
+        }
+        Ok(plan)
+    }
+
+    fn summary<B: Backend>(
+        &self,
+        trained: &Trained<B>,
+        device: &B::Device,
+    ) -> Result<(), Box<dyn Error>> {
+        let model = &trained.model;
+        let seconds = trained.elapsed.as_secs_f64();
+        println!(
+            "\n{} with {} parameters, {} tokens in {seconds:.0} s",
+            self.method,
+            model.num_params(),
+            trained.tokens,
+        );
+        let uniform = (model.config().vocab_size as f64).ln();
+        println!("  uniform guessing  loss {uniform:.3}");
+        for (name, loss) in [
+            ("training", trained.train_loss),
+            ("validation", trained.valid_loss),
+        ] {
+            let perplexity = perplexity(loss);
+            println!("  {name:<17} loss {loss:.3}  perplexity {perplexity:.1}");
+        }
+        let own = cache_bytes(model)?;
+        let standard = FusedKvDecoderConfig {
+            plan: KvPlan::Standard,
+            ..model.config().clone()
+        };
+        let standard = cache_bytes(&init::<B>(&standard, device)?)?;
+        println!(
+            "  cache of {CACHE_TOKENS} tokens: {own} bytes, {:.0} % of the standard decoder's {standard}",
+            100.0 * own as f64 / standard as f64,
+        );
+        Ok(())
+    }
+
+    fn sample<B: Backend>(
+        &self,
+        model: &FusedKvDecoder<B>,
+        tokenizer: &Tokenizer,
+    ) -> Result<(), Box<dyn Error>> {
+        let settings = GenerationConfig::new()
+            .with_max_new_tokens(120)
+            .with_temperature(0.7)
+            .with_top_p(Some(0.95))
+            .with_seed(self.seed);
+        let prompt = tokenizer.encode(&self.prompt)?;
+        let mut stream = tokenizer.stream();
+        let mut out = stdout().lock();
+        write!(out, "\n{}", self.prompt)?;
+        for token in generate(model, &[prompt], &settings)? {
+            write!(out, "{}", stream.push(token?.id)?)?;
+            out.flush()?;
+        }
+        writeln!(out, "{}", stream.finish()?)?;
+        Ok(())
+    }
 }
 
-fn print_sample<B: Backend>(
-    model: &FusedKvDecoder<B>,
-    tokenizer: &Tokenizer,
-    prompt: &str,
-    seed: u64,
-) -> Result<(), Box<dyn Error>> {
-    let settings = GenerationConfig::new()
-        .with_max_new_tokens(120)
-        .with_temperature(0.7)
-        .with_top_k(Some(40))
-        .with_seed(seed);
-    let mut stream = TextStream::new(tokenizer);
-    print!("\nsample, through the cache:\n{prompt}");
-    for token in generate(model, &[encode(tokenizer, prompt)?], &settings)? {
-        print!("{}", stream.push(token?.id)?);
-        std::io::stdout().flush()?;
-    }
-    println!();
-    Ok(())
+fn init<B: Backend>(
+    config: &FusedKvDecoderConfig,
+    device: &B::Device,
+) -> Result<FusedKvDecoder<B>, ConfigError> {
+    config.init(device)
+}
+
+/// Bytes of a cache for one row, as allocated.
+fn cache_bytes<B: Backend>(model: &FusedKvDecoder<B>) -> Result<usize, Box<dyn Error>> {
+    Ok(model.new_cache(1, CACHE_TOKENS)?.bytes_allocated())
 }

@@ -1,222 +1,568 @@
-//! Training end to end on tiny models, and what it refuses.
+//! Training, its data and files: what is learned, resumed, kept, refused.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
-use burn::data::dataset::Dataset;
-use burn::tensor::Tensor;
-use fusedkv::backend::{Autodiff, Flex};
+use burn::tensor::Tolerance;
+use burn::tensor::backend::Backend;
+use burn_dataset::Dataset;
+use fusedkv::backend::{Autodiff, Flex, FlexDevice, NdArray};
 use fusedkv::train::{
-    MIN_VOCAB_SIZE, TextStream, TokenWindows, TrainError, Trained, TrainingConfig, encode,
-    load_model, save_model, train, train_bpe,
+    END_OF_TEXT, ModelDirError, Progress, Run, TokenWindows, Tokenizer, TokenizerError, TrainError,
+    Trained, TrainingConfig, evaluate, load_model, perplexity, save_model, train,
 };
-use fusedkv::{FusedKvDecoderConfig, KvPlan, TokenBatch};
+use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
 use proptest::prelude::*;
+use tempfile::tempdir;
 
 const VOCAB: usize = 16;
 
+/// A backend's random numbers are global: trainings that must repeat take turns.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn decoder(plan: KvPlan) -> FusedKvDecoderConfig {
+    FusedKvDecoderConfig::new(VOCAB, 32, 4, 2, 2, 16, 64, plan).with_max_positions(64)
+}
+
 fn config() -> TrainingConfig {
-    let plan = KvPlan::FusedKv { storage_layers: 2 };
-    let model = FusedKvDecoderConfig::new(VOCAB, 16, 4, 2, 2, 8, 32, plan).with_rope_theta(1e4);
-    TrainingConfig::new(model)
-        .with_context(16)
-        .with_batch_size(4)
-        .with_steps(40)
-        .with_epoch_steps(10)
-        .with_warmup_steps(5)
+    TrainingConfig::new(decoder(KvPlan::FusedKv { storage_layers: 2 }), 16, 4, 40)
+        .with_epochs(4)
         .with_learning_rate(1e-2)
+        .with_warmup_steps(3)
+        .with_valid_fraction(0.2)
 }
 
-/// A sequence in which each token but a few follows from the one before.
+fn short() -> TrainingConfig {
+    TrainingConfig {
+        steps: 4,
+        ..config()
+    }
+}
+
+/// A sequence that is determined by its last two tokens.
 fn tokens() -> Vec<u32> {
-    (0..2000u32)
-        .map(|i| (i * i / 7 + 3 * (i % 5)) % 11)
-        .collect()
+    let mut tokens = vec![1, 2];
+    while tokens.len() < 1000 {
+        let last = tokens.len() - 1;
+        tokens.push((tokens[last] + 3 * tokens[last - 1] + 1) % VOCAB as u32);
+    }
+    tokens
 }
 
-fn run(config: &TrainingConfig, directory: &Path) -> Result<Trained<Flex>, TrainError> {
-    train::<Autodiff<Flex>>(config, tokens(), directory, &Default::default())
+fn run(
+    config: &TrainingConfig,
+    directory: &Path,
+    resume: bool,
+) -> Result<Trained<Flex>, TrainError> {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let run = Run::new(directory)
+        .with_resume(resume)
+        .with_progress(Progress::Quiet);
+    train::<Autodiff<Flex>>(config, tokens(), &run, &FlexDevice)
+}
+
+fn logits<B: Backend>(model: &FusedKvDecoder<B>, device: &B::Device) -> burn::tensor::TensorData {
+    let batch = TokenBatch::from_rows(&[tokens()[..20].to_vec()], VOCAB, device).unwrap();
+    model.forward(batch).unwrap().into_data()
 }
 
 #[test]
-fn loss_falls_and_a_resumed_run_is_the_uninterrupted_one() {
-    let whole = tempfile::tempdir().unwrap();
-    let trained = run(&config(), whole.path()).unwrap();
-    let untrained = (VOCAB as f64).ln();
-    assert!(
-        trained.valid_loss < untrained - 0.5,
-        "{}",
-        trained.valid_loss
-    );
-    assert_eq!(trained.tokens, 40 * 4 * 16);
-
-    // As if it had been killed after the third epoch.
-    let killed = tempfile::tempdir().unwrap();
-    copy_checkpoint(whole.path(), killed.path(), 3);
-    let resumed = run(&config().with_resume(true), killed.path()).unwrap();
-    assert_eq!(resumed.tokens, 10 * 4 * 16);
-    assert_eq!(resumed.valid_loss, trained.valid_loss);
-    assert_eq!(resumed.train_loss, trained.train_loss);
-
-    // Nothing left to do.
-    let again = run(&config().with_resume(true), whole.path()).unwrap();
-    assert_eq!((again.tokens, again.valid_loss), (0, trained.valid_loss));
-}
-
-/// Copies one epoch's checkpoint.
-fn copy_checkpoint(from: &Path, to: &Path, epoch: usize) {
-    std::fs::create_dir(to.join("checkpoint")).unwrap();
-    for part in ["model", "optim", "scheduler"] {
-        let file = format!("checkpoint/{part}-{epoch}.mpk");
-        std::fs::copy(from.join(&file), to.join(&file)).unwrap();
+fn every_method_learns_a_repetitive_text() {
+    for method in KvPlan::METHODS {
+        let directory = tempdir().unwrap();
+        let mut config = config();
+        config.model.plan = KvPlan::from_method(method, 4).unwrap();
+        let trained = run(&config, directory.path(), false).unwrap();
+        let (first, last) = (trained.epochs[0], trained.epochs[3]);
+        assert!(
+            last.train < 0.5 * first.train,
+            "{method}: {first:?} {last:?}"
+        );
+        assert!(
+            last.valid < 0.5 * first.valid,
+            "{method}: {first:?} {last:?}"
+        );
+        assert_eq!(trained.tokens, 40 * 4 * 16);
     }
 }
 
 #[test]
-fn runs_that_make_no_sense_are_refused_before_any_work() {
-    let directory = tempfile::tempdir().unwrap();
-    let run_in = directory.path().join("run");
-    let refused = |config: TrainingConfig| run(&config, &run_in).expect_err("refused");
-    for (name, config) in [
-        ("context", config().with_context(0)),
-        ("batch_size", config().with_batch_size(0)),
-        ("steps", config().with_steps(0)),
-        ("epoch_steps", config().with_epoch_steps(0)),
-        ("learning_rate", config().with_learning_rate(0.0)),
-        ("weight_decay", config().with_weight_decay(-0.1)),
-        ("grad_clip", config().with_grad_clip(Some(0.0))),
-        ("valid_fraction", config().with_valid_fraction(1.0)),
+fn results_agree_with_each_other() {
+    let directory = tempdir().unwrap();
+    let config = config();
+    let trained = run(&config, directory.path(), false).unwrap();
+    assert_eq!(trained.perplexity(), trained.valid_loss.exp());
+    assert_eq!(perplexity(0.0), 1.0);
+    assert_eq!(trained.valid_loss, trained.epochs[3].valid);
+    assert_eq!(trained.train_loss, trained.epochs[3].train);
+    let (_, valid) = TokenWindows::split(tokens(), config.context, 0.2).unwrap();
+    for batch_size in [1, 5, 100] {
+        let loss = evaluate(&trained.model, &valid, batch_size).unwrap();
+        assert!((loss - trained.valid_loss).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn a_resumed_run_ends_like_one_that_was_not_interrupted() {
+    let directory = tempdir().unwrap();
+    let directory = directory.path();
+    let config = config();
+    let whole = run(&config, directory, false).unwrap();
+
+    // As if it had died while the last checkpoint was written.
+    let checkpoint = directory.join("checkpoint");
+    fs::remove_file(checkpoint.join("optim-4.mpk")).unwrap();
+    let resumed = run(&config, directory, true).unwrap();
+    assert_eq!(resumed.epochs[..3], whole.epochs[..3]);
+    assert_eq!(resumed.epochs.len(), 4);
+    assert!((resumed.train_loss - whole.train_loss).abs() < 1e-4);
+    assert!((resumed.valid_loss - whole.valid_loss).abs() < 1e-4);
+    let device = FlexDevice;
+    logits(&resumed.model, &device)
+        .assert_approx_eq::<f32>(&logits(&whole.model, &device), Tolerance::absolute(1e-3));
+
+    // Nothing is left to do: the last checkpoint is the result.
+    let again = run(&config, directory, true).unwrap();
+    assert_eq!(again.epochs, resumed.epochs);
+    assert_eq!(
+        logits(&again.model, &device),
+        logits(&resumed.model, &device)
+    );
+}
+
+#[test]
+fn the_last_two_and_the_best_checkpoints_are_kept() {
+    let directory = tempdir().unwrap();
+    // A learning rate at which losses go up again.
+    let config = config()
+        .with_epochs(8)
+        .with_learning_rate(0.5)
+        .with_warmup_steps(0);
+    let trained = run(&config, directory.path(), false).unwrap();
+    let best = trained
+        .epochs
+        .iter()
+        .min_by(|a, b| a.valid.total_cmp(&b.valid))
+        .unwrap();
+    let kept: BTreeSet<String> = fs::read_dir(directory.path().join("checkpoint"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    let expected = [best.epoch, 7, 8].into_iter().flat_map(|epoch| {
+        ["model", "optim", "scheduler"].map(|part| format!("{part}-{epoch}.mpk"))
+    });
+    assert_eq!(kept, expected.collect());
+}
+
+#[test]
+fn the_same_seed_gives_the_same_model() {
+    let config = short();
+    let losses = |seed| {
+        let directory = tempdir().unwrap();
+        let config = config.clone().with_seed(seed);
+        run(&config, directory.path(), false).unwrap().valid_loss
+    };
+    assert!((losses(1) - losses(1)).abs() < 1e-6);
+    assert!((losses(1) - losses(2)).abs() > 1e-6);
+}
+
+#[test]
+fn a_new_run_replaces_an_old_one_and_nothing_else() {
+    let directory = tempdir().unwrap();
+    let directory = directory.path();
+    let config = short();
+    run(&config, directory, false).unwrap();
+    fs::write(directory.join("notes.txt"), "mine").unwrap();
+    let trained = run(&config.clone().with_epochs(1), directory, false).unwrap();
+    assert_eq!(trained.epochs.len(), 1);
+    assert!(directory.join("notes.txt").exists());
+    assert!(!directory.join("checkpoint/model-4.mpk").exists());
+
+    let foreign = tempdir().unwrap();
+    fs::create_dir(foreign.path().join("train")).unwrap();
+    let error = run(&config, foreign.path(), false).unwrap_err();
+    assert!(matches!(error, TrainError::NotARun(_)), "{error}");
+    assert!(foreign.path().join("train").exists());
+}
+
+#[test]
+fn a_run_is_resumed_only_by_its_own_configuration() {
+    let directory = tempdir().unwrap();
+    let directory = directory.path();
+    let config = short();
+    let error = run(&config, directory, true).unwrap_err();
+    assert!(matches!(error, TrainError::NoCheckpoint(_)), "{error}");
+
+    run(&config, directory, false).unwrap();
+    let mut other = config.clone();
+    other.model.ffn_size = 48;
+    let error = run(&other, directory, true).unwrap_err();
+    let message = error.to_string();
+    assert!(matches!(error, TrainError::OtherRun { .. }), "{message}");
+    assert!(
+        message.contains("model.ffn_size 64, expected 48"),
+        "{message}"
+    );
+
+    let model = directory.join("checkpoint/model-4.mpk");
+    fs::write(&model, "not a model").unwrap();
+    let error = run(&config, directory, true).unwrap_err();
+    assert!(
+        matches!(&error, TrainError::Unreadable { path, .. } if *path == model),
+        "{error}"
+    );
+
+    for part in ["model", "optim", "scheduler"] {
+        for epoch in 1..=4 {
+            let _ = fs::remove_file(directory.join(format!("checkpoint/{part}-{epoch}.mpk")));
+        }
+    }
+    let error = run(&config, directory, true).unwrap_err();
+    assert!(matches!(error, TrainError::NoCheckpoint(_)), "{error}");
+}
+
+#[test]
+fn settings_out_of_range_are_named() {
+    let directory = tempdir().unwrap();
+    let base = config;
+    for (config, field) in [
+        (
+            TrainingConfig {
+                context: 0,
+                ..base()
+            },
+            "context",
+        ),
+        (
+            TrainingConfig {
+                batch_size: 0,
+                ..base()
+            },
+            "batch_size",
+        ),
+        (TrainingConfig { steps: 0, ..base() }, "steps"),
+        (base().with_epochs(0), "epochs"),
+        (base().with_epochs(41), "epochs"),
+        (base().with_learning_rate(0.0), "learning_rate"),
+        (base().with_learning_rate(f64::NAN), "learning_rate"),
+        (
+            base().with_min_learning_rate_ratio(1.5),
+            "min_learning_rate_ratio",
+        ),
+        (base().with_warmup_steps(40), "warmup_steps"),
+        (base().with_weight_decay(-0.1), "weight_decay"),
+        (base().with_beta_1(1.0), "beta_1"),
+        (base().with_beta_2(-0.1), "beta_2"),
+        (base().with_grad_clip(0.0), "grad_clip"),
+        (base().with_valid_fraction(1.0), "valid_fraction"),
     ] {
-        let error = refused(config);
+        let error = run(&config, directory.path(), false).unwrap_err();
         assert!(
-            matches!(error, TrainError::Range { field, .. } if field == name),
+            matches!(&error, TrainError::Setting { field: found, .. } if *found == field),
+            "{field}: {error}"
+        );
+        assert!(error.to_string().starts_with(field), "{error}");
+    }
+    // Refused before anything was made.
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn what_does_not_fit_the_decoder_is_refused() {
+    let directory = tempdir().unwrap();
+    let directory = directory.path();
+    let mut no_heads = config();
+    no_heads.model.n_heads = 0;
+    let error = run(&no_heads, directory, false).unwrap_err();
+    assert!(matches!(error, TrainError::Config(_)), "{error}");
+
+    let error = run(
+        &TrainingConfig {
+            context: 65,
+            ..config()
+        },
+        directory,
+        false,
+    )
+    .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "context is 65 tokens, expected at most max_positions, 64"
+    );
+
+    let device = FlexDevice;
+    let quiet = Run::new(directory).with_progress(Progress::Quiet);
+    let error = train::<Autodiff<Flex>>(&config(), vec![0; 32], &quiet, &device).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "32 tokens to train on, expected at least 33: two windows of 16 tokens and one more"
+    );
+    let error = train::<Autodiff<Flex>>(&config(), vec![0, 3, 16], &quiet, &device).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "token 16 at 2, expected ids below the vocabulary's size, 16"
+    );
+
+    let file = directory.join("file");
+    fs::write(&file, "").unwrap();
+    let error = run(&config(), &file, false).unwrap_err();
+    assert!(matches!(error, TrainError::Write { .. }), "{error}");
+
+    let model = decoder(KvPlan::Standard).init::<Flex>(&device).unwrap();
+    let (windows, _) = TokenWindows::split(vec![0; 200], 65, 0.5).unwrap();
+    let error = evaluate(&model, &windows, 1).unwrap_err();
+    assert!(
+        matches!(error, TrainError::ContextTooLong { .. }),
+        "{error}"
+    );
+    let error = evaluate(&model, &windows, 0).unwrap_err();
+    assert!(matches!(error, TrainError::Setting { .. }), "{error}");
+}
+
+#[test]
+fn a_loss_that_is_no_number_ends_the_training() {
+    let directory = tempdir().unwrap();
+    // Weights that grow beyond the largest float in two steps.
+    let config = config()
+        .with_learning_rate(1.0)
+        .with_warmup_steps(0)
+        .with_weight_decay(3e38);
+    let error = run(&config, directory.path(), false).unwrap_err();
+    assert!(
+        matches!(error, TrainError::Diverged { epoch: 1, .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_saved_model_is_loaded_bit_by_bit() {
+    let device = FlexDevice;
+    let directory = tempdir().unwrap();
+    let directory = directory.path().join("new/model");
+    let text = "fish ".repeat(50);
+    let tokenizer = Tokenizer::train_bpe(&text, 300).unwrap();
+    for method in KvPlan::METHODS {
+        let mut config = decoder(KvPlan::from_method(method, 4).unwrap());
+        config.vocab_size = tokenizer.vocab_size();
+        config.tie_embeddings = method != "cla";
+        let model = config.init::<Flex>(&device).unwrap();
+        save_model(&directory, &model, &tokenizer).unwrap();
+        let (loaded, loaded_tokenizer) = load_model::<Flex>(&directory, &device).unwrap();
+        assert_eq!(loaded.config(), model.config());
+        assert_eq!(logits_of(&loaded), logits_of(&model), "{method}");
+        assert_eq!(
+            loaded_tokenizer.encode("fish!").unwrap(),
+            tokenizer.encode("fish!").unwrap()
+        );
+        let (elsewhere, _) = load_model::<NdArray>(&directory, &Default::default()).unwrap();
+        logits_of(&elsewhere).assert_approx_eq::<f32>(&logits_of(&model), Tolerance::default());
+    }
+
+    fn logits_of<B: Backend>(model: &FusedKvDecoder<B>) -> burn::tensor::TensorData {
+        logits(model, &Default::default())
+    }
+}
+
+#[test]
+fn a_directory_that_is_no_model_is_refused() {
+    let device = FlexDevice;
+    let load = |path: &Path| load_model::<Flex>(path, &device).unwrap_err();
+    let directory = tempdir().unwrap();
+    let directory = directory.path();
+    let missing = load(&directory.join("missing"));
+    assert!(
+        missing.to_string().ends_with("it has no config.json"),
+        "{missing}"
+    );
+
+    let tokenizer = Tokenizer::train_bpe("", 257).unwrap();
+    let mut config = decoder(KvPlan::Standard);
+    let error = save_model(
+        directory,
+        &config.init::<Flex>(&device).unwrap(),
+        &tokenizer,
+    );
+    let error = error.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the tokenizer has 257 tokens, expected at most the decoder's 16"
+    );
+
+    config.vocab_size = 257;
+    let model = config.init::<Flex>(&device).unwrap();
+    let save = || save_model(directory, &model, &tokenizer).unwrap();
+    let config_path = directory.join("config.json");
+
+    // Configurations of other decoders: other shapes, missing weights, weights left over.
+    let mut wider = config.clone();
+    wider.ffn_size += 2;
+    let mut deeper = config.clone();
+    deeper.n_layers += 1;
+    let mut shallower = config.clone();
+    shallower.n_layers -= 1;
+    let mut fused = config.clone();
+    fused.plan = KvPlan::FusedKv { storage_layers: 2 };
+    for other in [wider, deeper, shallower, fused] {
+        save();
+        burn::config::Config::save(&other, &config_path).unwrap();
+        let error = load(directory);
+        assert!(
+            matches!(error, ModelDirError::Weights { .. }),
+            "{other}: {error}"
+        );
+    }
+
+    save();
+    let mut broken = config.clone();
+    broken.n_heads = 0;
+    burn::config::Config::save(&broken, &config_path).unwrap();
+    assert!(matches!(load(directory), ModelDirError::Config(_)));
+    let mut small = config.clone();
+    small.vocab_size = 100;
+    burn::config::Config::save(&small, &config_path).unwrap();
+    assert!(matches!(load(directory), ModelDirError::Vocabulary { .. }));
+    fs::write(&config_path, "{").unwrap();
+    assert!(matches!(load(directory), ModelDirError::Unreadable { .. }));
+
+    for (file, unreadable) in [
+        (
+            "model.bpk",
+            ModelDirError::is_weights as fn(&ModelDirError) -> bool,
+        ),
+        ("tokenizer.json", ModelDirError::is_tokenizer),
+    ] {
+        save();
+        fs::write(directory.join(file), "nothing of the kind").unwrap();
+        let error = load(directory);
+        assert!(unreadable(&error), "{error}");
+        fs::remove_file(directory.join(file)).unwrap();
+        let error = load(directory);
+        assert!(
+            matches!(&error, ModelDirError::Missing { file: found, .. } if *found == file),
             "{error}"
         );
     }
-    let error = refused(config().with_context(5000));
-    assert!(
-        matches!(error, TrainError::Context { context: 5000, .. }),
-        "{error}"
-    );
-    let error = refused(config().with_context(1500));
+    let error = save_model(directory.join("config.json"), &model, &tokenizer).unwrap_err();
+    assert!(matches!(error, ModelDirError::Write { .. }), "{error}");
+}
+
+trait Kind {
+    fn is_weights(&self) -> bool;
+    fn is_tokenizer(&self) -> bool;
+}
+
+impl Kind for ModelDirError {
+    fn is_weights(&self) -> bool {
+        matches!(self, Self::Weights { .. })
+    }
+
+    fn is_tokenizer(&self) -> bool {
+        matches!(self, Self::Tokenizer(TokenizerError::Unreadable { .. }))
+    }
+}
+
+#[test]
+fn tokenizers_say_what_they_cannot_do() {
+    let error = Tokenizer::train_bpe("text", 256).unwrap_err();
     assert!(
         matches!(
             error,
-            TrainError::TooFewTokens {
-                found: 2000,
-                needed: 3002
+            TokenizerError::VocabTooSmall {
+                found: 256,
+                min: 257
             }
         ),
         "{error}"
     );
-    let mut small = config();
-    small.model.vocab_size = 5;
-    let error = refused(small);
+    let directory = tempdir().unwrap();
+    let error = Tokenizer::load(directory.path().join("none.json")).unwrap_err();
     assert!(
-        matches!(error, TrainError::OutOfVocabulary { vocab_size: 5, .. }),
+        matches!(error, TokenizerError::Unreadable { .. }),
         "{error}"
     );
-    let mut odd = config();
-    odd.model.head_dim = 3;
-    assert!(matches!(refused(odd), TrainError::Config(_)));
-    assert!(!run_in.exists());
-
-    std::fs::write(&run_in, "a file").unwrap();
-    let error = refused(config());
-    assert!(
-        matches!(&error, TrainError::File { path, .. } if *path == run_in),
-        "{error}"
-    );
-
-    let error = train_bpe("text", MIN_VOCAB_SIZE - 1).err();
-    assert!(matches!(
-        error,
-        Some(TrainError::VocabSize { vocab_size: 256 })
-    ));
+    let tokenizer = Tokenizer::train_bpe("text", 257).unwrap();
+    let error = tokenizer
+        .save(directory.path().join("no/such/place.json"))
+        .unwrap_err();
+    assert!(matches!(error, TokenizerError::Write { .. }), "{error}");
 }
 
 #[test]
-fn a_saved_model_is_the_same_model() {
-    let directory = tempfile::tempdir().unwrap();
-    let text = "the quick brown fox jumps over the lazy dog\n".repeat(20);
-    let tokenizer = train_bpe(&text, 300).unwrap();
-    let vocab = tokenizer.get_vocab_size(true);
-    let plan = KvPlan::YocoPlusPlus { storage_layers: 3 };
-    let model = FusedKvDecoderConfig::tiny(vocab, plan);
-    let model = model.init::<Flex>(&Default::default()).unwrap();
-    save_model(directory.path(), &model, &tokenizer).unwrap();
-    let left: Vec<_> = std::fs::read_dir(directory.path()).unwrap().collect();
-    assert_eq!(left.len(), 3, "{left:?}");
+fn tokenizers_learn_merges_and_survive_the_disk() {
+    let text = "the cat and the hat and the bat\n".repeat(20);
+    let tokenizer = Tokenizer::train_bpe(&text, 270).unwrap();
+    assert_eq!(tokenizer.vocab_size(), 270);
+    let tokens = tokenizer.encode(&text).unwrap();
+    assert!(tokens.len() < text.len() * 2 / 3);
+    assert!(tokens.iter().all(|&token| token < 270));
+    let end = tokenizer.end_of_text().unwrap();
+    assert_eq!(tokenizer.encode(END_OF_TEXT).unwrap(), [end]);
 
-    let (loaded, same) = load_model::<Flex>(directory.path(), &Default::default()).unwrap();
-    let ids = encode(&same, "the lazy fox").unwrap();
-    assert_eq!(ids, encode(&tokenizer, "the lazy fox").unwrap());
-    let batch = TokenBatch::from_rows(&[ids], vocab, &Default::default()).unwrap();
-    let logits = |model: &fusedkv::FusedKvDecoder<Flex>| -> Tensor<Flex, 3> {
-        model.forward(batch.clone()).unwrap()
-    };
-    assert_eq!(logits(&loaded).into_data(), logits(&model).into_data());
-
-    for file in ["model.json", "model.mpk", "tokenizer.json"] {
-        let path = directory.path().join(file);
-        let whole = std::fs::read(&path).unwrap();
-        for broken in [None, Some(&whole[..whole.len() / 2])] {
-            match broken {
-                None => std::fs::remove_file(&path).unwrap(),
-                Some(half) => std::fs::write(&path, half).unwrap(),
-            }
-            let error = load_model::<Flex>(directory.path(), &Default::default());
-            let error = error.err().expect("refused");
-            assert!(
-                matches!(&error, TrainError::File { path: p, .. } if *p == path),
-                "{error}"
-            );
-        }
-        std::fs::write(&path, whole).unwrap();
-    }
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("tokenizer.json");
+    tokenizer.save(&path).unwrap();
+    let loaded = Tokenizer::load(&path).unwrap();
+    assert_eq!(loaded.encode(&text).unwrap(), tokens);
+    assert_eq!(loaded.decode(&tokens).unwrap(), text);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
-
-    /// Byte-level BPE spells any text, and its stream says the same as the whole.
     #[test]
-    fn any_text_round_trips(text in any::<String>()) {
-        let tokenizer = train_bpe("a few words to learn, a few words more", 280).unwrap();
-        let ids = encode(&tokenizer, &text).unwrap();
-        prop_assert_eq!(&tokenizer.decode(&ids, true).unwrap(), &text);
-        let mut stream = TextStream::new(&tokenizer);
-        let streamed: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+    fn any_text_survives_the_tokenizer(text in any::<String>(), learned in any::<String>()) {
+        let tokenizer = Tokenizer::train_bpe(&learned, 300).unwrap();
+        let tokens = tokenizer.encode(&text).unwrap();
+        prop_assert_eq!(tokenizer.decode(&tokens).unwrap(), text);
+    }
+
+    #[test]
+    fn streamed_text_is_the_text(text in "(\\PC|[éß漢🙂\u{FFFD} \n]|<\\|endoftext\\|>)*") {
+        let tokenizer = Tokenizer::train_bpe("漢漢 🙂🙂 the the", 270).unwrap();
+        let mut stream = tokenizer.stream();
+        let mut streamed = String::new();
+        for token in tokenizer.encode(&text).unwrap() {
+            streamed.push_str(&stream.push(token).unwrap());
+        }
+        streamed.push_str(&stream.finish().unwrap());
         prop_assert_eq!(streamed, text);
     }
 
-    /// Windows of both parts tile the text in order, and share no token.
     #[test]
-    fn windows_tile_the_text(n in 0usize..300, context in 1usize..20, fraction in 0.01..0.99) {
-        let tokens: Vec<u32> = (0..n as u32).collect();
+    fn windows_cover_the_text_and_share_no_target(
+        len in 3usize..400,
+        context in 1usize..40,
+        fraction in 0.01f64..0.99,
+    ) {
+        // Every token is its own position.
+        let tokens: Vec<u32> = (0..len as u32).collect();
         let split = TokenWindows::split(tokens, context, fraction);
-        if n < 2 * (context + 1) {
-            prop_assert!(matches!(split, Err(TrainError::TooFewTokens { found, .. }) if found == n));
+        if len < 2 * context + 1 {
+            let needed = 2 * context + 1;
+            let refused = matches!(
+                split,
+                Err(TrainError::TooFewTokens { found, needed: n, context: c })
+                    if found == len && n == needed && c == context
+            );
+            prop_assert!(refused);
             return Ok(());
         }
         let (train, valid) = split.unwrap();
-        prop_assert!(train.len() >= 1 && valid.len() >= 1);
-        let mut highest_train = 0;
-        for (part, first) in [(&train, 0), (&valid, (n - valid.len() * context - 1) as u32)] {
-            for i in 0..part.len() {
-                let window = part.get(i).unwrap();
-                let start = first + (i * context) as u32;
-                prop_assert_eq!(&window, &(start..=start + context as u32).collect::<Vec<_>>());
-                if std::ptr::eq(part, &train) {
-                    highest_train = start + context as u32;
-                } else {
-                    prop_assert!(start > highest_train);
-                }
+        prop_assert!(train.len() > 0 && valid.len() > 0);
+        prop_assert!(valid.get(valid.len()).is_none());
+        let mut targets = Vec::new();
+        for (windows, first) in [(&train, 0), (&valid, train.len() * context)] {
+            for window in windows.iter() {
+                prop_assert_eq!(window.inputs.len(), context);
+                prop_assert!(window.inputs.iter().all(|&t| t as usize >= first));
+                prop_assert!(window.inputs.iter().zip(&window.targets).all(|(i, t)| i + 1 == *t));
+                targets.extend(window.targets);
             }
-            prop_assert!(part.get(part.len()).is_none());
         }
-        // No window's worth of tokens is wasted.
-        prop_assert!((train.len() + valid.len() + 1) * context + 2 >= n - context.min(n));
-        let asked = (fraction * (train.len() + valid.len()) as f64).round();
-        prop_assert!((valid.len() as f64 - asked).abs() <= 1.0 || train.len() == 1 || valid.len() == 1);
+        // One after the other without gap or overlap, and less than a window left over.
+        let expected: Vec<u32> = (1..=targets.len() as u32).collect();
+        prop_assert_eq!(&targets, &expected);
+        prop_assert!(len - 1 - targets.len() < context);
     }
 }

@@ -1,4 +1,4 @@
-//! Packed windows of tokens, and the order a run sees them in.
+//! Packed token windows, their split, and the order training reads them in.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,210 +12,299 @@ use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 use rand::seq::SliceRandom;
 
-use super::TrainError;
+use super::config::TrainingConfig;
+use super::error::TrainError;
 
-/// Windows of `context` tokens, each with the token that follows it, one after the other without
-/// overlap or padding. What does not fill a window at the end is left out.
+/// `context` tokens to read and, for each, the token that follows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenWindow {
+    /// What the decoder reads.
+    pub inputs: Vec<u32>,
+    /// What it should predict, position by position.
+    pub targets: Vec<u32>,
+}
+
+/// A text cut into windows of `context` tokens, one after the other. Every token but the first is
+/// the target of one window; those that do not fill a last window are left out.
+///
+/// A clone shares the tokens.
 #[derive(Clone, Debug)]
 pub struct TokenWindows {
     tokens: Arc<[u32]>,
-    range: Range<usize>,
     context: usize,
+    windows: Range<usize>,
 }
 
-/// `context` input tokens and one more: token t + 1 is the target of token t.
-pub type TokenWindow = Vec<u32>;
-
 impl TokenWindows {
-    /// Splits `tokens` into windows to train on and, at the end, about `valid_fraction` of them to
-    /// validate on, at least one of each. The two share no token: the last target of the training
-    /// windows comes before the first validation token.
+    /// Cuts `tokens` into windows and holds out the last `valid_fraction` of them for validation,
+    /// at least one and never all: `(train, valid)`. No token is the target of both.
     ///
     /// # Errors
-    /// [`TrainError::TooFewTokens`] if there are not enough for a window of each.
+    /// [`TrainError::Setting`] if `context` is 0 or the fraction is not between 0 and 1,
+    /// [`TrainError::TooFewTokens`] if there are fewer than `2 · context + 1`.
     pub fn split(
         tokens: impl Into<Arc<[u32]>>,
         context: usize,
         valid_fraction: f64,
     ) -> Result<(Self, Self), TrainError> {
         let tokens = tokens.into();
-        let len = tokens.len();
-        // Two windows, and for each a last target.
-        let needed = 2 * (context + 1);
-        if context == 0 || len < needed {
-            return Err(TrainError::TooFewTokens { found: len, needed });
+        if context == 0 {
+            return Err(TrainError::Setting {
+                field: "context",
+                value: 0.0,
+                expected: "1 or more",
+            });
         }
-        let windows = (len - 2) / context;
+        if !(valid_fraction > 0.0 && valid_fraction < 1.0) {
+            return Err(TrainError::Setting {
+                field: "valid_fraction",
+                value: valid_fraction,
+                expected: "above 0 and below 1",
+            });
+        }
+        let needed = 2 * context + 1;
+        if tokens.len() < needed {
+            return Err(TrainError::TooFewTokens {
+                found: tokens.len(),
+                needed,
+                context,
+            });
+        }
+        let windows = (tokens.len() - 1) / context;
         let valid = ((windows as f64 * valid_fraction).round() as usize).clamp(1, windows - 1);
-        let first_valid = len - (valid * context + 1);
-        let part = |range| Self {
+        let part = |windows| Self {
             tokens: tokens.clone(),
-            range,
             context,
+            windows,
         };
-        Ok((part(0..first_valid), part(first_valid..len)))
+        Ok((part(0..windows - valid), part(windows - valid..windows)))
+    }
+
+    /// Tokens per window.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// The tokens of these windows, one after the other.
+    pub(super) fn tokens(&self) -> &[u32] {
+        &self.tokens[self.windows.start * self.context..=self.windows.end * self.context]
     }
 }
 
 impl Dataset<TokenWindow> for TokenWindows {
     fn get(&self, index: usize) -> Option<TokenWindow> {
-        if index >= self.len() {
-            return None;
-        }
-        let start = self.range.start + index * self.context;
-        Some(self.tokens[start..=start + self.context].to_vec())
+        let window = self.windows.clone().nth(index)?;
+        let start = window * self.context;
+        let tokens = &self.tokens[start..=start + self.context];
+        Some(TokenWindow {
+            inputs: tokens[..self.context].to_vec(),
+            targets: tokens[1..].to_vec(),
+        })
     }
 
     fn len(&self) -> usize {
-        self.range.len().saturating_sub(1) / self.context
+        self.windows.len()
     }
 }
 
-/// Inputs and the tokens that follow them, both `[batch, context]`.
+/// Windows as tensors.
 #[derive(Clone, Debug)]
 pub struct LanguageBatch<B: Backend> {
-    /// What the model reads.
+    /// `[batch, context]`.
     pub tokens: Tensor<B, 2, Int>,
-    /// What comes next at each position.
+    /// The token after each, `[batch, context]`.
     pub targets: Tensor<B, 2, Int>,
 }
 
-/// Stacks windows of equal length into a [`LanguageBatch`].
+/// Stacks windows of equal length.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LanguageBatcher;
 
 impl<B: Backend> Batcher<B, TokenWindow, LanguageBatch<B>> for LanguageBatcher {
-    fn batch(&self, windows: Vec<TokenWindow>, device: &B::Device) -> LanguageBatch<B> {
-        let (batch, window) = (windows.len(), windows[0].len());
-        let ids: Vec<i64> = windows.iter().flatten().map(|&t| i64::from(t)).collect();
-        let ids = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [batch, window]), device);
+    fn batch(&self, items: Vec<TokenWindow>, device: &B::Device) -> LanguageBatch<B> {
+        let stack = |row: fn(&TokenWindow) -> &[u32]| {
+            let context = items.first().map_or(0, |item| row(item).len());
+            let ids: Vec<i64> = items.iter().flat_map(row).map(|&id| id.into()).collect();
+            Tensor::from_data(TensorData::new(ids, [items.len(), context]), device)
+        };
         LanguageBatch {
-            tokens: ids.clone().narrow(1, 0, window - 1),
-            targets: ids.narrow(1, 1, window - 1),
+            tokens: stack(|item| &item.inputs),
+            targets: stack(|item| &item.targets),
         }
     }
 }
 
-/// Training windows in an order that depends on nothing but the seed: pass after pass over all of
-/// them, each in a random order of its own, cut into epochs of a fixed number of batches. A run
-/// that resumes at an epoch goes on where it would have been.
+/// How many windows training reads, in which portions, in which order.
+///
+/// All windows are read once, shuffled, before any is read again, shuffled anew. The order is a
+/// function of the seed and the step alone, so that a resumed run goes on where the first stopped:
+/// Burn's own loaders would start their shuffling over.
 #[derive(Clone, Debug)]
-pub struct ShuffledEpochs<B: Backend> {
-    windows: TokenWindows,
+pub(super) struct Schedule {
     batch_size: usize,
-    /// Of each epoch's batches, those this loader yields.
-    batches: Range<usize>,
-    epoch_batches: usize,
+    steps: usize,
+    epochs: usize,
     seed: u64,
-    epoch: Arc<AtomicUsize>,
+}
+
+impl Schedule {
+    pub fn new(config: &TrainingConfig) -> Self {
+        Self {
+            batch_size: config.batch_size,
+            steps: config.steps,
+            epochs: config.epochs,
+            seed: config.seed,
+        }
+    }
+
+    /// Steps before the end of `epoch`, counted from 1.
+    pub fn steps_until(&self, epoch: usize) -> usize {
+        self.steps * epoch / self.epochs
+    }
+
+    /// The windows an epoch reads, counted from the start of training.
+    fn reads(&self, epoch: usize) -> Range<usize> {
+        self.steps_until(epoch - 1) * self.batch_size..self.steps_until(epoch) * self.batch_size
+    }
+
+    /// The order in which `pass` reads `windows`.
+    fn order(&self, pass: usize, windows: usize) -> Vec<usize> {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+        rng.set_stream(pass as u64);
+        let mut order: Vec<usize> = (0..windows).collect();
+        order.shuffle(&mut rng);
+        order
+    }
+}
+
+/// Training batches: an epoch of the [`Schedule`] per iteration, starting with `next_epoch`.
+pub(super) struct TrainLoader<B: Backend> {
+    windows: TokenWindows,
+    schedule: Schedule,
+    next_epoch: AtomicUsize,
+    /// The part of every epoch's windows that is read, where several devices share it.
+    part: Range<usize>,
     device: B::Device,
 }
 
-impl<B: Backend> ShuffledEpochs<B> {
-    /// Epochs of `epoch_batches` batches; the first one asked for is number `epoch`, from 0.
+impl<B: Backend> TrainLoader<B> {
     pub fn new(
         windows: TokenWindows,
-        batch_size: usize,
-        epoch_batches: usize,
-        seed: u64,
-        epoch: usize,
-        device: B::Device,
+        schedule: Schedule,
+        first_epoch: usize,
+        device: &B::Device,
     ) -> Self {
         Self {
             windows,
-            batch_size,
-            batches: 0..epoch_batches,
-            epoch_batches,
-            seed,
-            epoch: Arc::new(AtomicUsize::new(epoch)),
-            device,
+            schedule,
+            next_epoch: AtomicUsize::new(first_epoch),
+            part: 0..usize::MAX,
+            device: device.clone(),
         }
     }
 
-    fn with_batches(&self, batches: Range<usize>, device: B::Device) -> Self {
+    fn with(&self, part: Range<usize>, device: &B::Device) -> Self {
+        let next = self.next_epoch.load(Ordering::Relaxed);
         Self {
-            batches,
-            device,
-            epoch: Arc::new(AtomicUsize::new(self.epoch.load(Ordering::Relaxed))),
-            ..self.clone()
+            part,
+            ..Self::new(self.windows.clone(), self.schedule.clone(), next, device)
         }
     }
 }
 
-impl<B: Backend> DataLoader<B, LanguageBatch<B>> for ShuffledEpochs<B> {
+impl<B: Backend> DataLoader<B, LanguageBatch<B>> for TrainLoader<B> {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<LanguageBatch<B>> + 'a> {
-        let epoch = self.epoch.fetch_add(1, Ordering::Relaxed);
-        Box::new(Epoch {
+        let epoch = self.next_epoch.fetch_add(1, Ordering::Relaxed);
+        let reads = self.schedule.reads(epoch);
+        let end = reads.end.min(reads.start.saturating_add(self.part.end));
+        let start = end.min(reads.start + self.part.start);
+        Box::new(TrainBatches {
             loader: self,
-            first_sample: epoch * self.epoch_batches * self.batch_size,
-            next_batch: self.batches.start,
-            pass: None,
+            reads: start..end,
+            next: start,
+            order: None,
         })
     }
 
     fn num_items(&self) -> usize {
-        self.batches.len() * self.batch_size
+        let epoch = self.next_epoch.load(Ordering::Relaxed);
+        self.schedule.reads(epoch).len().min(self.part.len())
     }
 
     fn to_device(&self, device: &B::Device) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
-        Arc::new(self.with_batches(self.batches.clone(), device.clone()))
+        Arc::new(self.with(self.part.clone(), device))
     }
 
-    /// Items are windows; a slice keeps the batches that lie in it.
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
-        let first = self.batches.start;
-        let batches = first + start / self.batch_size..first + end / self.batch_size;
-        Arc::new(self.with_batches(batches, self.device.clone()))
+        let offset = self.part.start;
+        Arc::new(self.with(offset + start..offset + end, &self.device))
     }
 }
 
-struct Epoch<'a, B: Backend> {
-    loader: &'a ShuffledEpochs<B>,
-    first_sample: usize,
-    next_batch: usize,
-    /// The pass last looked at and its order.
-    pass: Option<(usize, Vec<usize>)>,
+struct TrainBatches<'a, B: Backend> {
+    loader: &'a TrainLoader<B>,
+    reads: Range<usize>,
+    next: usize,
+    /// The pass under way and its order.
+    order: Option<(usize, Vec<usize>)>,
 }
 
-impl<B: Backend> Epoch<'_, B> {
-    /// The window that is the run's `sample`-th.
-    fn window(&mut self, sample: usize) -> usize {
-        let n = self.loader.windows.len();
-        let pass = sample / n;
-        if self.pass.as_ref().is_none_or(|(at, _)| *at != pass) {
-            let mut rng = ChaCha8Rng::seed_from_u64(self.loader.seed);
-            rng.set_stream(pass as u64);
-            let mut order: Vec<usize> = (0..n).collect();
-            order.shuffle(&mut rng);
-            self.pass = Some((pass, order));
+impl<B: Backend> TrainBatches<'_, B> {
+    fn window(&mut self, read: usize) -> Option<TokenWindow> {
+        let windows = self.loader.windows.len();
+        let pass = read / windows;
+        if self
+            .order
+            .as_ref()
+            .is_none_or(|(current, _)| *current != pass)
+        {
+            self.order = Some((pass, self.loader.schedule.order(pass, windows)));
         }
-        self.pass.as_ref().map_or(0, |(_, order)| order[sample % n])
+        let (_, order) = self.order.as_ref()?;
+        self.loader.windows.get(order[read % windows])
     }
 }
 
-impl<B: Backend> Iterator for Epoch<'_, B> {
+impl<B: Backend> Iterator for TrainBatches<'_, B> {
     type Item = LanguageBatch<B>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let loader = self.loader;
-        if self.next_batch >= loader.batches.end {
-            return None;
-        }
-        let first = self.first_sample + self.next_batch * loader.batch_size;
-        self.next_batch += 1;
-        let windows = (first..first + loader.batch_size)
-            .filter_map(|sample| loader.windows.get(self.window(sample)))
-            .collect();
-        Some(LanguageBatcher.batch(windows, &loader.device))
+        let end = self
+            .reads
+            .end
+            .min(self.next + self.loader.schedule.batch_size);
+        let items: Vec<_> = (self.next..end).filter_map(|i| self.window(i)).collect();
+        self.next = end;
+        (!items.is_empty()).then(|| LanguageBatcher.batch(items, &self.loader.device))
     }
 }
 
-impl<B: Backend> DataLoaderIterator<LanguageBatch<B>> for Epoch<'_, B> {
+impl<B: Backend> DataLoaderIterator<LanguageBatch<B>> for TrainBatches<'_, B> {
     fn progress(&self) -> Progress {
-        let done = self.next_batch - self.loader.batches.start;
-        Progress::new(
-            done * self.loader.batch_size,
-            self.loader.batches.len() * self.loader.batch_size,
-        )
+        Progress::new(self.next - self.reads.start, self.reads.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_pass_reads_every_window_and_epochs_join_up() {
+        let schedule = Schedule {
+            batch_size: 2,
+            steps: 10,
+            epochs: 3,
+            seed: 1,
+        };
+        let ranges: Vec<_> = (1..=3).map(|epoch| schedule.reads(epoch)).collect();
+        assert_eq!(ranges, [0..6, 6..12, 12..20]);
+        let (first, second) = (schedule.order(0, 50), schedule.order(1, 50));
+        assert_ne!(first, second);
+        assert_eq!(first, schedule.order(0, 50));
+        for mut order in [first, second] {
+            order.sort_unstable();
+            assert_eq!(order, (0..50).collect::<Vec<_>>());
+        }
     }
 }

@@ -1,9 +1,7 @@
-//! Progress as plain lines, for logs and pipes.
-//!
-//! burn-train shows a terminal UI where there is a terminal; elsewhere it prints a debug line per
-//! iteration, which this replaces.
+//! Progress as plain lines, for logs and pipes. On a terminal Burn draws its own interface.
 
 use std::collections::HashMap;
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use burn_train::metric::{MetricDefinition, MetricId, NumericEntry};
@@ -12,108 +10,173 @@ use burn_train::renderer::{
     MetricsRendererTraining, ProgressType, TrainingProgress,
 };
 
-/// Prints a line every few seconds of training and one per validation.
-pub(super) struct PlainProgress {
-    epoch_steps: usize,
-    total_steps: usize,
-    step_tokens: usize,
+use super::config::TrainingConfig;
+use super::data::Schedule;
+use super::metrics::{TokenLosses, perplexity};
+
+/// Where progress is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Progress {
+    /// Burn's interface if standard output is a terminal, otherwise [`Plain`](Self::Plain).
+    #[default]
+    Auto,
+    /// A line every few seconds, on standard output.
+    Plain,
+    /// Nowhere.
+    Quiet,
+}
+
+/// Prints a line every so often, and one after each validation.
+///
+/// Burn's own renderer for anything but a terminal prints every iteration, and no metric.
+pub(super) struct PlainRenderer<W> {
+    output: W,
+    steps: usize,
+    tokens_per_step: usize,
+    schedule: Schedule,
+    interval: Duration,
     names: HashMap<MetricId, String>,
-    values: HashMap<String, f64>,
-    /// When the first step of this process was done, and its number.
-    start: Option<(Instant, usize)>,
-    printed: Instant,
-    validated: Option<usize>,
+    /// Since the last line.
+    train: TokenLosses,
+    /// Since the last training step.
+    valid: TokenLosses,
+    learning_rate: f64,
+    started: Option<Point>,
+    last: Option<Point>,
 }
 
-const EVERY: Duration = Duration::from_secs(5);
+/// A step and when it ended.
+#[derive(Clone, Copy)]
+struct Point {
+    step: usize,
+    time: Instant,
+}
 
-impl PlainProgress {
-    pub fn new(epoch_steps: usize, total_steps: usize, step_tokens: usize) -> Self {
+impl<W: Write + Send + Sync> PlainRenderer<W> {
+    pub fn new(output: W, config: &TrainingConfig, interval: Duration) -> Self {
         Self {
-            epoch_steps,
-            total_steps,
-            step_tokens,
+            output,
+            steps: config.steps,
+            tokens_per_step: config.tokens_per_step(),
+            schedule: Schedule::new(config),
+            interval,
             names: HashMap::new(),
-            values: HashMap::new(),
-            start: None,
-            printed: Instant::now(),
-            validated: None,
+            train: TokenLosses::NONE,
+            valid: TokenLosses::NONE,
+            learning_rate: f64::NAN,
+            started: None,
+            last: None,
         }
     }
 
-    fn keep(&mut self, state: MetricState) {
+    fn step(&self, progress: &TrainingProgress) -> usize {
+        let epoch = progress.global_progress.items_processed;
+        self.schedule.steps_until(epoch - 1) + progress.iteration.unwrap_or(0)
+    }
+
+    fn metric(&self, state: MetricState) -> (&str, f64, usize) {
         let MetricState::Numeric(entry, value) = state else {
-            return;
+            return ("", f64::NAN, 0);
         };
-        if let Some(name) = self.names.get(&entry.metric_id) {
-            let value = match value {
-                NumericEntry::Value(value) => value,
-                NumericEntry::Aggregated {
-                    aggregated_value, ..
-                } => aggregated_value,
-            };
-            self.values.insert(name.clone(), value);
-        }
+        let name = self.names.get(&entry.metric_id).map_or("", String::as_str);
+        let weight = match value {
+            NumericEntry::Value(_) => 1,
+            NumericEntry::Aggregated { count, .. } => count,
+        };
+        (name, value.current(), weight)
     }
 
-    fn value(&self, name: &str) -> f64 {
-        self.values.get(name).copied().unwrap_or(f64::NAN)
+    fn line(&mut self, step: usize, now: Instant) -> io::Result<()> {
+        let loss = self.train.mean;
+        write!(
+            self.output,
+            "step {step:>5}/{}  loss {loss:.4}  perplexity {:.2}  lr {:.2e}",
+            self.steps,
+            perplexity(loss),
+            self.learning_rate,
+        )?;
+        if let Some((rate, left)) = self.rate(step, now) {
+            let left = left.as_secs();
+            let (minutes, seconds) = (left / 60, left % 60);
+            write!(
+                self.output,
+                "  {rate:.0} tokens/s  {minutes}:{seconds:02} left"
+            )?;
+        }
+        writeln!(self.output)?;
+        self.output.flush()
+    }
+
+    /// Tokens per second since the last line, and the time left at the pace since the start.
+    fn rate(&self, step: usize, now: Instant) -> Option<(f64, Duration)> {
+        let rate = |since: Point| {
+            let steps = step.checked_sub(since.step).filter(|&steps| steps > 0)?;
+            Some(steps as f64 / (now - since.time).as_secs_f64())
+        };
+        let pace = rate(self.started?)?;
+        let left = (self.steps - step) as f64 / pace;
+        let tokens = rate(self.last?)? * self.tokens_per_step as f64;
+        Some((tokens, Duration::try_from_secs_f64(left).ok()?))
     }
 }
 
-impl MetricsRendererTraining for PlainProgress {
+impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
     fn update_train(&mut self, state: MetricState) {
-        self.keep(state);
+        match self.metric(state) {
+            ("Loss", mean, tokens) => {
+                self.train = self.train.joined(TokenLosses { mean, tokens });
+                self.valid = TokenLosses::NONE;
+            }
+            ("Learning Rate", rate, _) => self.learning_rate = rate,
+            _ => {}
+        }
     }
 
     fn update_valid(&mut self, state: MetricState) {
-        self.keep(state);
+        if let ("Loss", mean, tokens) = self.metric(state) {
+            self.valid = self.valid.joined(TokenLosses { mean, tokens });
+        }
     }
 
-    fn render_train(&mut self, item: TrainingProgress, _indicators: Vec<ProgressType>) {
-        let iteration = item.iteration.unwrap_or(0);
-        let epoch = item.global_progress.items_processed;
-        let step = epoch.saturating_sub(1) * self.epoch_steps + iteration;
-        let (start, first) = *self.start.get_or_insert((Instant::now(), step));
-        if self.printed.elapsed() < EVERY && step != self.total_steps {
+    fn render_train(&mut self, progress: TrainingProgress, _: Vec<ProgressType>) {
+        let now = Instant::now();
+        let step = self.step(&progress);
+        let here = Point { step, time: now };
+        let started = self.started.is_some();
+        if started && step < self.steps && self.last.is_some_and(|l| now - l.time < self.interval) {
             return;
         }
-        self.printed = Instant::now();
-        let seconds = start.elapsed().as_secs_f64() / (step - first).max(1) as f64;
-        println!(
-            "step {step:>5}/{}  loss {:.3}  lr {:.2e}  {:.0} tokens/s  {:.0} s left",
-            self.total_steps,
-            self.value("Loss"),
-            self.value("Learning Rate"),
-            self.step_tokens as f64 / seconds,
-            seconds * self.total_steps.saturating_sub(step) as f64,
+        // A closed pipe must not end a training.
+        let _ = self.line(step, now);
+        self.started.get_or_insert(here);
+        self.last = Some(here);
+        self.train = TokenLosses::NONE;
+    }
+
+    fn render_valid(&mut self, progress: TrainingProgress, _: Vec<ProgressType>) {
+        let items = progress.progress.as_ref();
+        if items.is_some_and(|items| items.items_processed < items.items_total) {
+            return;
+        }
+        let epoch = &progress.global_progress;
+        let loss = self.valid.mean;
+        let _ = writeln!(
+            self.output,
+            "epoch {}/{}  validation loss {loss:.4}  perplexity {:.2}",
+            epoch.items_processed,
+            epoch.items_total,
+            perplexity(loss),
         );
     }
-
-    /// A line when the epoch's last batch is in.
-    fn render_valid(&mut self, item: TrainingProgress, _indicators: Vec<ProgressType>) {
-        let epoch = item.global_progress.items_processed;
-        let done = item
-            .progress
-            .is_none_or(|progress| progress.items_processed >= progress.items_total);
-        if done && self.validated != Some(epoch) {
-            self.validated = Some(epoch);
-            println!(
-                "validation {epoch}/{}  perplexity {:.2}",
-                item.global_progress.items_total,
-                self.value("Perplexity"),
-            );
-        }
-    }
 }
 
-impl MetricsRendererEvaluation for PlainProgress {
-    fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
+impl<W: Write + Send + Sync> MetricsRendererEvaluation for PlainRenderer<W> {
+    fn update_test(&mut self, _: EvaluationName, _: MetricState) {}
 
-    fn render_test(&mut self, _item: EvaluationProgress, _indicators: Vec<ProgressType>) {}
+    fn render_test(&mut self, _: EvaluationProgress, _: Vec<ProgressType>) {}
 }
 
-impl MetricsRenderer for PlainProgress {
+impl<W: Write + Send + Sync> MetricsRenderer for PlainRenderer<W> {
     fn manual_close(&mut self) {}
 
     fn register_metric(&mut self, definition: MetricDefinition) {

@@ -1,98 +1,200 @@
-//! Text to token ids and back: byte-level BPE, trained on the spot or loaded.
+//! Byte-level BPE: text to tokens and back, without loss.
 
+use std::fs;
 use std::path::Path;
 
 use tokenizers::models::TrainerWrapper;
-use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, Tokenizer};
+use tokenizers::{AddedToken, Tokenizer as HfTokenizer};
 
-use super::TrainError;
-use super::files::write_atomically;
+use super::error::TokenizerError;
+use super::file;
 
-/// The one special token of [`train_bpe`]'s tokenizers: ends a document.
+/// The special token that ends a text.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
 
-/// All bytes and [`END_OF_TEXT`]: the smallest vocabulary that can spell any text.
-pub const MIN_VOCAB_SIZE: usize = 257;
+/// A byte-level vocabulary has a token per byte, and the end of text.
+const MIN_VOCAB: usize = 256 + 1;
 
-/// Trains byte-level BPE on `text`. Any UTF-8 text round-trips; a short text may yield fewer than
-/// `vocab_size` tokens.
+/// A tokenizer in the format of Hugging Face's `tokenizer.json`.
 ///
-/// # Errors
-/// [`TrainError::VocabSize`] below [`MIN_VOCAB_SIZE`].
-pub fn train_bpe(text: &str, vocab_size: usize) -> Result<Tokenizer, TrainError> {
-    if vocab_size < MIN_VOCAB_SIZE {
-        return Err(TrainError::VocabSize { vocab_size });
-    }
-    let mut tokenizer = Tokenizer::new(BPE::default());
-    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
-    tokenizer.with_decoder(Some(ByteLevel::default()));
-    let trainer = BpeTrainerBuilder::new()
-        .vocab_size(vocab_size)
-        .show_progress(false)
-        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-        .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
-        .build();
-    tokenizer.train(
-        &mut TrainerWrapper::BpeTrainer(trainer),
-        text.split_inclusive('\n'),
-    )?;
-    Ok(tokenizer)
-}
-
-/// Loads a `tokenizer.json`.
+/// One made by [`train_bpe`](Self::train_bpe) gives back any text it is given, byte by byte. One
+/// that is [loaded](Self::load) does what it was made for.
 ///
-/// # Errors
-/// [`TrainError::File`] naming the file if it cannot be read or is not a tokenizer.
-pub fn load_tokenizer(path: &Path) -> Result<Tokenizer, TrainError> {
-    Tokenizer::from_file(path).map_err(|error| TrainError::file(path, error))
-}
-
-/// Saves a `tokenizer.json`, whole or not at all.
+/// ```
+/// use fusedkv::train::Tokenizer;
 ///
-/// # Errors
-/// [`TrainError::File`] naming the file if it cannot be written.
-pub fn save_tokenizer(tokenizer: &Tokenizer, path: &Path) -> Result<(), TrainError> {
-    let json = tokenizer.to_string(true)?;
-    write_atomically(path, |temporary| std::fs::write(temporary, json))
+/// let tokenizer = Tokenizer::train_bpe("to be or not to be", 260)?;
+/// let tokens = tokenizer.encode("to be 🙂")?;
+/// assert_eq!(tokenizer.decode(&tokens)?, "to be 🙂");
+/// # Ok::<(), fusedkv::train::TokenizerError>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Tokenizer {
+    inner: HfTokenizer,
 }
 
-/// Token ids of `text`, without added special tokens.
-///
-/// # Errors
-/// [`TrainError::Tokenizer`] if the tokenizer refuses the text.
-pub fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, TrainError> {
-    Ok(tokenizer.encode_fast(text, false)?.get_ids().to_vec())
-}
-
-/// Token ids back to text as they come. Holds bytes back until they make a character.
-pub struct TextStream<'t> {
-    stream: DecodeStream<'t>,
-}
-
-type DecodeStream<'t> = tokenizers::tokenizer::DecodeStream<
-    't,
-    tokenizers::ModelWrapper,
-    tokenizers::NormalizerWrapper,
-    tokenizers::PreTokenizerWrapper,
-    tokenizers::PostProcessorWrapper,
-    tokenizers::DecoderWrapper,
->;
-
-impl<'t> TextStream<'t> {
-    /// Starts with nothing; special tokens are left out of the text.
-    pub fn new(tokenizer: &'t Tokenizer) -> Self {
-        Self {
-            stream: tokenizer.decode_stream(true),
-        }
-    }
-
-    /// The text that `id` completes; empty if it ends within a character.
+impl Tokenizer {
+    /// Learns a byte-level BPE of up to `vocab_size` tokens from `text`, [`END_OF_TEXT`] among
+    /// them; fewer if the text has no more pairs to merge.
     ///
     /// # Errors
-    /// [`TrainError::Tokenizer`] if the tokenizer cannot decode it.
-    pub fn push(&mut self, id: u32) -> Result<String, TrainError> {
-        Ok(self.stream.step(id)?.unwrap_or_default())
+    /// [`TokenizerError::VocabTooSmall`] below 257 tokens.
+    pub fn train_bpe(text: &str, vocab_size: usize) -> Result<Self, TokenizerError> {
+        if vocab_size < MIN_VOCAB {
+            return Err(TokenizerError::VocabTooSmall {
+                found: vocab_size,
+                min: MIN_VOCAB,
+            });
+        }
+        let mut inner = HfTokenizer::new(BPE::default());
+        // No space is added in front: what comes out must be what went in.
+        let byte_level = ByteLevel::new(false, true, true);
+        inner.with_pre_tokenizer(Some(byte_level));
+        inner.with_decoder(Some(byte_level));
+        let trainer = BpeTrainer::builder()
+            .vocab_size(vocab_size)
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
+            .show_progress(false)
+            .build();
+        inner
+            .train(
+                &mut TrainerWrapper::BpeTrainer(trainer),
+                std::iter::once(text),
+            )
+            .map_err(failed)?;
+        Ok(Self { inner })
     }
+
+    /// Reads a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Unreadable`] if it is missing or no tokenizer.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
+        let path = path.as_ref();
+        let inner = HfTokenizer::from_file(path).map_err(|error| TokenizerError::Unreadable {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        })?;
+        Ok(Self { inner })
+    }
+
+    /// Writes a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Write`] if that fails.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), TokenizerError> {
+        let path = path.as_ref();
+        let json = self.inner.to_string(true).map_err(failed)?;
+        file::replace(path, |partial| fs::write(partial, json)).map_err(|source| {
+            TokenizerError::Write {
+                path: path.to_owned(),
+                source,
+            }
+        })
+    }
+
+    /// Number of tokens, special ones included; ids are below it.
+    pub fn vocab_size(&self) -> usize {
+        let ids = self.inner.get_vocab(true).into_values();
+        ids.max().map_or(0, |largest| largest as usize + 1)
+    }
+
+    /// The id of [`END_OF_TEXT`], if the vocabulary has it.
+    pub fn end_of_text(&self) -> Option<u32> {
+        self.inner.token_to_id(END_OF_TEXT)
+    }
+
+    /// The tokens of a text. [`END_OF_TEXT`] in it becomes the special token; no other is added.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Failed`] if a loaded tokenizer cannot take the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self.inner.encode_fast(text, false).map_err(failed)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of tokens, special ones spelled out. Bytes that are no UTF-8 become `U+FFFD`.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Failed`] if a loaded tokenizer's decoder fails.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String, TokenizerError> {
+        self.inner.decode(tokens, false).map_err(failed)
+    }
+
+    /// Decodes one token at a time, e.g. while they are generated.
+    pub fn stream(&self) -> TextStream<'_> {
+        TextStream {
+            tokenizer: self,
+            tokens: Vec::new(),
+            said: 0,
+        }
+    }
+}
+
+/// Text as its tokens arrive. A character whose bytes are spread over several tokens comes out
+/// with the last of them.
+///
+/// ```
+/// use fusedkv::train::Tokenizer;
+///
+/// let tokenizer = Tokenizer::train_bpe("", 257)?; // a token per byte
+/// let mut stream = tokenizer.stream();
+/// let pieces: Result<Vec<_>, _> = tokenizer
+///     .encode("aé")?
+///     .into_iter()
+///     .map(|token| stream.push(token))
+///     .collect();
+/// assert_eq!(pieces?, ["a", "", "é"]);
+/// # Ok::<(), fusedkv::train::TokenizerError>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct TextStream<'t> {
+    tokenizer: &'t Tokenizer,
+    /// The tokens of the last piece and those after it: decoders may look back, e.g. for a space.
+    tokens: Vec<u32>,
+    /// How many of them have been given out.
+    said: usize,
+}
+
+impl TextStream<'_> {
+    /// The text that `token` completes, possibly none.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn push(&mut self, token: u32) -> Result<String, TokenizerError> {
+        self.tokens.push(token);
+        let (before, text) = self.texts()?;
+        // A replacement character at the end is most likely one whose bytes are still to come.
+        if text.ends_with(char::REPLACEMENT_CHARACTER) {
+            return Ok(String::new());
+        }
+        let piece = match text.get(before.len()..) {
+            None | Some("") => return Ok(String::new()),
+            Some(piece) => piece.to_owned(),
+        };
+        self.tokens.drain(..self.said);
+        self.said = self.tokens.len();
+        Ok(piece)
+    }
+
+    /// What is left when no more tokens come: incomplete characters, as `U+FFFD`.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn finish(self) -> Result<String, TokenizerError> {
+        let (before, text) = self.texts()?;
+        Ok(text.get(before.len()..).unwrap_or_default().to_owned())
+    }
+
+    fn texts(&self) -> Result<(String, String), TokenizerError> {
+        let before = self.tokenizer.decode(&self.tokens[..self.said])?;
+        Ok((before, self.tokenizer.decode(&self.tokens)?))
+    }
+}
+
+fn failed(error: tokenizers::Error) -> TokenizerError {
+    TokenizerError::Failed(error.to_string())
 }

@@ -1,0 +1,51 @@
+//! Choosing a Burn backend by name, shared by the examples.
+
+use std::error::Error;
+
+use burn::tensor::backend::Backend;
+use clap::ValueEnum;
+use fusedkv::backend::{Flex, NdArray};
+
+/// The backends this crate has features for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BackendName {
+    /// CPU, pure Rust.
+    Flex,
+    /// CPU, ndarray.
+    Ndarray,
+    /// GPU through Vulkan, Metal, DirectX or WebGPU.
+    Wgpu,
+    /// NVIDIA GPU.
+    Cuda,
+}
+
+/// A backend the example was built without.
+#[derive(Debug, thiserror::Error)]
+#[error("backend `{name}` is not compiled in, run with `--features {name}` to add it")]
+pub struct NotCompiledIn {
+    name: &'static str,
+}
+
+/// A program that runs on any backend.
+pub trait Program {
+    /// Runs on the backend's default device.
+    fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>>;
+}
+
+impl BackendName {
+    /// Runs `program` on this backend.
+    pub fn run(self, program: impl Program) -> Result<(), Box<dyn Error>> {
+        match self {
+            Self::Flex => program.run::<Flex>(&Default::default()),
+            Self::Ndarray => program.run::<NdArray>(&Default::default()),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => program.run::<fusedkv::backend::Wgpu>(&Default::default()),
+            #[cfg(not(feature = "wgpu"))]
+            Self::Wgpu => Err(NotCompiledIn { name: "wgpu" }.into()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => program.run::<fusedkv::backend::Cuda>(&Default::default()),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => Err(NotCompiledIn { name: "cuda" }.into()),
+        }
+    }
+}

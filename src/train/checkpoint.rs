@@ -1,0 +1,286 @@
+//! The directory of a run: its configuration, losses so far, and checkpoints to resume from.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use burn::config::Config;
+use burn::record::{
+    FileRecorder, FullPrecisionSettings, NamedMpkFileRecorder, Recorder, RecorderError,
+};
+use burn::tensor::backend::Backend;
+use burn_train::Interrupter;
+use burn_train::checkpoint::{CheckpointingAction, CheckpointingStrategy};
+use burn_train::metric::store::EventStoreClient;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::config::TrainingConfig;
+use super::error::TrainError;
+use super::file;
+
+const CONFIG: &str = "training.json";
+const LOSSES: &str = "losses.json";
+const CHECKPOINTS: &str = "checkpoint";
+/// What Burn writes beside the checkpoints: a log per metric and epoch.
+const METRIC_LOGS: [&str; 2] = ["train", "valid"];
+/// The files of a checkpoint, as Burn names them.
+const PARTS: [&str; 3] = ["model", "optim", "scheduler"];
+
+/// The losses of an epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EpochLosses {
+    /// The epoch, counted from 1.
+    pub epoch: usize,
+    /// Mean loss of the batches trained on, each before its step, in nats per token.
+    pub train: f64,
+    /// Mean loss of the held-out windows after the epoch, in nats per token.
+    pub valid: f64,
+}
+
+/// Losses shared between the run and the thread that checkpoints.
+pub(super) type History = Arc<Mutex<Vec<EpochLosses>>>;
+
+/// The directory of a run.
+#[derive(Clone, Debug)]
+pub(super) struct RunDirectory(PathBuf);
+
+impl RunDirectory {
+    /// Makes `path` the directory of a new run. What an earlier run left there is deleted, and
+    /// nothing else ever is.
+    pub fn start(path: &Path, config: &TrainingConfig) -> Result<Self, TrainError> {
+        let run = Self(path.to_owned());
+        let write = |path: &Path| {
+            let path = path.to_owned();
+            move |source| TrainError::Write { path, source }
+        };
+        fs::create_dir_all(path).map_err(write(path))?;
+        let config_path = path.join(CONFIG);
+        if !config_path.exists() {
+            let mut entries = fs::read_dir(path).map_err(write(path))?;
+            if entries.next().is_some() {
+                return Err(TrainError::NotARun(path.to_owned()));
+            }
+        }
+        for directory in METRIC_LOGS.into_iter().chain([CHECKPOINTS]) {
+            let directory = path.join(directory);
+            if directory.exists() {
+                fs::remove_dir_all(&directory).map_err(write(&directory))?;
+            }
+        }
+        run.save_losses(&[]).map_err(write(&path.join(LOSSES)))?;
+        file::replace(&config_path, |partial| config.save(partial)).map_err(write(&config_path))?;
+        Ok(run)
+    }
+
+    /// Opens the directory of a run with this configuration: it, its last complete checkpoint's
+    /// epoch, and the losses until then.
+    pub fn resume(
+        path: &Path,
+        config: &TrainingConfig,
+    ) -> Result<(Self, usize, Vec<EpochLosses>), TrainError> {
+        let run = Self(path.to_owned());
+        let config_path = path.join(CONFIG);
+        if !config_path.exists() {
+            return Err(TrainError::NoCheckpoint(path.to_owned()));
+        }
+        let found: serde_json::Value = read(&config_path)?;
+        // Through text as well: numbers of less precision are written shorter.
+        let expected = serde_json::to_string(config).and_then(|json| serde_json::from_str(&json));
+        let expected: serde_json::Value = expected.map_err(|error| TrainError::Unreadable {
+            path: config_path,
+            reason: error.to_string(),
+        })?;
+        if let Some((field, found, expected)) = difference(&found, &expected) {
+            return Err(TrainError::OtherRun {
+                directory: path.to_owned(),
+                field,
+                found,
+                expected,
+            });
+        }
+        let epoch = run.last_checkpoint();
+        let epoch = epoch.ok_or_else(|| TrainError::NoCheckpoint(path.to_owned()))?;
+        let mut losses: Vec<EpochLosses> = read(&path.join(LOSSES))?;
+        losses.retain(|losses| losses.epoch <= epoch);
+        Ok((run, epoch, losses))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// A part of a checkpoint, without extension, as recorders take it.
+    pub fn part(&self, part: &str, epoch: usize) -> PathBuf {
+        self.0.join(CHECKPOINTS).join(format!("{part}-{epoch}"))
+    }
+
+    /// The epochs that have a complete checkpoint.
+    fn checkpoints(&self) -> BTreeSet<usize> {
+        let entries = fs::read_dir(self.0.join(CHECKPOINTS));
+        entries
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name();
+                let epoch = name
+                    .to_str()?
+                    .strip_prefix("model-")?
+                    .strip_suffix(".mpk")?;
+                epoch.parse().ok()
+            })
+            .filter(|&epoch| {
+                PARTS
+                    .iter()
+                    .all(|part| self.part(part, epoch).with_extension("mpk").exists())
+            })
+            .collect()
+    }
+
+    fn last_checkpoint(&self) -> Option<usize> {
+        self.checkpoints().last().copied()
+    }
+
+    fn save_losses(&self, losses: &[EpochLosses]) -> io::Result<()> {
+        let json = serde_json::to_vec_pretty(losses)?;
+        file::replace(&self.0.join(LOSSES), |partial| fs::write(partial, json))
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<T, TrainError> {
+    let unreadable = |reason: String| TrainError::Unreadable {
+        path: path.to_owned(),
+        reason,
+    };
+    let json = fs::read(path).map_err(|error| unreadable(error.to_string()))?;
+    serde_json::from_slice(&json).map_err(|error| unreadable(error.to_string()))
+}
+
+/// The first setting that differs: its name and both values.
+fn difference(
+    found: &serde_json::Value,
+    expected: &serde_json::Value,
+) -> Option<(String, String, String)> {
+    use serde_json::Value::{Null, Object};
+    if found == expected {
+        return None;
+    }
+    let (Object(a), Object(b)) = (found, expected) else {
+        return Some((
+            "configuration".into(),
+            found.to_string(),
+            expected.to_string(),
+        ));
+    };
+    let fields: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+    fields.into_iter().find_map(|field| {
+        let value = |object: &serde_json::Map<_, _>| object.get(field).cloned().unwrap_or(Null);
+        let (a, b) = (value(a), value(b));
+        match difference(&a, &b) {
+            // A plan's fields mean little alone.
+            Some((inner, found, expected)) if a.is_object() && b.is_object() && field != "plan" => {
+                Some((format!("{field}.{inner}"), found, expected))
+            }
+            Some(_) => Some((field.clone(), a.to_string(), b.to_string())),
+            None => None,
+        }
+    })
+}
+
+/// Burn's recorder in full precision, under a temporary name until the file is complete. Optimizer
+/// moments do not survive half precision.
+#[derive(Clone, Debug, Default)]
+pub(super) struct CompleteFileRecorder(NamedMpkFileRecorder<FullPrecisionSettings>);
+
+impl<B: Backend> Recorder<B> for CompleteFileRecorder {
+    type Settings = FullPrecisionSettings;
+    type RecordArgs = PathBuf;
+    type RecordOutput = ();
+    type LoadArgs = PathBuf;
+
+    fn save_item<I: Serialize>(&self, item: I, mut path: PathBuf) -> Result<(), RecorderError> {
+        path.set_extension(<Self as FileRecorder<B>>::file_extension());
+        let partial = file::partial(&path);
+        Recorder::<B>::save_item(&self.0, item, partial.clone())?;
+        fs::rename(partial, path).map_err(|error| RecorderError::Unknown(error.to_string()))
+    }
+
+    fn load_item<I: DeserializeOwned>(&self, path: &mut PathBuf) -> Result<I, RecorderError> {
+        Recorder::<B>::load_item(&self.0, path)
+    }
+}
+
+impl<B: Backend> FileRecorder<B> for CompleteFileRecorder {
+    fn file_extension() -> &'static str {
+        "mpk"
+    }
+}
+
+/// Keeps the checkpoint with the lowest validation loss and the last two: while one is written in
+/// the background, the one before is what a run that dies resumes from.
+///
+/// Burn's own strategy looks the loss up while the last batches may still be on their way to it.
+pub(super) struct KeepLastAndBest {
+    pub run: RunDirectory,
+    pub history: History,
+    /// The mean losses of each epoch, as it ends.
+    pub train: Receiver<f64>,
+    pub valid: Receiver<f64>,
+    pub interrupter: Interrupter,
+    kept: BTreeSet<usize>,
+}
+
+impl KeepLastAndBest {
+    pub fn new(
+        run: RunDirectory,
+        history: History,
+        train: Receiver<f64>,
+        valid: Receiver<f64>,
+        interrupter: Interrupter,
+    ) -> Self {
+        let kept = run.checkpoints();
+        Self {
+            run,
+            history,
+            train,
+            valid,
+            interrupter,
+            kept,
+        }
+    }
+}
+
+impl CheckpointingStrategy for KeepLastAndBest {
+    fn checkpointing(&mut self, epoch: usize, _: &EventStoreClient) -> Vec<CheckpointingAction> {
+        // A closed channel means that the metrics' thread died.
+        let losses = EpochLosses {
+            epoch,
+            train: self.train.recv().unwrap_or(f64::NAN),
+            valid: self.valid.recv().unwrap_or(f64::NAN),
+        };
+        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        history.push(losses);
+        if !(losses.train.is_finite() && losses.valid.is_finite()) {
+            self.interrupter.stop(Some("the loss is not a number"));
+            return Vec::new();
+        }
+        if let Err(error) = self.run.save_losses(&history) {
+            self.interrupter.stop(Some(&error.to_string()));
+        }
+        let best = history.iter().min_by(|a, b| a.valid.total_cmp(&b.valid));
+        let best = best.map_or(epoch, |best| best.epoch);
+        self.kept.insert(epoch);
+        let keep = |old: usize| old + 1 >= epoch || old == best;
+        let (kept, old): (BTreeSet<_>, BTreeSet<_>) =
+            self.kept.iter().copied().partition(|&old| keep(old));
+        self.kept = kept;
+        // Deleting waits for what is being written, so that it comes last.
+        std::iter::once(CheckpointingAction::Save)
+            .chain(old.into_iter().map(CheckpointingAction::Delete))
+            .collect()
+    }
+}

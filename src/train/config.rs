@@ -1,0 +1,164 @@
+//! How to train.
+
+use burn::config::Config;
+
+use super::error::TrainError;
+use crate::config::FusedKvDecoderConfig;
+
+/// What is trained, on how much, and how fast.
+///
+/// Plain data with a JSON form, kept beside the checkpoints.
+///
+/// ```
+/// use fusedkv::train::TrainingConfig;
+/// use fusedkv::{FusedKvDecoderConfig, KvPlan};
+///
+/// let model = FusedKvDecoderConfig::tiny(512, KvPlan::FusedKv { storage_layers: 3 });
+/// let config = TrainingConfig::new(model, 128, 8, 1000).with_learning_rate(2e-3);
+/// assert!(config.validate().is_ok());
+/// ```
+#[derive(Config, Debug, PartialEq)]
+pub struct TrainingConfig {
+    /// The decoder.
+    pub model: FusedKvDecoderConfig,
+    /// Tokens per window.
+    pub context: usize,
+    /// Windows per step.
+    pub batch_size: usize,
+    /// Steps in all; one update of the weights each.
+    pub steps: usize,
+    /// Portions the steps are divided into. After each, the model is validated and a checkpoint
+    /// written. Not passes over the data.
+    #[config(default = 5)]
+    pub epochs: usize,
+    /// Highest learning rate, after warmup.
+    #[config(default = 1e-3)]
+    pub learning_rate: f64,
+    /// What a cosine takes the learning rate down to, as a share of it.
+    #[config(default = 0.1)]
+    pub min_learning_rate_ratio: f64,
+    /// Steps over which the learning rate rises linearly.
+    #[config(default = 0)]
+    pub warmup_steps: usize,
+    /// Decay of matrices per unit of learning rate (AdamW, arXiv 1711.05101); norms and fusion
+    /// weights do not decay.
+    #[config(default = 0.1)]
+    pub weight_decay: f32,
+    /// Decay of AdamW's first moment.
+    #[config(default = 0.9)]
+    pub beta_1: f32,
+    /// Decay of AdamW's second moment.
+    #[config(default = 0.95)]
+    pub beta_2: f32,
+    /// The norm of all gradients together is scaled down to this where it is larger.
+    #[config(default = 1.0)]
+    pub grad_clip: f64,
+    /// Share of the windows held out for validation, from the end of the text.
+    #[config(default = 0.05)]
+    pub valid_fraction: f64,
+    /// Seeds the initial weights and the order of the windows.
+    #[config(default = 0)]
+    pub seed: u64,
+}
+
+impl TrainingConfig {
+    /// Checks every field.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`], [`TrainError::Setting`] or [`TrainError::ContextTooLong`] for the
+    /// first that does not fit.
+    pub fn validate(&self) -> Result<(), TrainError> {
+        self.model.validate()?;
+        let positive = |value: f64| value > 0.0 && value.is_finite();
+        let share = |value: f64| (0.0..1.0).contains(&value);
+        for (field, value, fits, expected) in [
+            (
+                "context",
+                self.context as f64,
+                self.context > 0,
+                "1 or more",
+            ),
+            (
+                "batch_size",
+                self.batch_size as f64,
+                self.batch_size > 0,
+                "1 or more",
+            ),
+            ("steps", self.steps as f64, self.steps > 0, "1 or more"),
+            (
+                "epochs",
+                self.epochs as f64,
+                (1..=self.steps).contains(&self.epochs),
+                "1 or more, and no more than steps",
+            ),
+            (
+                "learning_rate",
+                self.learning_rate,
+                self.learning_rate > 0.0 && self.learning_rate <= 1.0,
+                "above 0 and at most 1",
+            ),
+            (
+                "min_learning_rate_ratio",
+                self.min_learning_rate_ratio,
+                (0.0..=1.0).contains(&self.min_learning_rate_ratio),
+                "0 to 1",
+            ),
+            (
+                "warmup_steps",
+                self.warmup_steps as f64,
+                self.warmup_steps < self.steps,
+                "fewer than steps",
+            ),
+            (
+                "weight_decay",
+                self.weight_decay.into(),
+                self.weight_decay >= 0.0 && self.weight_decay.is_finite(),
+                "0 or more",
+            ),
+            (
+                "beta_1",
+                self.beta_1.into(),
+                share(self.beta_1.into()),
+                "0 or more and below 1",
+            ),
+            (
+                "beta_2",
+                self.beta_2.into(),
+                share(self.beta_2.into()),
+                "0 or more and below 1",
+            ),
+            (
+                "grad_clip",
+                self.grad_clip,
+                positive(self.grad_clip),
+                "a positive number",
+            ),
+            (
+                "valid_fraction",
+                self.valid_fraction,
+                self.valid_fraction > 0.0 && self.valid_fraction < 1.0,
+                "above 0 and below 1",
+            ),
+        ] {
+            if !fits {
+                return Err(TrainError::Setting {
+                    field,
+                    value,
+                    expected,
+                });
+            }
+        }
+        if self.context > self.model.max_positions {
+            return Err(TrainError::ContextTooLong {
+                context: self.context,
+                max_positions: self.model.max_positions,
+            });
+        }
+        Ok(())
+    }
+
+    /// Tokens predicted in a step.
+    pub fn tokens_per_step(&self) -> usize {
+        self.batch_size * self.context
+    }
+}

@@ -1,0 +1,191 @@
+//! What can go wrong in training, its data, and the files around it.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::error::ConfigError;
+
+/// A training that cannot start, or did not finish.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// No decoder can be built from the configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A setting outside its range.
+    #[error("{field} is {value}, expected {expected}")]
+    Setting {
+        /// The setting's name.
+        field: &'static str,
+        /// What it was.
+        value: f64,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// Windows longer than the decoder's RoPE table.
+    #[error("context is {context} tokens, expected at most max_positions, {max_positions}")]
+    ContextTooLong {
+        /// Tokens per window.
+        context: usize,
+        /// What the decoder is configured for.
+        max_positions: usize,
+    },
+    /// Not enough text for a window to train on and one to validate on.
+    #[error(
+        "{found} tokens to train on, expected at least {needed}: two windows of {context} tokens \
+         and one more"
+    )]
+    TooFewTokens {
+        /// Tokens given.
+        found: usize,
+        /// Tokens it takes.
+        needed: usize,
+        /// Tokens per window.
+        context: usize,
+    },
+    /// A token the decoder has no embedding for.
+    #[error("token {token} at {position}, expected ids below the vocabulary's size, {vocab_size}")]
+    OutOfVocabulary {
+        /// Where it is.
+        position: usize,
+        /// What it is.
+        token: u32,
+        /// Size of the decoder's vocabulary.
+        vocab_size: usize,
+    },
+    /// The directory has files, and not those of a run: starting over would delete them.
+    #[error("{} is not empty and holds no earlier run, expected a new, empty or run directory", .0.display())]
+    NotARun(PathBuf),
+    /// There is nothing to resume from.
+    #[error("no complete checkpoint in {}, expected one to resume from", .0.display())]
+    NoCheckpoint(PathBuf),
+    /// The checkpoints are of a run with another configuration.
+    #[error("{} holds a run with {field} {found}, expected {expected}, to resume it", directory.display())]
+    OtherRun {
+        /// The run's directory.
+        directory: PathBuf,
+        /// The first setting that differs.
+        field: String,
+        /// Its value in the directory.
+        found: String,
+        /// Its value in the configuration given.
+        expected: String,
+    },
+    /// A file of the run cannot be read back.
+    #[error("cannot read {}: {reason}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A file cannot be written, or a directory not made.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Stopped from the terminal UI, or by a checkpoint that could not be saved. Resuming goes on
+    /// from the last checkpoint.
+    #[error("training stopped before its end: {0}")]
+    Interrupted(String),
+    /// The loss is infinite or not a number; a lower learning rate or longer warmup may help.
+    #[error("the loss of epoch {epoch} is {loss}, expected a number")]
+    Diverged {
+        /// The epoch, counted from 1.
+        epoch: usize,
+        /// Its mean training or validation loss.
+        loss: f64,
+    },
+}
+
+/// A tokenizer that cannot be trained, read, written or used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TokenizerError {
+    /// Every byte and the end-of-text token need an entry.
+    #[error(
+        "a vocabulary of {found} tokens, expected at least {min}: every byte and a special token"
+    )]
+    VocabTooSmall {
+        /// Tokens asked for.
+        found: usize,
+        /// The fewest possible.
+        min: usize,
+    },
+    /// The file is missing or is no tokenizer.
+    #[error("cannot read the tokenizer {}: {reason}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The file cannot be written.
+    #[error("cannot write the tokenizer {}: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The tokenizer refused, as one loaded from a file can; one trained here does not.
+    #[error("the tokenizer failed: {0}")]
+    Failed(String),
+}
+
+/// A model directory that cannot be written or read.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ModelDirError {
+    /// A file that makes a model directory is not there.
+    #[error("{} is no model directory: it has no {file}", directory.display())]
+    Missing {
+        /// The directory.
+        directory: PathBuf,
+        /// The file that is missing.
+        file: &'static str,
+    },
+    /// A file cannot be read as what it should be.
+    #[error("cannot read {}: {reason}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The configuration describes no decoder.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The weights are not those of the configured decoder.
+    #[error("the weights in {} do not fit the configuration: {reason}", path.display())]
+    Weights {
+        /// The file of weights.
+        path: PathBuf,
+        /// The tensors that are missing, left over or of another shape.
+        reason: String,
+    },
+    /// The tokenizer knows tokens the decoder does not.
+    #[error("the tokenizer has {tokenizer} tokens, expected at most the decoder's {decoder}")]
+    Vocabulary {
+        /// Tokens of the tokenizer.
+        tokenizer: usize,
+        /// Size of the decoder's vocabulary.
+        decoder: usize,
+    },
+    /// The tokenizer cannot be read or written.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// A file cannot be written.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,26 @@
+//! Files that are either the old or the new one, whenever the process dies.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Writes a file through `write`, which is given a temporary name beside `path`, then renames it.
+pub(super) fn replace<E: From<io::Error>>(
+    path: &Path,
+    write: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
+    let partial = partial(path);
+    write(&partial)?;
+    fs::rename(partial, path)?;
+    Ok(())
+}
+
+/// The temporary name, with the extension of `path`: some writers choose a format by it.
+pub(super) fn partial(path: &Path) -> PathBuf {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let name = format!("{stem}.partial");
+    match path.extension() {
+        Some(extension) => path.with_file_name(format!("{name}.{}", extension.to_string_lossy())),
+        None => path.with_file_name(name),
+    }
+}

@@ -1,0 +1,323 @@
+//! A training from configuration and tokens to a model.
+
+use std::io::{self, IsTerminal};
+use std::path::PathBuf;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use burn::data::dataloader::{DataLoader, DataLoaderBuilder};
+use burn::lr_scheduler::LrScheduler;
+use burn::lr_scheduler::composed::{ComposedLrScheduler, ComposedLrSchedulerConfig};
+use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
+use burn::lr_scheduler::linear::LinearLrSchedulerConfig;
+use burn::module::Module;
+use burn::optim::Optimizer;
+use burn::record::{Record, Recorder};
+use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn_train::metric::{LearningRateMetric, LossMetric};
+use burn_train::{Interrupter, Learner, SupervisedTraining};
+
+use super::checkpoint::{
+    CompleteFileRecorder, EpochLosses, History, KeepLastAndBest, RunDirectory,
+};
+use super::config::TrainingConfig;
+use super::data::{LanguageBatch, LanguageBatcher, Schedule, TokenWindows, TrainLoader};
+use super::error::TrainError;
+use super::metrics::{PerplexityMetric, TokenRateMetric, perplexity};
+use super::optimizer::optimizer;
+use super::progress::{PlainRenderer, Progress};
+use super::step::window_losses;
+use crate::decoder::FusedKvDecoder;
+
+/// How often plain progress is printed.
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Where a training keeps its checkpoints, and how it is watched.
+#[derive(Clone, Debug)]
+pub struct Run {
+    directory: PathBuf,
+    resume: bool,
+    progress: Progress,
+}
+
+impl Run {
+    /// A training that starts over in `directory`, a new or empty one or that of an earlier run,
+    /// whose files are then deleted.
+    pub fn new(directory: impl Into<PathBuf>) -> Self {
+        Self {
+            directory: directory.into(),
+            resume: false,
+            progress: Progress::Auto,
+        }
+    }
+
+    /// Goes on from the last checkpoint in the directory, if `resume` is set.
+    ///
+    /// The run ends as it would have without the interruption: the windows read, the optimizer's
+    /// moments and the learning rate are those of the step, given the same tokens. The one
+    /// exception is dropout, whose randomness starts over.
+    #[must_use]
+    pub fn with_resume(self, resume: bool) -> Self {
+        Self { resume, ..self }
+    }
+
+    /// Shows progress elsewhere.
+    #[must_use]
+    pub fn with_progress(self, progress: Progress) -> Self {
+        Self { progress, ..self }
+    }
+}
+
+/// What a training gives.
+#[derive(Clone, Debug)]
+pub struct Trained<B: Backend> {
+    /// The model after the last step, without autodiff.
+    pub model: FusedKvDecoder<B>,
+    /// The losses of every epoch, those before a resumption included.
+    pub epochs: Vec<EpochLosses>,
+    /// Mean loss of the last epoch's batches, in nats per token.
+    pub train_loss: f64,
+    /// Mean loss of the held-out windows, in nats per token.
+    pub valid_loss: f64,
+    /// Tokens read since the training's first step, repetitions included.
+    pub tokens: usize,
+    /// Time this call took; the part before a resumption is not known.
+    pub elapsed: Duration,
+}
+
+impl<B: Backend> Trained<B> {
+    /// Perplexity of the held-out windows: e to the [`valid_loss`](Self::valid_loss).
+    pub fn perplexity(&self) -> f64 {
+        perplexity(self.valid_loss)
+    }
+}
+
+/// Trains a decoder of random weights, or goes on with one, until the configured number of steps.
+///
+/// AdamW with gradients clipped to a norm, linear warmup and cosine decay. The last windows of the
+/// text are held out; after each of the epochs the model is validated on them and a checkpoint
+/// written. The checkpoints of the last two and of the best epoch are kept.
+///
+/// The same configuration, tokens and backend give the same model, as far as the backend's own
+/// arithmetic does and nothing else draws from its random numbers meanwhile.
+///
+/// # Errors
+/// [`TrainError`] for a configuration, tokens or a directory that do not fit, before anything is
+/// trained, and for a training that is stopped, loses its files or diverges.
+///
+/// # Panics
+/// If metric logs cannot be written in the run's directory, as Burn's logger does.
+pub fn train<B: AutodiffBackend>(
+    config: &TrainingConfig,
+    tokens: impl Into<Arc<[u32]>>,
+    run: &Run,
+    device: &B::Device,
+) -> Result<Trained<B::InnerBackend>, TrainError> {
+    let start = Instant::now();
+    config.validate()?;
+    let tokens = tokens.into();
+    check_vocabulary(&tokens, config.model.vocab_size)?;
+    let (train_windows, valid_windows) =
+        TokenWindows::split(tokens, config.context, config.valid_fraction)?;
+
+    B::seed(device, config.seed);
+    // Parameters draw their values when first used; a fork uses them all, in order.
+    let model = config.model.init::<B>(device)?.fork(device);
+    let optimizer = optimizer::<B, FusedKvDecoder<B>>(config);
+    let scheduler = learning_rates(config)?;
+
+    let (directory, done, losses) = if run.resume {
+        let (directory, epoch, losses) = RunDirectory::resume(&run.directory, config)?;
+        check_checkpoint(&directory, epoch, &optimizer, &scheduler, device)?;
+        (directory, epoch, losses)
+    } else {
+        (RunDirectory::start(&run.directory, config)?, 0, Vec::new())
+    };
+
+    let history: History = Arc::new(Mutex::new(losses));
+    let interrupter = Interrupter::new();
+    let (train_report, train_losses) = channel();
+    let (valid_report, valid_losses) = channel();
+    let strategy = KeepLastAndBest::new(
+        directory.clone(),
+        history.clone(),
+        train_losses,
+        valid_losses,
+        interrupter.clone(),
+    );
+    let schedule = Schedule::new(config);
+    let train_loader = TrainLoader::new(train_windows, schedule, done + 1, device);
+    let valid_loader = valid_loader::<B::InnerBackend>(valid_windows, config.batch_size, device);
+    let mut training =
+        SupervisedTraining::new(directory.path(), Arc::new(train_loader), valid_loader)
+            .metrics((LossMetric::<B::InnerBackend>::new(),))
+            .metric_train_numeric(PerplexityMetric::reporting(train_report))
+            .metric_valid_numeric(PerplexityMetric::reporting(valid_report))
+            .metric_train_numeric(LearningRateMetric::new())
+            .metric_train_numeric(TokenRateMetric::new())
+            .with_file_checkpointer(CompleteFileRecorder::default())
+            .with_checkpointing_strategy(strategy)
+            .with_interrupter(interrupter.clone())
+            // A library does not install a logger, nor a panic hook.
+            .with_application_logger(None)
+            .num_epochs(config.epochs);
+    if done > 0 {
+        training = training.checkpoint(done);
+    }
+    training = match run.progress {
+        Progress::Auto if io::stdout().is_terminal() => training,
+        Progress::Auto | Progress::Plain => {
+            training.renderer(PlainRenderer::new(io::stdout(), config, LINE_INTERVAL))
+        }
+        Progress::Quiet => training.renderer(PlainRenderer::new(io::sink(), config, LINE_INTERVAL)),
+    };
+    let result = training.launch(Learner::new(model, optimizer, scheduler));
+
+    let epochs = history
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
+    for losses in &epochs {
+        for loss in [losses.train, losses.valid] {
+            if !loss.is_finite() {
+                return Err(TrainError::Diverged {
+                    epoch: losses.epoch,
+                    loss,
+                });
+            }
+        }
+    }
+    let interrupted = || {
+        let message = interrupter.get_message();
+        TrainError::Interrupted(message.unwrap_or_else(|| "no reason given".to_owned()))
+    };
+    if interrupter.should_stop() {
+        return Err(interrupted());
+    }
+    let last = *epochs.last().ok_or_else(interrupted)?;
+    Ok(Trained {
+        model: result.model,
+        epochs,
+        train_loss: last.train,
+        valid_loss: last.valid,
+        tokens: config.steps * config.tokens_per_step(),
+        elapsed: start.elapsed(),
+    })
+}
+
+/// Mean loss of a model on windows, in nats per token, `batch_size` windows at a time.
+///
+/// # Errors
+/// [`TrainError::Setting`] if `batch_size` is 0, [`TrainError::ContextTooLong`] or
+/// [`TrainError::OutOfVocabulary`] if the model cannot read the windows.
+pub fn evaluate<B: Backend>(
+    model: &FusedKvDecoder<B>,
+    windows: &TokenWindows,
+    batch_size: usize,
+) -> Result<f64, TrainError> {
+    if batch_size == 0 {
+        return Err(TrainError::Setting {
+            field: "batch_size",
+            value: 0.0,
+            expected: "1 or more",
+        });
+    }
+    let config = model.config();
+    if windows.context() > config.max_positions {
+        return Err(TrainError::ContextTooLong {
+            context: windows.context(),
+            max_positions: config.max_positions,
+        });
+    }
+    check_vocabulary(windows.tokens(), config.vocab_size)?;
+    let device = model.embed_tokens.weight.val().device();
+    let loader = valid_loader::<B>(windows.clone(), batch_size, &device);
+    let (mut sum, mut count) = (0.0, 0);
+    for batch in loader.iter() {
+        for loss in window_losses(model, batch).into_data().iter::<f64>() {
+            sum += loss;
+            count += 1;
+        }
+    }
+    Ok(sum / f64::from(count))
+}
+
+fn valid_loader<B: Backend>(
+    windows: TokenWindows,
+    batch_size: usize,
+    device: &B::Device,
+) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
+    DataLoaderBuilder::new(LanguageBatcher)
+        .batch_size(batch_size)
+        .set_device(device.clone())
+        .build(windows)
+}
+
+fn check_vocabulary(tokens: &[u32], vocab_size: usize) -> Result<(), TrainError> {
+    let unknown = |&token: &u32| token as usize >= vocab_size;
+    match tokens.iter().position(unknown) {
+        Some(position) => Err(TrainError::OutOfVocabulary {
+            position,
+            token: tokens[position],
+            vocab_size,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Linear warmup times cosine decay.
+fn learning_rates(config: &TrainingConfig) -> Result<ComposedLrScheduler, TrainError> {
+    let highest = config.learning_rate;
+    // The cosine's first step is step 0, and its last the last.
+    let cosine = CosineAnnealingLrSchedulerConfig::new(highest, (config.steps - 1).max(1))
+        .with_min_lr(highest * config.min_learning_rate_ratio);
+    let mut rates = ComposedLrSchedulerConfig::new().cosine(cosine);
+    if config.warmup_steps > 0 {
+        let first = 1.0 / (config.warmup_steps + 1) as f64;
+        rates = rates.linear(LinearLrSchedulerConfig::new(
+            first,
+            1.0,
+            config.warmup_steps,
+        ));
+    }
+    rates.init().map_err(|_| TrainError::Setting {
+        field: "learning_rate",
+        value: highest,
+        expected: "a rate that Burn's schedulers take",
+    })
+}
+
+/// Reads a checkpoint's files: Burn's learner panics where it cannot.
+fn check_checkpoint<B: AutodiffBackend, O, S: LrScheduler>(
+    directory: &RunDirectory,
+    epoch: usize,
+    _optimizer: &O,
+    _scheduler: &S,
+    device: &B::Device,
+) -> Result<(), TrainError>
+where
+    O: Optimizer<FusedKvDecoder<B>, B>,
+{
+    type ModelRecord<B> = <FusedKvDecoder<B> as Module<B>>::Record;
+    check_part::<B, ModelRecord<B>>(directory, "model", epoch, device)?;
+    check_part::<B, O::Record>(directory, "optim", epoch, device)?;
+    check_part::<B, S::Record<B>>(directory, "scheduler", epoch, device)
+}
+
+fn check_part<B: Backend, R: Record<B>>(
+    directory: &RunDirectory,
+    part: &str,
+    epoch: usize,
+    device: &B::Device,
+) -> Result<(), TrainError> {
+    let path = directory.part(part, epoch);
+    let recorder = CompleteFileRecorder::default();
+    Recorder::<B>::load::<R>(&recorder, path.clone(), device).map_err(|error| {
+        TrainError::Unreadable {
+            path: path.with_extension("mpk"),
+            reason: error.to_string(),
+        }
+    })?;
+    Ok(())
+}
