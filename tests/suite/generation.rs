@@ -103,7 +103,7 @@ fn rows_say_why_they_end() {
 fn wrong_settings_and_prompts_are_refused_before_any_work() {
     let model = fixed_case().model::<F64>();
     let refused = |prompts: &[Vec<u32>], config: GenerationConfig| {
-        generate(&model, prompts, &config).err().expect("refused")
+        generate(&model, prompts, &config).expect_err("refused")
     };
     let good = vec![vec![1, 2]];
     let config = GenerationConfig::new().with_max_new_tokens(4);
