@@ -8,9 +8,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+use serde::{Deserialize, Serialize};
 
 use crate::decoder::KeyValue;
-use crate::decoder::kv::KvStore;
+use crate::decoder::kv::{KvStore, Stored};
 use crate::error::CacheError;
 use crate::plan::KvLayout;
 
@@ -32,6 +33,27 @@ impl std::fmt::Display for CacheShape {
             self.layout.layers(),
         )
     }
+}
+
+/// What numbers a cache keeps; attention computes in the decoder's own float type whatever it is.
+///
+/// The errors are of one stored number x, whatever the plan; docs/benchmarks.md has what they do to
+/// a trained model's perplexity.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheDtype {
+    /// The decoder's float type: exact.
+    #[default]
+    Model,
+    /// 4 bytes.
+    F32,
+    /// 2 bytes; an error of at most |x| · 2⁻¹¹ for |x| from 6.1e-5 to 65504, the largest.
+    F16,
+    /// 2 bytes; an error of at most |x| · 2⁻⁸.
+    Bf16,
+    /// 1 byte, and an f32 scale per token and head: an error of at most 1/254 of the head's largest
+    /// magnitude at that token.
+    Int8,
 }
 
 /// Keys and values of the layers that store, for a batch of rows.
@@ -68,14 +90,18 @@ pub struct FusedKvCache<B: Backend> {
     holes: Vec<Vec<Range<usize>>>,
     len: usize,
     capacity: usize,
+    dtype: CacheDtype,
+    /// The decoder's float type.
+    float: DType,
+    device: B::Device,
 }
 
 /// One layer's storage. `None` only while a write has it: the backend can then write in place,
 /// because nobody else holds the tensor.
 #[derive(Clone, Debug)]
 struct Slot<B: Backend> {
-    key: Option<Tensor<B, 4>>,
-    value: Option<Tensor<B, 4>>,
+    key: Option<Stored<B>>,
+    value: Option<Stored<B>>,
 }
 
 impl<B: Backend> FusedKvCache<B> {
@@ -83,7 +109,8 @@ impl<B: Backend> FusedKvCache<B> {
         shape: CacheShape,
         batch: usize,
         capacity: usize,
-        dtype: DType,
+        dtype: CacheDtype,
+        float: DType,
         device: &B::Device,
     ) -> Result<Self, CacheError> {
         for (field, value) in [("batch", batch), ("capacity", capacity)] {
@@ -91,8 +118,21 @@ impl<B: Backend> FusedKvCache<B> {
                 return Err(CacheError::Zero { field });
             }
         }
+        let numbers = match dtype {
+            CacheDtype::Model => float,
+            CacheDtype::F32 => DType::F32,
+            CacheDtype::F16 => DType::F16,
+            CacheDtype::Bf16 => DType::BF16,
+            CacheDtype::Int8 => DType::I8,
+        };
+        if !B::supports_dtype(device, numbers) {
+            return Err(CacheError::UnsupportedDtype {
+                dtype,
+                backend: B::name(device),
+            });
+        }
         let dims = [batch, shape.n_kv_heads, capacity, shape.head_dim];
-        let zeros = || Some(Tensor::zeros(dims, (device, dtype)));
+        let zeros = || Some(Stored::zeros(dims, numbers, device));
         let slots = (0..shape.layout.n_stores())
             .map(|_| Slot {
                 key: zeros(),
@@ -105,6 +145,9 @@ impl<B: Backend> FusedKvCache<B> {
             holes: vec![Vec::new(); batch],
             len: 0,
             capacity,
+            dtype,
+            float,
+            device: device.clone(),
         })
     }
 
@@ -133,6 +176,11 @@ impl<B: Backend> FusedKvCache<B> {
         self.capacity - self.len
     }
 
+    /// What numbers it keeps.
+    pub fn dtype(&self) -> CacheDtype {
+        self.dtype
+    }
+
     /// Tokens cached per row; the next token's position.
     pub fn row_lens(&self) -> Vec<usize> {
         self.holes
@@ -143,9 +191,14 @@ impl<B: Backend> FusedKvCache<B> {
 
     /// Bytes of all key and value tensors as allocated, used or not.
     pub fn bytes_allocated(&self) -> usize {
-        self.tensors()
-            .map(|tensor| tensor.shape().num_elements() * tensor.dtype().size())
-            .sum()
+        let stored = |slot: &'_ Slot<B>| {
+            slot.key
+                .iter()
+                .chain(&slot.value)
+                .map(Stored::bytes)
+                .sum::<usize>()
+        };
+        self.slots.iter().map(stored).sum()
     }
 
     /// Keeps the first `len` slots of every row, e.g. to undo rejected drafts.
@@ -213,25 +266,28 @@ impl<B: Backend> FusedKvCache<B> {
             return Err(CacheError::NoSuchRow { row, batch });
         }
         let index: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+        let index = TensorData::new(index, [rows.len()]);
+        let index = Tensor::<B, 1, Int>::from_data(index, &self.device);
         for slot in &mut self.slots {
-            for tensor in [&mut slot.key, &mut slot.value] {
-                let old = take(tensor);
-                let index = TensorData::new(index.clone(), [rows.len()]);
-                let index = Tensor::<B, 1, Int>::from_data(index, &old.device());
-                *tensor = Some(old.select(0, index));
+            for stored in [&mut slot.key, &mut slot.value] {
+                *stored = Some(take(stored).select(index.clone()));
             }
         }
         self.holes = rows.iter().map(|&row| self.holes[row].clone()).collect();
         Ok(())
     }
 
-    /// Cached keys and values of a storing layer, holes included, `[batch, n_kv_heads, len,
-    /// head_dim]` each; `slot` counts storing layers from the bottom.
+    /// Cached keys and values of a storing layer in the decoder's float type, holes included,
+    /// `[batch, n_kv_heads, len, head_dim]` each; `slot` counts storing layers from the bottom.
     ///
     /// # Panics
     /// If `slot` is not below the number of storing layers.
     pub fn get(&self, slot: usize) -> KeyValue<B> {
-        self.prefix(slot, self.len)
+        let Slot { key, value } = &self.slots[slot];
+        KeyValue {
+            key: prefix(key, self.len).float(self.float),
+            value: prefix(value, self.len).float(self.float),
+        }
     }
 
     /// Per row, the slots in use that hold no token.
@@ -274,25 +330,14 @@ impl<B: Backend> FusedKvCache<B> {
         }
         Ok(())
     }
+}
 
-    fn prefix(&self, slot: usize, len: usize) -> KeyValue<B> {
-        let prefix = |tensor: &Option<Tensor<B, 4>>| {
-            tensor
-                .clone()
-                .expect("no write is under way")
-                .narrow(2, 0, len)
-        };
-        KeyValue {
-            key: prefix(&self.slots[slot].key),
-            value: prefix(&self.slots[slot].value),
-        }
-    }
-
-    fn tensors(&self) -> impl Iterator<Item = &Tensor<B, 4>> {
-        self.slots
-            .iter()
-            .flat_map(|slot| slot.key.iter().chain(&slot.value))
-    }
+/// The first `len` positions, sharing the memory.
+fn prefix<B: Backend>(stored: &Option<Stored<B>>, len: usize) -> Stored<B> {
+    stored
+        .clone()
+        .expect("no write is under way")
+        .narrow(0, len)
 }
 
 /// An append under way: one chunk's keys and values of every storing layer.
@@ -302,6 +347,10 @@ pub(crate) struct Append<'c, B: Backend> {
 }
 
 impl<B: Backend> Append<'_, B> {
+    fn prefix(&self, stored: &Option<Stored<B>>) -> Stored<B> {
+        prefix(stored, self.cache.len + self.seq)
+    }
+
     /// Makes the new slots count; the first `padding[row]` of them hold no token.
     pub fn commit(self, padding: &[usize]) {
         let start = self.cache.len;
@@ -314,22 +363,24 @@ impl<B: Backend> Append<'_, B> {
 
 impl<B: Backend> KvStore<B> for Append<'_, B> {
     fn put(&mut self, slot: usize, kv: KeyValue<B>) {
-        let new = self.cache.len..self.cache.len + self.seq;
+        let start = self.cache.len;
         let slot = &mut self.cache.slots[slot];
-        for (tensor, rows) in [(&mut slot.key, kv.key), (&mut slot.value, kv.value)] {
-            let [batch, heads, _, head_dim] = rows.dims();
-            let range = [0..batch, 0..heads, new.clone(), 0..head_dim];
-            *tensor = Some(take(tensor).slice_assign(range, rows));
+        for (stored, rows) in [(&mut slot.key, kv.key), (&mut slot.value, kv.value)] {
+            *stored = Some(take(stored).assign(start, rows));
         }
     }
 
-    fn get(&self, slot: usize) -> KeyValue<B> {
-        self.cache.prefix(slot, self.cache.len + self.seq)
+    fn key(&self, slot: usize) -> Stored<B> {
+        self.prefix(&self.cache.slots[slot].key)
+    }
+
+    fn value(&self, slot: usize) -> Stored<B> {
+        self.prefix(&self.cache.slots[slot].value)
     }
 }
 
-fn take<B: Backend>(tensor: &mut Option<Tensor<B, 4>>) -> Tensor<B, 4> {
-    tensor.take().expect("no write is under way")
+fn take<B: Backend>(stored: &mut Option<Stored<B>>) -> Stored<B> {
+    stored.take().expect("no write is under way")
 }
 
 /// Drops the parts of holes at or above `len`.

@@ -3,6 +3,8 @@
 
 use thiserror::Error;
 
+use crate::cache::CacheDtype;
+
 /// A plan that no decoder can follow.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -156,6 +158,14 @@ pub enum CacheError {
     Zero {
         /// `batch` or `capacity`.
         field: &'static str,
+    },
+    /// Numbers that the backend cannot keep.
+    #[error("a cache of {dtype:?} on the backend {backend}, which has no such numbers")]
+    UnsupportedDtype {
+        /// What was asked for.
+        dtype: CacheDtype,
+        /// The backend.
+        backend: String,
     },
     /// More tokens than fit.
     #[error("{requested} more tokens in a cache that holds {len} of {capacity}")]

@@ -45,12 +45,13 @@ pub mod cost;
 pub mod decoder;
 pub mod error;
 pub mod generate;
+mod kernels;
 pub mod plan;
 pub mod tokens;
 #[cfg(feature = "train")]
 pub mod train;
 
-pub use cache::FusedKvCache;
+pub use cache::{CacheDtype, FusedKvCache};
 pub use config::{FusedKvDecoderConfig, FusionInit, FusionStart};
 pub use cost::DecoderCosts;
 pub use decoder::{FusedKvDecoder, FusionForm, KvFusion, KvFusionConfig, Logits};

@@ -12,7 +12,10 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::module::attention;
 use burn::tensor::ops::AttentionModuleOptions;
-use burn::tensor::{Bool, Tensor, backend::Backend};
+use burn::tensor::{Bool, DType, Tensor, backend::Backend};
+
+use super::kv::Stored;
+use crate::kernels;
 
 /// How attention treats a blend of sources; both give the same result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,9 +30,18 @@ pub enum FusionForm {
 #[derive(Clone, Debug)]
 pub(crate) struct Term<B: Backend> {
     /// `[batch, n_kv_heads, keys, head_dim]`.
-    pub source: Tensor<B, 4>,
+    pub source: Stored<B>,
     /// Broadcastable to the source; none is one.
     pub weight: Option<Tensor<B, 4>>,
+}
+
+impl<B: Backend> Term<B> {
+    fn plain(source: Tensor<B, 4>) -> Self {
+        Self {
+            source: Stored::Float(source),
+            weight: None,
+        }
+    }
 }
 
 /// Which keys each query may see.
@@ -65,13 +77,39 @@ pub(crate) fn attend<B: Backend>(
     values: Vec<Term<B>>,
     visibility: &Visibility<B>,
 ) -> Tensor<B, 4> {
-    match form {
-        FusionForm::Materialised => materialised(query, blend(keys), blend(values), visibility),
-        FusionForm::Absorbed => absorbed(query, keys, values, visibility),
+    let (keys, values) = match form {
+        FusionForm::Materialised => (
+            vec![Term::plain(blend(keys, query.dtype()))],
+            vec![Term::plain(blend(values, query.dtype()))],
+        ),
+        FusionForm::Absorbed => (keys, values),
+    };
+    kernels::attention(query, keys, values, visibility)
+}
+
+/// [`attend`] in the absorbed form, by Burn's operations alone.
+pub(crate) fn attend_with_stock_operations<B: Backend>(
+    query: Tensor<B, 4>,
+    keys: Vec<Term<B>>,
+    values: Vec<Term<B>>,
+    visibility: &Visibility<B>,
+) -> Tensor<B, 4> {
+    let dtype = query.dtype();
+    let [_, _, n_queries, _] = query.dims();
+    let [_, _, n_keys, _] = keys[0].source.dims();
+    match (&keys[..], &values[..]) {
+        // Burn's `attention` has fused kernels on some backends; it knows neither blends nor
+        // grouped queries, and its causal mask is for as many keys as queries.
+        ([Term { weight: None, .. }], [Term { weight: None, .. }]) if n_queries == n_keys => {
+            let (key, value) = (blend(keys, dtype), blend(values, dtype));
+            whole(query, key, value, visibility)
+        }
+        _ => grouped(query, keys, values, visibility),
     }
 }
 
-fn materialised<B: Backend>(
+/// As many queries as keys, by Burn's `attention`.
+fn whole<B: Backend>(
     query: Tensor<B, 4>,
     key: Tensor<B, 4>,
     value: Tensor<B, 4>,
@@ -91,25 +129,28 @@ fn materialised<B: Backend>(
     attention(query, key, value, hidden, None, options)
 }
 
-fn absorbed<B: Backend>(
+/// Products per source, the queries of a kv head's whole group side by side: no key or value is
+/// blended, or repeated for grouped queries.
+fn grouped<B: Backend>(
     query: Tensor<B, 4>,
     keys: Vec<Term<B>>,
     values: Vec<Term<B>>,
     visibility: &Visibility<B>,
 ) -> Tensor<B, 4> {
+    let dtype = query.dtype();
     let shape @ [batch, n_heads, n_queries, head_dim] = query.dims();
     let [_, n_kv_heads, n_keys, _] = keys[0].source.dims();
     let group = n_heads / n_kv_heads;
-    // The queries of a kv head's whole group side by side: no key or value is repeated for GQA.
     let query = (query * (head_dim as f64).sqrt().recip()).reshape([
         batch,
         n_kv_heads,
         group * n_queries,
         head_dim,
     ]);
-    let scores = sum(keys
-        .into_iter()
-        .map(|key| weighted(query.clone(), key.weight).matmul(key.source.swap_dims(2, 3))));
+    let scores = sum(keys.into_iter().map(|key| {
+        let keys = key.source.float(dtype).swap_dims(2, 3);
+        weighted(query.clone(), key.weight).matmul(keys)
+    }));
     let scores = match visibility {
         Visibility::All => scores,
         Visibility::Causal => {
@@ -119,9 +160,10 @@ fn absorbed<B: Backend>(
         Visibility::Except(hidden) => hide(scores, hidden.clone().repeat_dim(2, group)),
     };
     let probabilities = softmax(scores, 3);
-    sum(values
-        .into_iter()
-        .map(|value| weighted(probabilities.clone().matmul(value.source), value.weight)))
+    sum(values.into_iter().map(|value| {
+        let sums = probabilities.clone().matmul(value.source.float(dtype));
+        weighted(sums, value.weight)
+    }))
     .reshape(shape)
 }
 
@@ -146,10 +188,10 @@ fn hide<B: Backend>(scores: Tensor<B, 4>, hidden: Tensor<B, 4, Bool>) -> Tensor<
     scores.mask_fill(hidden, lowest)
 }
 
-fn blend<B: Backend>(terms: Vec<Term<B>>) -> Tensor<B, 4> {
+fn blend<B: Backend>(terms: Vec<Term<B>>, dtype: DType) -> Tensor<B, 4> {
     sum(terms
         .into_iter()
-        .map(|term| weighted(term.source, term.weight)))
+        .map(|term| weighted(term.source.float(dtype), term.weight)))
 }
 
 fn weighted<B: Backend>(x: Tensor<B, 4>, weight: Option<Tensor<B, 4>>) -> Tensor<B, 4> {

@@ -7,9 +7,10 @@ use burn::tensor::{Tensor, backend::Backend};
 
 use super::attend::{FusionForm, Term, attend};
 use super::fusion::{KvFusion, KvFusionConfig, KvResidual};
-use super::kv::KeyValue;
-use super::{Span, linear, rms_norm};
+use super::kv::{KeyValue, Stored};
+use super::{Span, new_linear, new_norm};
 use crate::config::FusedKvDecoderConfig;
+use crate::kernels::{linear, rms_norm};
 use crate::plan::LayerKv;
 
 /// Grouped-query attention with RoPE and a per-head RMSNorm on q and k, whose keys and values are
@@ -43,14 +44,14 @@ impl<B: Backend> Attention<B> {
         let kv_width = config.n_kv_heads * head_dim;
         let q_width = config.n_heads * head_dim;
         let stores = matches!(layer, LayerKv::Store { .. });
-        let own_kv = || stores.then(|| linear(hidden, kv_width, config, device));
+        let own_kv = || stores.then(|| new_linear(hidden, kv_width, config, device));
         Self {
-            q_proj: linear(hidden, q_width, config, device),
+            q_proj: new_linear(hidden, q_width, config, device),
             k_proj: own_kv(),
             v_proj: own_kv(),
-            o_proj: linear(q_width, hidden, config, device),
-            q_norm: rms_norm(head_dim, config, device),
-            k_norm: stores.then(|| rms_norm(head_dim, config, device)),
+            o_proj: new_linear(q_width, hidden, config, device),
+            q_norm: new_norm(head_dim, config, device),
+            k_norm: stores.then(|| new_norm(head_dim, config, device)),
             kv_fusion: match layer {
                 LayerKv::Store { .. } => None,
                 LayerKv::Reuse { key, value } => KvFusionConfig {
@@ -78,8 +79,11 @@ impl<B: Backend> Attention<B> {
     pub(crate) fn own_kv(&self, x: Tensor<B, 3>, span: &Span<B>) -> Option<KeyValue<B>> {
         let (k_proj, v_proj) = (self.k_proj.as_ref()?, self.v_proj.as_ref()?);
         let k_norm = self.k_norm.as_ref()?;
-        let key = k_norm.forward(self.split_heads(k_proj.forward(x.clone())));
-        let value = self.split_heads(v_proj.forward(x));
+        let key = rms_norm(
+            k_norm,
+            self.split_heads(linear(x.clone(), k_proj.weight.val())),
+        );
+        let value = self.split_heads(linear(x, v_proj.weight.val()));
         Some(KeyValue {
             key: span.angles.apply(key.swap_dims(1, 2)),
             value: value.swap_dims(1, 2),
@@ -107,25 +111,23 @@ impl<B: Backend> Attention<B> {
         &self,
         form: FusionForm,
         x: Tensor<B, 3>,
-        keys: Vec<Tensor<B, 4>>,
-        values: Vec<Tensor<B, 4>>,
+        keys: Vec<Stored<B>>,
+        values: Vec<Stored<B>>,
         span: &Span<B>,
     ) -> Tensor<B, 3> {
         let [batch, queries, _] = x.dims();
-        let query = self
-            .q_norm
-            .forward(self.split_heads(self.q_proj.forward(x)));
+        let query = self.split_heads(linear(x, self.q_proj.weight.val()));
+        let query = rms_norm(&self.q_norm, query);
         let query = span.angles.apply(query.swap_dims(1, 2));
         let fusion = self.kv_fusion.as_ref();
         let keys = terms(keys, fusion.and_then(KvFusion::key_weights));
         let values = terms(values, fusion.and_then(KvFusion::value_weights));
         let output = attend(form, query, keys, values, &span.visibility);
         let [_, n_heads, _, head_dim] = output.dims();
-        self.o_proj.forward(
-            output
-                .swap_dims(1, 2)
-                .reshape([batch, queries, n_heads * head_dim]),
-        )
+        let output = output
+            .swap_dims(1, 2)
+            .reshape([batch, queries, n_heads * head_dim]);
+        linear(output, self.o_proj.weight.val())
     }
 
     /// `[batch, seq, heads · head_dim]` to `[batch, seq, heads, head_dim]`.
@@ -135,10 +137,7 @@ impl<B: Backend> Attention<B> {
     }
 }
 
-fn terms<B: Backend>(
-    sources: Vec<Tensor<B, 4>>,
-    weights: Option<Vec<Tensor<B, 4>>>,
-) -> Vec<Term<B>> {
+fn terms<B: Backend>(sources: Vec<Stored<B>>, weights: Option<Vec<Tensor<B, 4>>>) -> Vec<Term<B>> {
     let mut weights = weights.into_iter().flatten();
     sources
         .into_iter()

@@ -1,6 +1,6 @@
 //! Keys and values on their way from the layers that store them to the layers that read them.
 
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::{DType, Int, IntDType, Tensor, backend::Backend};
 
 /// Post-RoPE keys and values of one layer, each `[batch, n_kv_heads, seq, head_dim]`.
 #[derive(Clone, Debug)]
@@ -11,18 +11,16 @@ pub struct KeyValue<B: Backend> {
     pub value: Tensor<B, 4>,
 }
 
-impl<B: Backend> KeyValue<B> {
-    /// The last `seq` positions.
-    pub(crate) fn tail(self, seq: usize) -> Self {
-        let tail = |x: Tensor<B, 4>| {
-            let [_, _, len, _] = x.dims();
-            x.narrow(2, len - seq, seq)
-        };
-        Self {
-            key: tail(self.key),
-            value: tail(self.value),
-        }
-    }
+/// Keys or values of one layer as they are stored, `[batch, n_kv_heads, seq, head_dim]`.
+#[derive(Clone, Debug)]
+pub(crate) enum Stored<B: Backend> {
+    /// Floats of any type.
+    Float(Tensor<B, 4>),
+    /// 8-bit integers, times a scale per token and head, `[batch, n_kv_heads, seq, 1]`.
+    Int8 {
+        codes: Tensor<B, 4, Int>,
+        scales: Tensor<B, 4>,
+    },
 }
 
 /// Where one forward pass puts the keys and values of storing layers, and finds them again.
@@ -32,8 +30,11 @@ pub(crate) trait KvStore<B: Backend> {
     /// Takes the new positions' keys and values.
     fn put(&mut self, slot: usize, kv: KeyValue<B>);
 
-    /// All positions' keys and values, the new ones last.
-    fn get(&self, slot: usize) -> KeyValue<B>;
+    /// All positions' keys, the new ones last.
+    fn key(&self, slot: usize) -> Stored<B>;
+
+    /// All positions' values, the new ones last.
+    fn value(&self, slot: usize) -> Stored<B>;
 }
 
 /// Keys and values of a pass without a cache: the new positions are all there is.
@@ -52,7 +53,116 @@ impl<B: Backend> KvStore<B> for Uncached<B> {
         self.0.push(kv);
     }
 
-    fn get(&self, slot: usize) -> KeyValue<B> {
-        self.0[slot].clone()
+    fn key(&self, slot: usize) -> Stored<B> {
+        Stored::Float(self.0[slot].key.clone())
+    }
+
+    fn value(&self, slot: usize) -> Stored<B> {
+        Stored::Float(self.0[slot].value.clone())
+    }
+}
+
+impl<B: Backend> Stored<B> {
+    /// Largest code; the smallest is its negative.
+    const CODES: f64 = 127.0;
+
+    /// Zeros of type `dtype`, which is a float type or 8-bit integers.
+    pub fn zeros(dims: [usize; 4], dtype: DType, device: &B::Device) -> Self {
+        if dtype != DType::I8 {
+            return Self::Float(Tensor::zeros(dims, (device, dtype)));
+        }
+        let [batch, heads, seq, _] = dims;
+        Self::Int8 {
+            codes: Tensor::zeros(dims, (device, DType::I8)),
+            scales: Tensor::zeros([batch, heads, seq, 1], (device, DType::F32)),
+        }
+    }
+
+    /// Codes round(x / scale) and scales, where a scale is a token's and head's largest magnitude /
+    /// 127: an element is off by at most half its scale.
+    fn int8(x: Tensor<B, 4>) -> (Tensor<B, 4, Int>, Tensor<B, 4>) {
+        // Without the floor, a row of zeros would be divided by zero.
+        let largest = x
+            .clone()
+            .abs()
+            .max_dim(3)
+            .clamp_min(f64::from(f32::MIN_POSITIVE) * 1e3);
+        let scales = largest.div_scalar(Self::CODES);
+        let codes = (x / scales.clone()).round().int().cast(IntDType::I8);
+        (codes, scales.cast(DType::F32))
+    }
+
+    /// `[batch, n_kv_heads, seq, head_dim]`.
+    pub fn dims(&self) -> [usize; 4] {
+        match self {
+            Self::Float(x) => x.dims(),
+            Self::Int8 { codes, .. } => codes.dims(),
+        }
+    }
+
+    /// As floats of type `dtype`; free if they are that already.
+    pub fn float(self, dtype: DType) -> Tensor<B, 4> {
+        match self {
+            Self::Float(x) => x.cast(dtype),
+            Self::Int8 { codes, scales } => (codes.float().cast(DType::F32) * scales).cast(dtype),
+        }
+    }
+
+    /// Positions `start..start + len`.
+    pub fn narrow(self, start: usize, len: usize) -> Self {
+        match self {
+            Self::Float(x) => Self::Float(x.narrow(2, start, len)),
+            Self::Int8 { codes, scales } => Self::Int8 {
+                codes: codes.narrow(2, start, len),
+                scales: scales.narrow(2, start, len),
+            },
+        }
+    }
+
+    /// The last `len` positions.
+    pub fn tail(self, len: usize) -> Self {
+        let [_, _, seq, _] = self.dims();
+        self.narrow(seq - len, len)
+    }
+
+    /// Rows of the batch.
+    pub fn select(self, rows: Tensor<B, 1, Int>) -> Self {
+        match self {
+            Self::Float(x) => Self::Float(x.select(0, rows)),
+            Self::Int8 { codes, scales } => Self::Int8 {
+                codes: codes.select(0, rows.clone()),
+                scales: scales.select(0, rows),
+            },
+        }
+    }
+
+    /// Writes `x` at positions from `start`, in place if nobody else holds this.
+    pub fn assign(self, start: usize, x: Tensor<B, 4>) -> Self {
+        let [batch, heads, len, head_dim] = x.dims();
+        let range = |width| [0..batch, 0..heads, start..start + len, 0..width];
+        match self {
+            Self::Float(old) => {
+                let dtype = old.dtype();
+                Self::Float(old.slice_assign(range(head_dim), x.cast(dtype)))
+            }
+            Self::Int8 { codes, scales } => {
+                let (new_codes, new_scales) = Self::int8(x);
+                Self::Int8 {
+                    codes: codes.slice_assign(range(head_dim), new_codes),
+                    scales: scales.slice_assign(range(1), new_scales),
+                }
+            }
+        }
+    }
+
+    /// Bytes of the tensors as allocated.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Float(x) => x.shape().num_elements() * x.dtype().size(),
+            Self::Int8 { codes, scales } => {
+                codes.shape().num_elements() * codes.dtype().size()
+                    + scales.shape().num_elements() * scales.dtype().size()
+            }
+        }
     }
 }

@@ -2,12 +2,12 @@
 
 use burn::module::Module;
 use burn::nn::{Linear, RmsNorm};
-use burn::tensor::activation::silu;
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::attention::Attention;
-use super::{linear, rms_norm};
+use super::{new_linear, new_norm};
 use crate::config::FusedKvDecoderConfig;
+use crate::kernels::{linear, swiglu};
 use crate::plan::LayerKv;
 
 /// The parameters of one layer; the decoder walks through them. Field names are those of Hugging
@@ -27,9 +27,9 @@ pub struct DecoderLayer<B: Backend> {
 impl<B: Backend> DecoderLayer<B> {
     pub(crate) fn new(config: &FusedKvDecoderConfig, layer: &LayerKv, device: &B::Device) -> Self {
         Self {
-            input_layernorm: rms_norm(config.hidden_size, config, device),
+            input_layernorm: new_norm(config.hidden_size, config, device),
             self_attn: Attention::new(config, layer, device),
-            post_attention_layernorm: rms_norm(config.hidden_size, config, device),
+            post_attention_layernorm: new_norm(config.hidden_size, config, device),
             mlp: SwiGluBlock::new(config, device),
         }
     }
@@ -52,16 +52,17 @@ impl<B: Backend> SwiGluBlock<B> {
     fn new(config: &FusedKvDecoderConfig, device: &B::Device) -> Self {
         let (hidden, ffn) = (config.hidden_size, config.ffn_size);
         Self {
-            gate_proj: linear(hidden, ffn, config, device),
-            up_proj: linear(hidden, ffn, config, device),
-            down_proj: linear(ffn, hidden, config, device),
+            gate_proj: new_linear(hidden, ffn, config, device),
+            up_proj: new_linear(hidden, ffn, config, device),
+            down_proj: new_linear(ffn, hidden, config, device),
         }
     }
 
     /// # Shapes
     /// - x, output: `[batch, seq, hidden_size]`
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let gate = silu(self.gate_proj.forward(x.clone()));
-        self.down_proj.forward(gate * self.up_proj.forward(x))
+        let gate = linear(x.clone(), self.gate_proj.weight.val());
+        let up = linear(x, self.up_proj.weight.val());
+        linear(swiglu(gate, up), self.down_proj.weight.val())
     }
 }

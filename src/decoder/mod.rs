@@ -15,7 +15,6 @@ use burn::nn::{
     Dropout, DropoutConfig, Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm,
     RmsNormConfig,
 };
-use burn::tensor::module::linear as matmul;
 use burn::tensor::{Bool, Tensor, TensorData, backend::Backend};
 
 pub use attend::FusionForm;
@@ -25,13 +24,14 @@ pub use kv::KeyValue;
 pub use layer::{DecoderLayer, SwiGluBlock};
 pub use rope::{Rope, RopeAngles};
 
-use crate::cache::{CacheShape, FusedKvCache};
+use crate::cache::{CacheDtype, CacheShape, FusedKvCache};
 use crate::config::FusedKvDecoderConfig;
 use crate::error::{CacheError, ConfigError, ForwardError};
+use crate::kernels::{linear, rms_norm};
 use crate::plan::{KvLayout, LayerKv};
 use crate::tokens::TokenBatch;
 use attend::{Visibility, causal_mask};
-use kv::{KvStore, Uncached};
+use kv::{KvStore, Stored, Uncached};
 
 /// A Qwen3-style decoder whose [plan](crate::KvPlan) says which layers have keys and values of
 /// their own; all methods are this decoder.
@@ -111,9 +111,9 @@ impl FusedKvDecoderConfig {
                 .iter()
                 .map(|layer| DecoderLayer::new(self, layer, device))
                 .collect(),
-            norm: rms_norm(self.hidden_size, self, device),
+            norm: new_norm(self.hidden_size, self, device),
             lm_head: (!self.tie_embeddings)
-                .then(|| linear(self.hidden_size, self.vocab_size, self, device)),
+                .then(|| new_linear(self.hidden_size, self.vocab_size, self, device)),
             rope: Rope::new(self.max_positions, self.head_dim, self.rope_theta, device),
             dropout: DropoutConfig::new(self.dropout).init(),
             config: Arc::new(self.clone()),
@@ -146,11 +146,26 @@ impl<B: Backend> FusedKvDecoder<B> {
     /// # Errors
     /// [`CacheError::Zero`] if `batch` or `capacity` is 0.
     pub fn new_cache(&self, batch: usize, capacity: usize) -> Result<FusedKvCache<B>, CacheError> {
+        self.new_cache_of(CacheDtype::Model, batch, capacity)
+    }
+
+    /// [`new_cache`](Self::new_cache) of other numbers: half or a quarter of the bytes.
+    ///
+    /// # Errors
+    /// As [`new_cache`](Self::new_cache), and [`CacheError::UnsupportedDtype`] if the backend has
+    /// no such numbers.
+    pub fn new_cache_of(
+        &self,
+        dtype: CacheDtype,
+        batch: usize,
+        capacity: usize,
+    ) -> Result<FusedKvCache<B>, CacheError> {
         let embedding = self.embed_tokens.weight.val();
         FusedKvCache::new(
             self.cache_shape(),
             batch,
             capacity,
+            dtype,
             embedding.dtype(),
             &embedding.device(),
         )
@@ -246,13 +261,18 @@ impl<B: Backend> FusedKvDecoder<B> {
         let [_, seq] = tokens.dims();
         let mut x = self.embed_tokens.forward(tokens.into_tensor());
         for (i, layer) in self.layers.iter().enumerate() {
-            let mut normed = layer.input_layernorm.forward(x.clone());
+            let mut normed = rms_norm(&layer.input_layernorm, x.clone());
             if let Some(mut kv) = layer.self_attn.own_kv(normed.clone(), &span) {
                 if let LayerKv::Store {
                     residual: Some(lower),
                 } = self.layout.layer(i)
                 {
-                    let lower = store.get(self.layout.slot(*lower)).tail(seq);
+                    let slot = self.layout.slot(*lower);
+                    let dtype = kv.key.dtype();
+                    let lower = KeyValue {
+                        key: store.key(slot).tail(seq).float(dtype),
+                        value: store.value(slot).tail(seq).float(dtype),
+                    };
                     kv = layer.self_attn.add_residual(kv, lower);
                 }
                 store.put(self.layout.slot(i), kv);
@@ -266,42 +286,33 @@ impl<B: Backend> FusedKvDecoder<B> {
             let (keys, values) = self.sources(i, store);
             let attended = layer.self_attn.forward(form, normed, keys, values, &span);
             x = x + self.dropout.forward(attended);
-            let normed = layer.post_attention_layernorm.forward(x.clone());
+            let normed = rms_norm(&layer.post_attention_layernorm, x.clone());
             x = x + self.dropout.forward(layer.mlp.forward(normed));
         }
-        self.head(self.norm.forward(x))
+        self.head(rms_norm(&self.norm, x))
     }
 
     /// The stored keys and values that a layer attends to, in the plan's order.
-    fn sources(
-        &self,
-        layer: usize,
-        store: &impl KvStore<B>,
-    ) -> (Vec<Tensor<B, 4>>, Vec<Tensor<B, 4>>) {
+    fn sources(&self, layer: usize, store: &impl KvStore<B>) -> (Vec<Stored<B>>, Vec<Stored<B>>) {
+        let own = [layer];
+        let (keys, values) = match self.layout.layer(layer) {
+            LayerKv::Store { .. } => (&own[..], &own[..]),
+            LayerKv::Reuse { key, value } => (key.sources(), value.sources()),
+        };
         let slot = |source: &usize| self.layout.slot(*source);
-        match self.layout.layer(layer) {
-            LayerKv::Store { .. } => {
-                let own = store.get(slot(&layer));
-                (vec![own.key], vec![own.value])
-            }
-            LayerKv::Reuse { key, value } => (
-                key.sources()
-                    .iter()
-                    .map(|s| store.get(slot(s)).key)
-                    .collect(),
-                value
-                    .sources()
-                    .iter()
-                    .map(|s| store.get(slot(s)).value)
-                    .collect(),
-            ),
-        }
+        (
+            keys.iter().map(|source| store.key(slot(source))).collect(),
+            values
+                .iter()
+                .map(|source| store.value(slot(source)))
+                .collect(),
+        )
     }
 
     fn head(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         match &self.lm_head {
-            Some(head) => head.forward(x),
-            None => matmul(x, self.embed_tokens.weight.val().transpose(), None),
+            Some(head) => linear(x, head.weight.val()),
+            None => linear(x, self.embed_tokens.weight.val().transpose()),
         }
     }
 
@@ -363,7 +374,7 @@ impl<B: Backend> Span<B> {
     }
 }
 
-fn linear<B: Backend>(
+fn new_linear<B: Backend>(
     input: usize,
     output: usize,
     config: &FusedKvDecoderConfig,
@@ -375,7 +386,7 @@ fn linear<B: Backend>(
         .init(device)
 }
 
-fn rms_norm<B: Backend>(
+fn new_norm<B: Backend>(
     width: usize,
     config: &FusedKvDecoderConfig,
     device: &B::Device,

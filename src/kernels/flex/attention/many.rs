@@ -1,0 +1,269 @@
+//! Many queries: products of small matrices. The lanes of a vector are queries, so that the
+//! softmax needs no sum across lanes and neither keys nor values are rearranged.
+
+use pulp::bytemuck::cast_slice;
+use pulp::bytemuck::cast_slice_mut;
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::super::{ARCH, simd};
+use super::{HIDDEN, Problem, TILE, add_weighted};
+
+/// Vectors of queries side by side.
+const WIDE: usize = 3;
+
+/// One number for each query of a tile.
+type Lanes<S> = [<S as Simd>::f32s; WIDE];
+
+/// `[batch, n_heads, n_queries, head_dim]`.
+pub(super) fn attention(problem: &Problem) -> Vec<f32> {
+    let mut output = vec![0.0; problem.query.len()];
+    let (n_queries, head_dim) = (problem.n_queries, problem.head_dim);
+    let tile = ARCH.dispatch(TileQueries);
+    let tiles = output
+        .par_chunks_mut(n_queries * head_dim)
+        .enumerate()
+        .flat_map(|(head, output)| {
+            let tiles = output.par_chunks_mut(tile * head_dim).enumerate();
+            tiles.map(move |(i, output)| (head, i * tile, output))
+        });
+    tiles.for_each(|(head, first, output)| {
+        ARCH.dispatch(Tile {
+            problem,
+            batch: head / problem.n_heads,
+            head: head % problem.n_heads,
+            first,
+            output,
+        });
+    });
+    output
+}
+
+/// How many queries a tile has.
+struct TileQueries;
+
+impl WithSimd for TileQueries {
+    type Output = usize;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> usize {
+        WIDE * S::F32_LANES
+    }
+}
+
+/// One thread's work: neighbouring queries of one head.
+struct Tile<'a> {
+    problem: &'a Problem<'a>,
+    batch: usize,
+    head: usize,
+    first: usize,
+    output: &'a mut [f32],
+}
+
+impl WithSimd for Tile<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        // As many sums as registers hold beside a row of the right and a number of the left matrix.
+        if S::REGISTER_COUNT >= 32 {
+            self.attend::<S, 8>(simd);
+        } else {
+            self.attend::<S, 4>(simd);
+        }
+    }
+}
+
+impl Tile<'_> {
+    #[inline(always)]
+    fn attend<S: Simd, const HIGH: usize>(self, simd: S) {
+        let problem = self.problem;
+        let head_dim = problem.head_dim;
+        let n_queries = self.output.len() / head_dim;
+        let kv_head = self.head * problem.n_kv_heads / problem.n_heads;
+        let (keys, values) = problem.rows(self.batch, kv_head);
+        let queries = self.queries::<S>(simd, kv_head, n_queries);
+
+        let zero = [simd.splat_f32s(0.0); WIDE];
+        let mut scratch = vec![0.0; TILE * head_dim];
+        let mut scores = vec![zero; TILE];
+        let mut max = [simd.splat_f32s(HIDDEN); WIDE];
+        let mut sum = zero;
+        let mut weighted = vec![zero; values.len() * head_dim];
+        let last = self.first + n_queries - 1;
+        let end = problem.visible_end(last);
+        for start in (0..end).step_by(TILE) {
+            let range = start..(start + TILE).min(end);
+            let scores = &mut scores[..range.len()];
+            scores.fill(zero);
+            for (keys, queries) in keys.iter().zip(queries.chunks(head_dim)) {
+                let tile = keys.tile(range.clone(), &mut scratch);
+                add_scores::<S, HIGH>(simd, tile, queries, scores);
+            }
+            let lanes = WIDE * S::F32_LANES;
+            let numbers: &mut [f32] = cast_slice_mut(&mut *scores);
+            for query in 0..n_queries {
+                problem.for_each_hidden(self.batch, self.first + query, range.clone(), |key| {
+                    numbers[key * lanes + query] = HIDDEN;
+                });
+            }
+            let decay = softmax(simd, scores, &mut max, &mut sum);
+            for (values, weighted) in values.iter().zip(weighted.chunks_mut(head_dim)) {
+                let tile = values.tile(range.clone(), &mut scratch);
+                add_values::<S, HIGH>(simd, tile, scores, decay, weighted);
+            }
+        }
+
+        let lanes = WIDE * S::F32_LANES;
+        let sum: &[f32] = cast_slice(&sum);
+        for (query, output) in self.output.chunks_mut(head_dim).enumerate() {
+            for (source, weighted) in problem.values.iter().zip(weighted.chunks(head_dim)) {
+                let channels = cast_slice(weighted).iter().skip(query).step_by(lanes);
+                let factor = 1.0 / sum[query];
+                add_weighted(output, channels.copied(), factor, source.weight(kv_head));
+            }
+        }
+    }
+
+    /// The queries for each source of the keys, `[sources, head_dim]` of lanes: scaled, and times
+    /// the source's weight. Lanes beyond the last query are 0.
+    #[inline(always)]
+    fn queries<S: Simd>(&self, simd: S, kv_head: usize, n_queries: usize) -> Vec<Lanes<S>> {
+        let problem = self.problem;
+        let head_dim = problem.head_dim;
+        let head = self.batch * problem.n_heads + self.head;
+        let start = (head * problem.n_queries + self.first) * head_dim;
+        let rows = &problem.query[start..][..n_queries * head_dim];
+        let zero = [simd.splat_f32s(0.0); WIDE];
+        let mut queries = vec![zero; problem.keys.len() * head_dim];
+        for (source, queries) in problem.keys.iter().zip(queries.chunks_mut(head_dim)) {
+            let weight = source.weight(kv_head);
+            let numbers: &mut [f32] = cast_slice_mut(queries);
+            for (channel, lanes) in numbers.chunks_mut(WIDE * S::F32_LANES).enumerate() {
+                let factor = problem.scale() * weight.map_or(1.0, |weight| weight[channel]);
+                let column = rows.iter().skip(channel).step_by(head_dim);
+                lanes
+                    .iter_mut()
+                    .zip(column)
+                    .for_each(|(to, x)| *to = x * factor);
+            }
+        }
+        queries
+    }
+}
+
+/// `scores[key] += Σ_c tile[key][c] · queries[c]`, HIGH keys at a time.
+#[inline(always)]
+fn add_scores<S: Simd, const HIGH: usize>(
+    simd: S,
+    tile: &[f32],
+    queries: &[Lanes<S>],
+    scores: &mut [Lanes<S>],
+) {
+    let head_dim = queries.len();
+    let keys = tile.chunks(HIGH * head_dim);
+    for (keys, scores) in keys.zip(scores.chunks_mut(HIGH)) {
+        let last = scores.len() - 1;
+        // A row is repeated where the last block is not full.
+        let rows: [&[f32]; HIGH] = std::array::from_fn(|i| {
+            let row = &keys[i.min(last) * head_dim..];
+            &row[..head_dim]
+        });
+        let mut sums = [[simd.splat_f32s(0.0); WIDE]; HIGH];
+        for (channel, queries) in queries.iter().enumerate() {
+            for (sums, row) in sums.iter_mut().zip(rows) {
+                let x = simd.splat_f32s(row[channel]);
+                for (sum, &query) in sums.iter_mut().zip(queries) {
+                    *sum = simd.mul_add_f32s(x, query, *sum);
+                }
+            }
+        }
+        for (scores, sums) in scores.iter_mut().zip(sums) {
+            for (score, sum) in scores.iter_mut().zip(sums) {
+                *score = simd.add_f32s(*score, sum);
+            }
+        }
+    }
+}
+
+/// Turns scores into 2^(score − max) and adds them up; returns what everything before must be
+/// multiplied with.
+#[inline(always)]
+fn softmax<S: Simd>(
+    simd: S,
+    scores: &mut [Lanes<S>],
+    max: &mut Lanes<S>,
+    sum: &mut Lanes<S>,
+) -> Lanes<S> {
+    let mut largest = *max;
+    for scores in scores.iter() {
+        for (largest, &score) in largest.iter_mut().zip(scores) {
+            *largest = simd.max_f32s(*largest, score);
+        }
+    }
+    let decay: Lanes<S> =
+        std::array::from_fn(|i| simd::exp2(simd, simd.sub_f32s(max[i], largest[i])));
+    *max = largest;
+    for (sum, &decay) in sum.iter_mut().zip(&decay) {
+        *sum = simd.mul_f32s(*sum, decay);
+    }
+    for scores in scores {
+        for i in 0..WIDE {
+            scores[i] = simd::exp2(simd, simd.sub_f32s(scores[i], largest[i]));
+            sum[i] = simd.add_f32s(sum[i], scores[i]);
+        }
+    }
+    decay
+}
+
+/// `weighted[c] = weighted[c] · decay + Σ_key tile[key][c] · probabilities[key]`.
+#[inline(always)]
+fn add_values<S: Simd, const HIGH: usize>(
+    simd: S,
+    tile: &[f32],
+    probabilities: &[Lanes<S>],
+    decay: Lanes<S>,
+    weighted: &mut [Lanes<S>],
+) {
+    let head_dim = weighted.len();
+    let (blocks, rest) = weighted.as_chunks_mut::<HIGH>();
+    let mut start = 0;
+    for weighted in blocks {
+        add_channels(simd, tile, head_dim, start, probabilities, decay, weighted);
+        start += HIGH;
+    }
+    // Channels are even in number: RoPE turns pairs.
+    for weighted in rest.as_chunks_mut::<2>().0 {
+        add_channels(simd, tile, head_dim, start, probabilities, decay, weighted);
+        start += 2;
+    }
+}
+
+/// N channels from `start`, whose sums stay in registers.
+#[inline(always)]
+fn add_channels<S: Simd, const N: usize>(
+    simd: S,
+    tile: &[f32],
+    head_dim: usize,
+    start: usize,
+    probabilities: &[Lanes<S>],
+    decay: Lanes<S>,
+    weighted: &mut [Lanes<S>; N],
+) {
+    let mut sums = *weighted;
+    for sums in &mut sums {
+        for (sum, &decay) in sums.iter_mut().zip(&decay) {
+            *sum = simd.mul_f32s(*sum, decay);
+        }
+    }
+    for (value, probabilities) in tile.chunks_exact(head_dim).zip(probabilities) {
+        let value = &value[start..start + N];
+        for (sums, &x) in sums.iter_mut().zip(value) {
+            let x = simd.splat_f32s(x);
+            for (sum, &p) in sums.iter_mut().zip(probabilities) {
+                *sum = simd.mul_add_f32s(x, p, *sum);
+            }
+        }
+    }
+    *weighted = sums;
+}

@@ -1,0 +1,194 @@
+//! Attention over blends of stored keys and values, read where they lie: one pass with an online
+//! softmax (arXiv 1805.02867, 2205.14135), the blend's weights in the queries and the output.
+//!
+//! Keys and values are read in tiles that fit the first-level cache. Two kernels go over a tile:
+//! [`few`] for decoding, with dot products along the channels, and [`many`] for prefill, where
+//! every vector holds the same channel of different queries.
+
+mod few;
+mod many;
+mod rows;
+
+use burn::tensor::{Bool, Tensor, backend::Backend};
+use burn_flex::FlexTensor;
+
+use super::{bool_tensor, f32_tensor, tensor};
+use crate::decoder::attend::{Term, Visibility};
+use rows::{Rows, Storage};
+
+/// Keys per tile.
+const TILE: usize = 64;
+/// Queries per head up to which [`few`] is faster than [`many`].
+const FEW: usize = 16;
+/// The score of a hidden key. Finite, so that a query that sees no key at all still gets numbers.
+const HIDDEN: f32 = -1e30;
+
+pub(crate) fn attention<B: Backend>(
+    query: &Tensor<B, 4>,
+    keys: &[Term<B>],
+    values: &[Term<B>],
+    visibility: &Visibility<B>,
+) -> Option<Tensor<B, 4>> {
+    let shape @ [batch, n_heads, n_queries, head_dim] = query.dims();
+    let [_, n_kv_heads, n_keys, _] = keys[0].source.dims();
+    let query = f32_tensor(query)?.to_contiguous();
+    let sources =
+        |terms: &[Term<B>]| -> Option<Vec<Source>> { terms.iter().map(Source::new).collect() };
+    let hidden = match visibility {
+        Visibility::All => Hidden::None,
+        Visibility::Causal => Hidden::Later,
+        Visibility::Except(hidden) => Hidden::Where(hidden_keys(hidden)?),
+    };
+    let problem = Problem {
+        query: query.as_slice::<f32>()?,
+        keys: &sources(keys)?,
+        values: &sources(values)?,
+        hidden: &hidden,
+        batch,
+        n_heads,
+        n_kv_heads,
+        n_queries,
+        n_keys,
+        head_dim,
+    };
+    let output = if n_queries <= FEW {
+        few::attention(&problem)
+    } else {
+        many::attention(&problem)
+    };
+    tensor(output, shape)
+}
+
+fn hidden_keys<B: Backend>(hidden: &Tensor<B, 4, Bool>) -> Option<Vec<u8>> {
+    let hidden = bool_tensor(hidden)?.to_contiguous();
+    Some(hidden.as_slice::<u8>()?.to_vec())
+}
+
+/// One call: `[batch, n_heads, n_queries, head_dim]` over `n_keys`.
+struct Problem<'a> {
+    query: &'a [f32],
+    keys: &'a [Source],
+    values: &'a [Source],
+    hidden: &'a Hidden,
+    batch: usize,
+    n_heads: usize,
+    n_kv_heads: usize,
+    n_queries: usize,
+    n_keys: usize,
+    head_dim: usize,
+}
+
+impl Problem<'_> {
+    /// What a query is multiplied with: scores are powers of 2.
+    fn scale(&self) -> f32 {
+        std::f32::consts::LOG2_E / (self.head_dim as f32).sqrt()
+    }
+
+    /// The rows of one kv head: of every source of the keys, and of the values.
+    fn rows(&self, batch: usize, kv_head: usize) -> (Vec<Rows<'_>>, Vec<Rows<'_>>) {
+        (
+            self.keys
+                .iter()
+                .map(|s| s.storage.rows(batch, kv_head))
+                .collect(),
+            self.values
+                .iter()
+                .map(|s| s.storage.rows(batch, kv_head))
+                .collect(),
+        )
+    }
+
+    /// The first key after those that a query sees.
+    fn visible_end(&self, query: usize) -> usize {
+        match self.hidden {
+            Hidden::Later => self.n_keys - self.n_queries + query + 1,
+            Hidden::None | Hidden::Where(_) => self.n_keys,
+        }
+    }
+
+    /// Calls `hide` with every index of `keys` that a query must not see.
+    #[inline(always)]
+    fn for_each_hidden(
+        &self,
+        batch: usize,
+        query: usize,
+        keys: std::ops::Range<usize>,
+        mut hide: impl FnMut(usize),
+    ) {
+        match self.hidden {
+            Hidden::None => {}
+            Hidden::Later => {
+                let end = self.visible_end(query).max(keys.start);
+                (end..keys.end).for_each(|key| hide(key - keys.start));
+            }
+            Hidden::Where(hidden) => {
+                let row = (batch * self.n_queries + query) * self.n_keys;
+                let hidden = &hidden[row..][keys];
+                for (i, _) in hidden
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, hidden)| **hidden != 0)
+                {
+                    hide(i);
+                }
+            }
+        }
+    }
+}
+
+/// Keys that queries must not see.
+enum Hidden {
+    None,
+    /// Those after a query's own; the last query stands at the last key.
+    Later,
+    /// Those that are not 0 here, `[batch, queries, keys]`.
+    Where(Vec<u8>),
+}
+
+/// A term of a blend.
+struct Source {
+    storage: Storage,
+    /// `[n_kv_heads, head_dim]`; none is one.
+    weight: Option<Vec<f32>>,
+    head_dim: usize,
+}
+
+impl Source {
+    fn new<B: Backend>(term: &Term<B>) -> Option<Self> {
+        let [_, n_kv_heads, _, head_dim] = term.source.dims();
+        let weight = match &term.weight {
+            None => None,
+            Some(weight) => {
+                let weight = weight.clone().expand([1, n_kv_heads, 1, head_dim]);
+                let weight: FlexTensor = f32_tensor(&weight)?.to_contiguous();
+                Some(weight.as_slice::<f32>()?.to_vec())
+            }
+        };
+        Some(Self {
+            storage: Storage::new(&term.source)?,
+            weight,
+            head_dim,
+        })
+    }
+
+    fn weight(&self, kv_head: usize) -> Option<&[f32]> {
+        let weight = self.weight.as_ref()?;
+        Some(&weight[kv_head * self.head_dim..][..self.head_dim])
+    }
+}
+
+/// `output[c] += x[c] · factor · weight[c]`.
+fn add_weighted(
+    output: &mut [f32],
+    x: impl Iterator<Item = f32>,
+    factor: f32,
+    weight: Option<&[f32]>,
+) {
+    match weight {
+        None => output.iter_mut().zip(x).for_each(|(o, x)| *o += x * factor),
+        Some(weight) => {
+            let terms = output.iter_mut().zip(x).zip(weight);
+            terms.for_each(|((o, x), w)| *o += x * factor * w);
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Stored keys or values as the kernels read them: tiles of rows of f32.
+
+use std::ops::Range;
+
+use burn::tensor::{DType, backend::Backend};
+use burn_flex::FlexTensor;
+use half::{bf16, f16};
+
+use super::super::{float_tensor, int_tensor};
+use crate::decoder::kv::Stored;
+
+/// Keys or values of one layer, `[batch, n_kv_heads, keys, head_dim]`, channels side by side.
+pub(super) struct Storage {
+    numbers: FlexTensor,
+    /// `[batch, n_kv_heads, keys, 1]`, where the numbers are 8-bit codes.
+    scales: Option<FlexTensor>,
+}
+
+/// The rows of one kv head, one per key.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    numbers: Numbers<'a>,
+    /// From one row to the next.
+    stride: usize,
+    head_dim: usize,
+}
+
+#[derive(Clone, Copy)]
+enum Numbers<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+    /// Codes, and a scale per row.
+    Int8(&'a [i8], &'a [f32]),
+}
+
+impl Storage {
+    pub fn new<B: Backend>(stored: &Stored<B>) -> Option<Self> {
+        let (numbers, scales) = match stored {
+            Stored::Float(tensor) => (float_tensor(tensor)?, None),
+            Stored::Int8 { codes, scales } => (int_tensor(codes)?, Some(float_tensor(scales)?)),
+        };
+        let readable = match (numbers.dtype(), scales.as_ref().map(FlexTensor::dtype)) {
+            (DType::F32 | DType::F16 | DType::BF16, None) => true,
+            (DType::I8, Some(DType::F32)) => true,
+            _ => false,
+        };
+        // Everything but transposed rows is read where it lies.
+        let in_rows = |tensor: FlexTensor| match tensor.layout().strides() {
+            [batch, head, row, 1] if [*batch, *head, *row].iter().all(|s| *s >= 0) => tensor,
+            _ => tensor.to_contiguous(),
+        };
+        readable.then(|| Self {
+            numbers: in_rows(numbers),
+            scales: scales.map(in_rows),
+        })
+    }
+
+    pub fn rows(&self, batch: usize, kv_head: usize) -> Rows<'_> {
+        let layout = self.numbers.layout();
+        let start = start_of(&self.numbers, batch, kv_head);
+        let numbers = match (self.numbers.dtype(), &self.scales) {
+            (DType::F16, _) => Numbers::F16(&self.numbers.storage()[start..]),
+            (DType::BF16, _) => Numbers::Bf16(&self.numbers.storage()[start..]),
+            (_, Some(scales)) => Numbers::Int8(
+                &self.numbers.storage()[start..],
+                &scales.storage()[start_of(scales, batch, kv_head)..],
+            ),
+            (_, None) => Numbers::F32(&self.numbers.storage()[start..]),
+        };
+        Rows {
+            numbers,
+            stride: layout.strides()[2].unsigned_abs(),
+            head_dim: layout.shape()[3],
+        }
+    }
+}
+
+/// Where a head's first row starts.
+fn start_of(tensor: &FlexTensor, batch: usize, kv_head: usize) -> usize {
+    let layout = tensor.layout();
+    let strides = layout.strides();
+    layout.start_offset() + batch * strides[0].unsigned_abs() + kv_head * strides[1].unsigned_abs()
+}
+
+impl<'a> Rows<'a> {
+    /// Rows `range` one behind the other: as they lie if they do, else converted in `scratch`.
+    #[inline(always)]
+    pub fn tile<'t>(&self, range: Range<usize>, scratch: &'t mut [f32]) -> &'t [f32]
+    where
+        'a: 't,
+    {
+        let (stride, width) = (self.stride, self.head_dim);
+        let len = range.len() * width;
+        match self.numbers {
+            Numbers::F32(rows) if stride == width => return &rows[range.start * stride..][..len],
+            Numbers::F32(rows) => {
+                for (to, key) in scratch.chunks_exact_mut(width).zip(range) {
+                    to.copy_from_slice(&rows[key * stride..][..width]);
+                }
+            }
+            Numbers::F16(rows) => {
+                for (to, key) in scratch.chunks_exact_mut(width).zip(range) {
+                    let row = &rows[key * stride..][..width];
+                    to.iter_mut().zip(row).for_each(|(to, x)| *to = widen(*x));
+                }
+            }
+            Numbers::Bf16(rows) => {
+                for (to, key) in scratch.chunks_exact_mut(width).zip(range) {
+                    let row = &rows[key * stride..][..width];
+                    let widen = |x: bf16| f32::from_bits(u32::from(x.to_bits()) << 16);
+                    to.iter_mut().zip(row).for_each(|(to, x)| *to = widen(*x));
+                }
+            }
+            Numbers::Int8(rows, scales) => {
+                for (to, key) in scratch.chunks_exact_mut(width).zip(range) {
+                    let (row, scale) = (&rows[key * stride..][..width], scales[key]);
+                    to.iter_mut()
+                        .zip(row)
+                        .for_each(|(to, x)| *to = f32::from(*x) * scale);
+                }
+            }
+        }
+        &scratch[..len]
+    }
+}
+
+/// The number itself, by arithmetic that compilers turn into vectors: the exponent is moved to its
+/// place and its bias corrected by a product, which is exact and also right for subnormal numbers.
+#[inline(always)]
+fn widen(x: f16) -> f32 {
+    /// 2^112: biases of 127 against 15.
+    const BIAS: f32 = f32::from_bits((127 + 112) << 23);
+    let bits = u32::from(x.to_bits());
+    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * BIAS;
+    f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_finite_half_is_widened_to_itself() {
+        for bits in 0..=u16::MAX {
+            let x = f16::from_bits(bits);
+            if x.is_finite() {
+                assert_eq!(widen(x).to_bits(), x.to_f32().to_bits(), "{bits:#x}");
+            }
+        }
+    }
+}

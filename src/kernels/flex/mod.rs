@@ -1,0 +1,65 @@
+//! Kernels for Burn's Flex backend, which runs on the CPU: f32, SIMD chosen at run time by the
+//! processor, threads of rayon's global pool, which is also Flex's.
+//!
+//! What they have over Flex's own operations: threads for matrices with few rows, several steps in
+//! one pass over memory, and caches read where they lie.
+
+mod attention;
+mod linear;
+mod pointwise;
+mod simd;
+
+use std::any::Any;
+use std::sync::LazyLock;
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{Bool, DType, Int, Tensor, TensorData, TensorPrimitive};
+use burn_flex::{Flex, FlexTensor};
+use pulp::Arch;
+
+pub(super) use attention::attention;
+pub(super) use linear::linear;
+pub(super) use pointwise::{rms_norm, swiglu};
+
+/// The instruction set of this processor.
+static ARCH: LazyLock<Arch> = LazyLock::new(Arch::new);
+
+/// Below this many numbers, waking a thread takes longer than the work.
+const PARALLEL: usize = 1 << 15;
+
+/// Flex's tensor of floats, if that is what `tensor` is.
+fn float_tensor<B: Backend, const D: usize>(tensor: &Tensor<B, D>) -> Option<FlexTensor> {
+    let tensor = (tensor as &dyn Any).downcast_ref::<Tensor<Flex, D>>()?;
+    match tensor.clone().into_primitive() {
+        TensorPrimitive::Float(tensor) => Some(tensor),
+        TensorPrimitive::QFloat(_) => None,
+    }
+}
+
+/// Flex's f32 tensor, if that is what `tensor` is.
+fn f32_tensor<B: Backend, const D: usize>(tensor: &Tensor<B, D>) -> Option<FlexTensor> {
+    float_tensor(tensor).filter(|tensor| tensor.dtype() == DType::F32)
+}
+
+/// Flex's tensor of integers, if that is what `tensor` is.
+fn int_tensor<B: Backend, const D: usize>(tensor: &Tensor<B, D, Int>) -> Option<FlexTensor> {
+    let tensor = (tensor as &dyn Any).downcast_ref::<Tensor<Flex, D, Int>>()?;
+    Some(tensor.clone().into_primitive())
+}
+
+/// Flex's tensor of truth values, if that is what `tensor` is.
+fn bool_tensor<B: Backend, const D: usize>(tensor: &Tensor<B, D, Bool>) -> Option<FlexTensor> {
+    let tensor = (tensor as &dyn Any).downcast_ref::<Tensor<Flex, D, Bool>>()?;
+    Some(tensor.clone().into_primitive())
+}
+
+/// A new tensor; `B` is Flex.
+fn tensor<B: Backend, const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Option<Tensor<B, D>> {
+    let data = TensorData::new(values, shape);
+    let tensor = FlexTensor::from_data(data);
+    let tensor = Tensor::<Flex, D>::from_primitive(TensorPrimitive::Float(tensor));
+    let mut tensor = Some(tensor);
+    (&mut tensor as &mut dyn Any)
+        .downcast_mut::<Option<Tensor<B, D>>>()?
+        .take()
+}

@@ -1,0 +1,108 @@
+//! RMSNorm and SwiGLU's gate, each in one pass over memory.
+
+use burn::tensor::{Tensor, backend::Backend};
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::{ARCH, PARALLEL, f32_tensor, simd, tensor};
+
+/// Rows that a thread takes at a time hold about this many numbers.
+const CHUNK: usize = 1 << 14;
+
+pub(crate) fn rms_norm<B: Backend, const D: usize>(
+    x: &Tensor<B, D>,
+    gamma: &Tensor<B, 1>,
+    epsilon: f64,
+) -> Option<Tensor<B, D>> {
+    let (shape, x, gamma) = (x.dims(), f32_tensor(x)?, f32_tensor(gamma)?);
+    let (x, gamma) = (x.to_contiguous(), gamma.to_contiguous());
+    let (x, gamma) = (x.as_slice::<f32>()?, gamma.as_slice::<f32>()?);
+    let mut output = vec![0.0; x.len()];
+    let width = gamma.len();
+    let chunk = width * (CHUNK / width).max(1);
+    for_each_chunk(&mut output, chunk, |start, output| {
+        ARCH.dispatch(Norm {
+            x: &x[start..][..output.len()],
+            gamma,
+            epsilon: epsilon as f32,
+            output,
+        });
+    });
+    tensor(output, shape)
+}
+
+pub(crate) fn swiglu<B: Backend>(gate: &Tensor<B, 3>, up: &Tensor<B, 3>) -> Option<Tensor<B, 3>> {
+    let (shape, gate, up) = (gate.dims(), f32_tensor(gate)?, f32_tensor(up)?);
+    let (gate, up) = (gate.as_slice::<f32>()?, up.as_slice::<f32>()?);
+    let mut output = vec![0.0; gate.len()];
+    for_each_chunk(&mut output, CHUNK, |start, output| {
+        ARCH.dispatch(Gate {
+            gate: &gate[start..][..output.len()],
+            up: &up[start..][..output.len()],
+            output,
+        });
+    });
+    tensor(output, shape)
+}
+
+/// Calls `work` with the start and the slice of every chunk of `output`, on all threads where there
+/// is enough to do.
+fn for_each_chunk(output: &mut [f32], chunk: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    if output.len() < PARALLEL {
+        return work(0, output);
+    }
+    let chunks = output.par_chunks_mut(chunk).enumerate();
+    chunks.for_each(|(i, output)| work(i * chunk, output));
+}
+
+/// Rows of x / √(mean(x²) + ε) ⊙ γ.
+struct Norm<'a> {
+    x: &'a [f32],
+    gamma: &'a [f32],
+    epsilon: f32,
+    output: &'a mut [f32],
+}
+
+impl WithSimd for Norm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let width = self.gamma.len();
+        for (x, output) in self.x.chunks(width).zip(self.output.chunks_mut(width)) {
+            let mean = simd::dot(simd, x, x) / width as f32;
+            let scale = (mean + self.epsilon).sqrt().recip();
+            for ((output, x), gamma) in output.iter_mut().zip(x).zip(self.gamma) {
+                *output = x * scale * gamma;
+            }
+        }
+    }
+}
+
+/// g / (1 + e^−g) ⊙ u.
+struct Gate<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    output: &'a mut [f32],
+}
+
+impl WithSimd for Gate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (gates, gate_tail) = S::as_simd_f32s(self.gate);
+        let (ups, up_tail) = S::as_simd_f32s(self.up);
+        let (outputs, output_tail) = S::as_mut_simd_f32s(self.output);
+        let one = simd.splat_f32s(1.0);
+        let minus_log2_e = simd.splat_f32s(-std::f32::consts::LOG2_E);
+        for ((output, &gate), &up) in outputs.iter_mut().zip(gates).zip(ups) {
+            let denominator =
+                simd.add_f32s(one, simd::exp2(simd, simd.mul_f32s(gate, minus_log2_e)));
+            *output = simd.mul_f32s(simd.div_f32s(gate, denominator), up);
+        }
+        for ((output, gate), up) in output_tail.iter_mut().zip(gate_tail).zip(up_tail) {
+            *output = gate / (1.0 + (-gate).exp()) * up;
+        }
+    }
+}

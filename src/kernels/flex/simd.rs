@@ -1,0 +1,72 @@
+//! What the kernels do with vectors of whatever length the processor has.
+
+use pulp::Simd;
+
+/// Σ a·b. Both slices have the same length.
+#[inline(always)]
+pub(super) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
+    let (a, a_tail) = S::as_simd_f32s(a);
+    let (b, b_tail) = S::as_simd_f32s(b);
+    // Four sums side by side: each waits for its last addition.
+    let mut sums = [simd.splat_f32s(0.0); 4];
+    let (a4, a) = a.as_chunks::<4>();
+    let (b4, b) = b.as_chunks::<4>();
+    for (a, b) in a4.iter().zip(b4) {
+        for (sum, (&a, &b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum = simd.mul_add_f32s(a, b, *sum);
+        }
+    }
+    for (&a, &b) in a.iter().zip(b) {
+        sums[0] = simd.mul_add_f32s(a, b, sums[0]);
+    }
+    let sum = simd.add_f32s(
+        simd.add_f32s(sums[0], sums[1]),
+        simd.add_f32s(sums[2], sums[3]),
+    );
+    let tail = a_tail.iter().zip(b_tail).map(|(a, b)| a * b).sum::<f32>();
+    simd.reduce_sum_f32s(sum) + tail
+}
+
+/// `y += a·x`. Both slices have the same length.
+#[inline(always)]
+pub(super) fn axpy<S: Simd>(simd: S, a: f32, x: &[f32], y: &mut [f32]) {
+    let (x, x_tail) = S::as_simd_f32s(x);
+    let (y, y_tail) = S::as_mut_simd_f32s(y);
+    let factor = simd.splat_f32s(a);
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = simd.mul_add_f32s(factor, x, *y);
+    }
+    for (y, x) in y_tail.iter_mut().zip(x_tail) {
+        *y += a * x;
+    }
+}
+
+/// 2^x to a relative error of 2e-7, for x up to 127; below −126 it is 2^−126, and NaN stays NaN.
+///
+/// x = n + f with n whole and f in [−1/2, 1/2]: 2^f is a polynomial, and n is added to its exponent.
+#[inline(always)]
+pub(super) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    // Adding 1.5 · 2^23 leaves no room for a fraction, and n in the lowest bits.
+    const ROUND: f32 = 12_582_912.0;
+    // Taylor's coefficients of 2^f = e^(f ln 2): ln(2)^k / k!.
+    const C: [f32; 7] = [
+        1.0,
+        std::f32::consts::LN_2,
+        0.240_226_5,
+        0.055_504_11,
+        0.009_618_129,
+        0.001_333_355_8,
+        0.000_154_035_3,
+    ];
+    let splat = |value| simd.splat_f32s(value);
+    // In this order x86 returns x if it is NaN.
+    let x = simd.min_f32s(splat(127.0), simd.max_f32s(splat(-126.0), x));
+    let shifted = simd.add_f32s(x, splat(ROUND));
+    let f = simd.sub_f32s(x, simd.sub_f32s(shifted, splat(ROUND)));
+    let mut power = splat(C[6]);
+    for &c in C[..6].iter().rev() {
+        power = simd.mul_add_f32s(power, f, splat(c));
+    }
+    let n = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
+    simd.transmute_f32s_u32s(simd.add_u32s(simd.transmute_u32s_f32s(power), n))
+}

@@ -1,0 +1,59 @@
+//! Operations of the decoder that have a kernel of our own on some backend.
+//!
+//! Each function here computes what its generic form does with Burn's operations, and takes that
+//! form wherever there is no kernel: the backend is asked at run time, so that `B: Backend` stays
+//! the only bound anyone sees. Under autodiff the backend is another type, and the generic form it
+//! is.
+
+#[cfg(feature = "flex")]
+mod flex;
+
+use burn::nn::RmsNorm;
+use burn::tensor::activation::silu;
+use burn::tensor::{Tensor, backend::Backend};
+
+use crate::decoder::attend::{Term, Visibility, attend_with_stock_operations};
+
+/// `x · weight` over the last dimension; `weight` is `[input, output]` in any layout.
+pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tensor<B, 3> {
+    #[cfg(feature = "flex")]
+    if let Some(output) = flex::linear(&x, &weight) {
+        return output;
+    }
+    burn::tensor::module::linear(x, weight, None)
+}
+
+/// [`attend`](crate::decoder::attend::attend) in the absorbed form.
+pub(crate) fn attention<B: Backend>(
+    query: Tensor<B, 4>,
+    keys: Vec<Term<B>>,
+    values: Vec<Term<B>>,
+    visibility: &Visibility<B>,
+) -> Tensor<B, 4> {
+    #[cfg(feature = "flex")]
+    if let Some(output) = flex::attention(&query, &keys, &values, visibility) {
+        return output;
+    }
+    attend_with_stock_operations(query, keys, values, visibility)
+}
+
+/// [`RmsNorm::forward`].
+pub(crate) fn rms_norm<B: Backend, const D: usize>(
+    norm: &RmsNorm<B>,
+    x: Tensor<B, D>,
+) -> Tensor<B, D> {
+    #[cfg(feature = "flex")]
+    if let Some(output) = flex::rms_norm(&x, &norm.gamma.val(), norm.epsilon) {
+        return output;
+    }
+    norm.forward(x)
+}
+
+/// `silu(gate) ⊙ up`.
+pub(crate) fn swiglu<B: Backend>(gate: Tensor<B, 3>, up: Tensor<B, 3>) -> Tensor<B, 3> {
+    #[cfg(feature = "flex")]
+    if let Some(output) = flex::swiglu(&gate, &up) {
+        return output;
+    }
+    silu(gate) * up
+}
