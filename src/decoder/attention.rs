@@ -10,7 +10,7 @@ use super::fusion::{KvFusion, KvFusionConfig, KvResidual};
 use super::kv::{KeyValue, Stored};
 use super::{Span, new_linear, new_norm};
 use crate::config::FusedKvDecoderConfig;
-use crate::kernels::{linear, rms_norm};
+use crate::kernels::{linear, rms_norm, swap_heads};
 use crate::plan::LayerKv;
 
 /// Grouped-query attention with RoPE and a per-head RMSNorm on q and k, whose keys and values are
@@ -86,7 +86,7 @@ impl<B: Backend> Attention<B> {
         let value = self.split_heads(linear(x, v_proj.weight.val()));
         Some(KeyValue {
             key: span.angles.apply(key.swap_dims(1, 2)),
-            value: value.swap_dims(1, 2),
+            value: swap_heads(value),
         })
     }
 
@@ -124,9 +124,7 @@ impl<B: Backend> Attention<B> {
         let values = terms(values, fusion.and_then(KvFusion::value_weights));
         let output = attend(form, query, keys, values, &span.visibility);
         let [_, n_heads, _, head_dim] = output.dims();
-        let output = output
-            .swap_dims(1, 2)
-            .reshape([batch, queries, n_heads * head_dim]);
+        let output = swap_heads(output).reshape([batch, queries, n_heads * head_dim]);
         linear(output, self.o_proj.weight.val())
     }
 

@@ -7,6 +7,8 @@
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 
+use crate::kernels;
+
 /// Tables of cos and sin for every position and pair of channels.
 #[derive(Module, Debug)]
 pub struct Rope<B: Backend> {
@@ -79,18 +81,9 @@ impl<B: Backend> RopeAngles<B> {
     /// # Shapes
     /// - x, output: `[batch, heads, seq, head_dim]`
     pub fn apply(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
-        let [_, _, _, head_dim] = x.dims();
         let dtype = x.dtype();
         let (cos, sin) = (self.cos.clone().cast(dtype), self.sin.clone().cast(dtype));
-        let low = x.clone().narrow(3, 0, head_dim / 2);
-        let high = x.narrow(3, head_dim / 2, head_dim / 2);
-        Tensor::cat(
-            vec![
-                low.clone() * cos.clone() - high.clone() * sin.clone(),
-                high * cos + low * sin,
-            ],
-            3,
-        )
+        kernels::rope(x, cos, sin)
     }
 
     /// The last token's angles.

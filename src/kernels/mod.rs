@@ -49,6 +49,34 @@ pub(crate) fn rms_norm<B: Backend, const D: usize>(
     norm.forward(x)
 }
 
+/// RoPE of queries or keys `[batch, heads, seq, head_dim]` by the cos and sin of the angles
+/// `[1 or batch, 1, seq, head_dim / 2]`: channel j is rotated with channel j + head_dim/2.
+pub(crate) fn rope<B: Backend>(
+    x: Tensor<B, 4>,
+    cos: Tensor<B, 4>,
+    sin: Tensor<B, 4>,
+) -> Tensor<B, 4> {
+    #[cfg(feature = "flex")]
+    if let Some(output) = flex::rope(&x, &cos, &sin) {
+        return output;
+    }
+    let [_, _, _, pairs] = cos.dims();
+    let low = x.clone().narrow(3, 0, pairs);
+    let high = x.narrow(3, pairs, pairs);
+    let rotated_low = low.clone() * cos.clone() - high.clone() * sin.clone();
+    let rotated_high = high * cos + low * sin;
+    Tensor::cat(vec![rotated_low, rotated_high], 3)
+}
+
+/// Exchanges the sequence and the head dimension, 1 and 2.
+pub(crate) fn swap_heads<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
+    #[cfg(feature = "flex")]
+    if let Some(output) = flex::swap_heads(&x) {
+        return output;
+    }
+    x.swap_dims(1, 2)
+}
+
 /// `silu(gate) ⊙ up`.
 pub(crate) fn swiglu<B: Backend>(gate: Tensor<B, 3>, up: Tensor<B, 3>) -> Tensor<B, 3> {
     #[cfg(feature = "flex")]

@@ -5,9 +5,12 @@
 //! one pass over memory, and caches read where they lie.
 
 mod attention;
+mod heads;
 mod linear;
 mod pointwise;
 mod simd;
+#[cfg(test)]
+mod tests;
 
 use std::any::Any;
 use std::sync::LazyLock;
@@ -16,8 +19,10 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Bool, DType, Int, Tensor, TensorData, TensorPrimitive};
 use burn_flex::{Flex, FlexTensor};
 use pulp::Arch;
+use rayon::prelude::*;
 
 pub(super) use attention::attention;
+pub(super) use heads::{rope, swap_heads};
 pub(super) use linear::linear;
 pub(super) use pointwise::{rms_norm, swiglu};
 
@@ -62,4 +67,16 @@ fn tensor<B: Backend, const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Op
     (&mut tensor as &mut dyn Any)
         .downcast_mut::<Option<Tensor<B, D>>>()?
         .take()
+}
+
+/// Calls `work` with the number and the slice of every block of `output`, on all threads where
+/// there is enough to do.
+fn for_each_block(output: &mut [f32], block: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    if output.len() < PARALLEL {
+        let blocks = output.chunks_mut(block).enumerate();
+        blocks.for_each(|(i, output)| work(i, output));
+    } else {
+        let blocks = output.par_chunks_mut(block).enumerate();
+        blocks.for_each(|(i, output)| work(i, output));
+    }
 }

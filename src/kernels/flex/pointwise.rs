@@ -2,9 +2,8 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 
-use super::{ARCH, PARALLEL, f32_tensor, simd, tensor};
+use super::{ARCH, f32_tensor, for_each_block, simd, tensor};
 
 /// Rows that a thread takes at a time hold about this many numbers.
 const CHUNK: usize = 1 << 14;
@@ -20,7 +19,8 @@ pub(crate) fn rms_norm<B: Backend, const D: usize>(
     let mut output = vec![0.0; x.len()];
     let width = gamma.len();
     let chunk = width * (CHUNK / width).max(1);
-    for_each_chunk(&mut output, chunk, |start, output| {
+    for_each_block(&mut output, chunk, |block, output| {
+        let start = block * chunk;
         ARCH.dispatch(Norm {
             x: &x[start..][..output.len()],
             gamma,
@@ -35,7 +35,8 @@ pub(crate) fn swiglu<B: Backend>(gate: &Tensor<B, 3>, up: &Tensor<B, 3>) -> Opti
     let (shape, gate, up) = (gate.dims(), f32_tensor(gate)?, f32_tensor(up)?);
     let (gate, up) = (gate.as_slice::<f32>()?, up.as_slice::<f32>()?);
     let mut output = vec![0.0; gate.len()];
-    for_each_chunk(&mut output, CHUNK, |start, output| {
+    for_each_block(&mut output, CHUNK, |block, output| {
+        let start = block * CHUNK;
         ARCH.dispatch(Gate {
             gate: &gate[start..][..output.len()],
             up: &up[start..][..output.len()],
@@ -43,16 +44,6 @@ pub(crate) fn swiglu<B: Backend>(gate: &Tensor<B, 3>, up: &Tensor<B, 3>) -> Opti
         });
     });
     tensor(output, shape)
-}
-
-/// Calls `work` with the start and the slice of every chunk of `output`, on all threads where there
-/// is enough to do.
-fn for_each_chunk(output: &mut [f32], chunk: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
-    if output.len() < PARALLEL {
-        return work(0, output);
-    }
-    let chunks = output.par_chunks_mut(chunk).enumerate();
-    chunks.for_each(|(i, output)| work(i * chunk, output));
 }
 
 /// Rows of x / √(mean(x²) + ε) ⊙ γ.

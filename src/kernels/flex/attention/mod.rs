@@ -61,7 +61,8 @@ pub(crate) fn attention<B: Backend>(
 
 fn hidden_keys<B: Backend>(hidden: &Tensor<B, 4, Bool>) -> Option<Vec<u8>> {
     let hidden = bool_tensor(hidden)?.to_contiguous();
-    Some(hidden.as_slice::<u8>()?.to_vec())
+    let (start, end) = hidden.layout().contiguous_offsets()?;
+    Some(hidden.storage::<u8>()[start..end].to_vec())
 }
 
 /// One call: `[batch, n_heads, n_queries, head_dim]` over `n_keys`.

@@ -1,0 +1,208 @@
+//! TTFT, TPOT, cache bytes and peak memory of every method, in one run.
+//!
+//! ```sh
+//! cargo bench --bench inference
+//! cargo bench --bench inference -- --methods standard,fused_kv --prompts 2048 --repeats 5
+//! ```
+//!
+//! All models are in memory at once and take turns, so that each ratio is of measurements made side
+//! by side. Figures are medians. The bound of a decoded token is the bytes it must read (weights
+//! and cache) at the bandwidth a probe measures in the same run.
+
+#[path = "../examples/backend/mod.rs"]
+mod backend;
+mod machine;
+mod report;
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use burn::tensor::backend::Backend;
+use clap::Parser;
+use fusedkv::{CacheDtype, FusedKvDecoder, FusedKvDecoderConfig, KvPlan, Logits, TokenBatch};
+
+use backend::{BackendName, Program};
+use machine::{PeakMemory, read_bandwidth};
+use report::{Case, Report, median};
+
+/// Measure prefill and decoding of every method side by side.
+#[derive(Parser)]
+struct Args {
+    /// Methods to compare; the first is what ratios are to
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "standard,gqa,cla,yoco,fused_kv_lite,fused_kv,fused_kv_gqa"
+    )]
+    methods: Vec<String>,
+    /// Tokens per prompt
+    #[arg(long, value_delimiter = ',', default_value = "512,2048,8192")]
+    prompts: Vec<usize>,
+    /// Rows per batch
+    #[arg(long, value_delimiter = ',', default_value = "1")]
+    batches: Vec<usize>,
+    /// Tokens decoded after each prompt
+    #[arg(long, default_value_t = 16)]
+    decode: usize,
+    /// Turns each method takes
+    #[arg(long, default_value_t = 3)]
+    repeats: usize,
+    /// Numbers the caches keep: model, f32, f16, bf16 or int8
+    #[arg(long, default_value = "model", value_parser = cache_dtype)]
+    cache: CacheDtype,
+    #[arg(long, default_value_t = 16)]
+    layers: usize,
+    /// Width of the residual stream
+    #[arg(long, default_value_t = 768)]
+    hidden: usize,
+    /// Query heads
+    #[arg(long, default_value_t = 12)]
+    heads: usize,
+    /// Key/value heads of the `gqa` methods
+    #[arg(long, default_value_t = 3)]
+    gqa_kv_heads: usize,
+    #[arg(long, default_value_t = 64)]
+    head_dim: usize,
+    #[arg(long, default_value_t = 2048)]
+    ffn: usize,
+    #[arg(long, default_value_t = 32_000)]
+    vocab: usize,
+    /// What to compute on
+    #[arg(long, value_enum, default_value = "flex")]
+    backend: BackendName,
+    /// Where to write the figures
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "target/bench/inference.json"
+    )]
+    out: PathBuf,
+    /// Passed by `cargo bench`
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn cache_dtype(name: &str) -> Result<CacheDtype, String> {
+    serde_json::from_value(name.into()).map_err(|error| error.to_string())
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match args.backend.run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Program for Args {
+    fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
+        let methods = self
+            .methods
+            .iter()
+            .map(|name| Ok((name.clone(), self.config(name)?.init::<B>(device)?)))
+            .collect::<Result<Vec<_>, Box<dyn Error>>>()?;
+        let mut report = Report::new(B::name(device), read_bandwidth());
+        println!("{}", report.heading());
+        for &batch in &self.batches {
+            for &prompt in &self.prompts {
+                let mut cases: Vec<Case> = methods
+                    .iter()
+                    .map(|(name, model)| Case::new(name, batch, prompt, model.config()))
+                    .collect::<Result<_, _>>()?;
+                // One turn to warm up, which is not counted.
+                for turn in 0..=self.repeats {
+                    for ((_, model), case) in methods.iter().zip(&mut cases) {
+                        let run = self.measure(model, batch, prompt, device)?;
+                        if turn > 0 {
+                            case.add(run);
+                        }
+                    }
+                }
+                report.add(cases);
+            }
+        }
+        report.write(&self.out)?;
+        println!("\nWritten to {}", self.out.display());
+        Ok(())
+    }
+}
+
+/// What one turn measured, in seconds and bytes.
+pub struct Turn {
+    pub ttft: f64,
+    pub tpot: f64,
+    pub cache_bytes: usize,
+    pub peak_bytes: Option<usize>,
+}
+
+impl Args {
+    fn config(&self, name: &str) -> Result<FusedKvDecoderConfig, Box<dyn Error>> {
+        let (method, kv_heads) = match name {
+            "gqa" => ("standard", self.gqa_kv_heads),
+            _ => match name.strip_suffix("_gqa") {
+                Some(method) => (method, self.gqa_kv_heads),
+                None => (name, self.heads),
+            },
+        };
+        let plan = KvPlan::from_method(method, self.layers)?;
+        let longest = self.prompts.iter().max().unwrap_or(&0) + self.decode + 1;
+        let config = FusedKvDecoderConfig::new(
+            self.vocab,
+            self.hidden,
+            self.layers,
+            self.heads,
+            kv_heads,
+            self.head_dim,
+            self.ffn,
+            plan,
+        )
+        .with_max_positions(longest);
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// A prompt, then tokens one by one.
+    fn measure<B: Backend>(
+        &self,
+        model: &FusedKvDecoder<B>,
+        batch: usize,
+        prompt: usize,
+        device: &B::Device,
+    ) -> Result<Turn, Box<dyn Error>> {
+        let tokens = |len: usize, seed: usize| {
+            let row = |row: usize| -> Vec<u32> {
+                (0..len)
+                    .map(|i| ((i * 7919 + row * 104_729 + seed) % self.vocab) as u32)
+                    .collect()
+            };
+            let rows: Vec<_> = (0..batch).map(row).collect();
+            TokenBatch::<B>::from_rows(&rows, self.vocab, device)
+        };
+        let memory = PeakMemory::start();
+        let mut cache = model.new_cache_of(self.cache, batch, prompt + self.decode)?;
+        let chunk = tokens(prompt, 0)?;
+        let start = Instant::now();
+        // Reading a number waits for all of them.
+        let wait = |logits: burn::tensor::Tensor<B, 3>| logits.max().into_scalar();
+        wait(model.forward_cached(chunk, &mut cache, Logits::Last)?);
+        let ttft = start.elapsed().as_secs_f64();
+        let mut steps = Vec::new();
+        for step in 0..self.decode {
+            let token = tokens(1, step + 1)?;
+            let start = Instant::now();
+            wait(model.forward_cached(token, &mut cache, Logits::Last)?);
+            steps.push(start.elapsed().as_secs_f64());
+        }
+        Ok(Turn {
+            ttft,
+            tpot: median(&mut steps),
+            cache_bytes: cache.bytes_allocated(),
+            peak_bytes: memory.peak(),
+        })
+    }
+}

@@ -1,0 +1,180 @@
+//! The table and the JSON file.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use fusedkv::{ConfigError, FusedKvDecoderConfig};
+use serde::Serialize;
+
+use crate::Turn;
+
+const MIB: f64 = 1024.0 * 1024.0;
+const GIB: f64 = 1024.0 * MIB;
+
+/// All figures of a run.
+#[derive(Serialize)]
+pub struct Report {
+    backend: String,
+    threads: usize,
+    /// Bytes per second.
+    read_bandwidth: f64,
+    cases: Vec<Figures>,
+}
+
+/// One method at one batch and prompt.
+pub struct Case {
+    method: String,
+    batch: usize,
+    prompt: usize,
+    /// Bytes of the weights that a decoded token reads.
+    weight_bytes: f64,
+    /// Cached bytes that a decoded token reads, against those that are cached.
+    reads_per_cached_byte: f64,
+    prefill_flops: f64,
+    turns: Vec<Turn>,
+}
+
+/// Medians, and ratios to the first method.
+#[derive(Serialize)]
+struct Figures {
+    method: String,
+    batch: usize,
+    prompt: usize,
+    ttft_s: f64,
+    ttft_ratio: f64,
+    prefill_gflops: f64,
+    tpot_s: f64,
+    tpot_ratio: f64,
+    /// Bytes read per decoded token, against the first method's.
+    bytes_ratio: f64,
+    /// Bytes read per decoded token ÷ its time ÷ the bandwidth probed.
+    bandwidth_share: f64,
+    cache_bytes: usize,
+    peak_bytes: Option<usize>,
+}
+
+impl Case {
+    pub fn new(
+        method: &str,
+        batch: usize,
+        prompt: usize,
+        config: &FusedKvDecoderConfig,
+    ) -> Result<Self, ConfigError> {
+        let costs = config.costs()?;
+        let embedding = config.vocab_size * config.hidden_size;
+        // An untied embedding is looked up, not read.
+        let read = costs.parameters() - if config.tie_embeddings { 0 } else { embedding };
+        Ok(Self {
+            method: method.to_owned(),
+            batch,
+            prompt,
+            weight_bytes: (read * size_of::<f32>()) as f64,
+            reads_per_cached_byte: costs.cache_bytes_read_per_token(prompt, 4) as f64
+                / (costs.cache_bytes_per_token(4) * prompt) as f64,
+            prefill_flops: costs.prefill_flops(prompt) as f64 * batch as f64,
+            turns: Vec::new(),
+        })
+    }
+
+    pub fn add(&mut self, turn: Turn) {
+        self.turns.push(turn);
+    }
+
+    fn median(&self, of: impl Fn(&Turn) -> f64) -> f64 {
+        median(&mut self.turns.iter().map(of).collect::<Vec<_>>())
+    }
+
+    /// Bytes a decoded token reads.
+    fn bytes_read(&self) -> f64 {
+        let cached = self.turns[0].cache_bytes as f64;
+        self.weight_bytes + cached * self.reads_per_cached_byte
+    }
+}
+
+impl Report {
+    pub fn new(backend: String, read_bandwidth: f64) -> Self {
+        Self {
+            backend,
+            threads: rayon::current_num_threads(),
+            read_bandwidth,
+            cases: Vec::new(),
+        }
+    }
+
+    pub fn heading(&self) -> String {
+        format!(
+            "{}, {} threads, memory is read at {:.1} GiB/s\n\n\
+             | method | batch | prompt | TTFT s | ratio | GFLOP/s | TPOT ms | ratio | bytes ratio | of bandwidth | cache MiB | peak MiB |\n\
+             |---|---|---|---|---|---|---|---|---|---|---|---|",
+            self.backend,
+            self.threads,
+            self.read_bandwidth / GIB
+        )
+    }
+
+    /// Adds methods measured side by side, and prints their rows.
+    pub fn add(&mut self, cases: Vec<Case>) {
+        let (ttft, tpot) = (|t: &Turn| t.ttft, |t: &Turn| t.tpot);
+        let first = &cases[0];
+        for case in &cases {
+            let figures = Figures {
+                method: case.method.clone(),
+                batch: case.batch,
+                prompt: case.prompt,
+                ttft_s: case.median(ttft),
+                ttft_ratio: case.median(ttft) / first.median(ttft),
+                prefill_gflops: case.prefill_flops / case.median(ttft) / 1e9,
+                tpot_s: case.median(tpot),
+                tpot_ratio: case.median(tpot) / first.median(tpot),
+                bytes_ratio: case.bytes_read() / first.bytes_read(),
+                bandwidth_share: case.bytes_read() / case.median(tpot) / self.read_bandwidth,
+                cache_bytes: case.turns[0].cache_bytes,
+                peak_bytes: case.turns.iter().filter_map(|turn| turn.peak_bytes).max(),
+            };
+            println!("{}", figures.row());
+            self.cases.push(figures);
+        }
+    }
+
+    /// Writes JSON, complete or not at all.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory)?;
+        }
+        let partial = path.with_extension("partial");
+        fs::write(&partial, serde_json::to_string_pretty(self)?)?;
+        fs::rename(partial, path)
+    }
+}
+
+impl Figures {
+    fn row(&self) -> String {
+        format!(
+            "| {} | {} | {} | {:.3} | {:.2} | {:.0} | {:.1} | {:.2} | {:.2} | {:.0} % | {:.1} | {} |",
+            self.method,
+            self.batch,
+            self.prompt,
+            self.ttft_s,
+            self.ttft_ratio,
+            self.prefill_gflops,
+            self.tpot_s * 1e3,
+            self.tpot_ratio,
+            self.bytes_ratio,
+            self.bandwidth_share * 100.0,
+            self.cache_bytes as f64 / MIB,
+            self.peak_bytes
+                .map_or("?".to_owned(), |bytes| format!("{:.0}", bytes as f64 / MIB)),
+        )
+    }
+}
+
+pub fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 {
+        values[middle]
+    } else {
+        f64::midpoint(values[middle - 1], values[middle])
+    }
+}

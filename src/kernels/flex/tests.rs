@@ -1,0 +1,163 @@
+//! Every kernel against Burn's operations, over shapes that fill vectors, tiles and threads, and
+//! shapes that do not.
+
+use burn::nn::RmsNormConfig;
+use burn::tensor::activation::silu;
+use burn::tensor::{DType, Distribution, Tolerance};
+use burn_flex::FlexDevice;
+use proptest::prelude::*;
+
+use super::*;
+use crate::decoder::attend::{Term, Visibility, attend_with_stock_operations};
+use crate::decoder::kv::Stored;
+
+fn random<const D: usize>(shape: [usize; D]) -> Tensor<Flex, D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &FlexDevice)
+}
+
+fn assert_same<const D: usize>(found: Option<Tensor<Flex, D>>, expected: Tensor<Flex, D>) {
+    let found = found.expect("a kernel for f32 on Flex").into_data();
+    let tolerance = Tolerance::<f32>::rel_abs(1e-4, 1e-4);
+    found.assert_approx_eq(&expected.into_data(), tolerance);
+}
+
+fn stored(numbers: u8, dims: [usize; 4]) -> Stored<Flex> {
+    // A view into a larger capacity, as a cache has it.
+    let [batch, heads, keys, width] = dims;
+    let x = random([batch, heads, keys + 3, width]);
+    let dtype = [DType::F32, DType::F16, DType::BF16, DType::I8][usize::from(numbers)];
+    Stored::zeros(x.dims(), dtype, &FlexDevice)
+        .assign(0, x)
+        .narrow(2, keys)
+}
+
+prop_compose! {
+    fn any_attention()(
+        batch in 1usize..3,
+        kv_heads in 1usize..4,
+        group in 1usize..4,
+        queries in prop_oneof![1usize..4, 12usize..20, 40usize..110],
+        more_keys in prop_oneof![Just(0usize), 1usize..5, 60usize..700],
+        width in prop_oneof![1usize..5, 8usize..12, 15usize..18, 31usize..34, 40usize..41],
+        n_keys in 1usize..4,
+        n_values in 1usize..4,
+        numbers in 0u8..4,
+        weighted in any::<bool>(),
+        hidden in 0..3,
+    ) -> [usize; 12] {
+        [batch, kv_heads, group, queries, more_keys, 2 * width, n_keys, n_values,
+         usize::from(numbers), usize::from(weighted), hidden as usize, 0]
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn attention_is_that_of_stock_operations(case in any_attention()) {
+        let [batch, kv_heads, group, queries, more, width, n_keys, n_values, numbers, weighted, hidden, _] = case;
+        let keys = queries + more;
+        let term = || Term {
+            source: stored(numbers as u8, [batch, kv_heads, keys, width]),
+            weight: (weighted == 1).then(|| random([1, kv_heads, 1, width])),
+        };
+        let query = random([batch, kv_heads * group, queries, width]);
+        let key_terms: Vec<_> = (0..n_keys).map(|_| term()).collect();
+        let value_terms: Vec<_> = (0..n_values).map(|_| term()).collect();
+        let visibility = match hidden {
+            0 => Visibility::All,
+            1 => Visibility::Causal,
+            _ => {
+                // Every query sees the last key at least.
+                let hidden = random([batch, 1, queries, keys]).greater_elem(0.5);
+                let last = Tensor::<Flex, 4>::zeros([batch, 1, queries, 1], &FlexDevice).bool();
+                let hidden = hidden.slice_assign([0..batch, 0..1, 0..queries, keys - 1..keys], last);
+                Visibility::Except(hidden)
+            }
+        };
+        let found = attention(&query, &key_terms, &value_terms, &visibility);
+        let expected = attend_with_stock_operations(query, key_terms, value_terms, &visibility);
+        assert_same(found, expected);
+    }
+
+    #[test]
+    fn few_rows_times_a_matrix_are_that_product(
+        rows in 1usize..17,
+        input in 120usize..700,
+        output in 300usize..2100,
+        transposed in any::<bool>(),
+    ) {
+        let x = random([1, rows, input]);
+        let weight = match transposed {
+            true => random([output, input]).transpose(),
+            false => random([input, output]),
+        };
+        let expected = burn::tensor::module::linear(x.clone(), weight.clone(), None);
+        let scale = (input as f64).sqrt().recip();
+        let found = linear(&x, &weight).map(|found| found * scale);
+        assert_same(found, expected * scale);
+    }
+
+    #[test]
+    fn norms_are_burns(rows in 1usize..200, width in 1usize..400) {
+        let mut norm = RmsNormConfig::new(width).with_epsilon(1e-5).init::<Flex>(&FlexDevice);
+        norm.gamma = norm.gamma.map(|_| random([width]));
+        let x = random([2, rows, width]);
+        let found = rms_norm(&x, &norm.gamma.val(), norm.epsilon);
+        assert_same(found, norm.forward(x));
+    }
+
+    #[test]
+    fn swiglu_is_silu_times_up(seq in 1usize..200, width in 1usize..400) {
+        // Gates up to a few hundred: e to their power overflows f32.
+        let (gate, up) = (random([1, seq, width]) * 90.0, random([1, seq, width]));
+        assert_same(swiglu(&gate, &up), silu(gate) * up);
+    }
+
+    #[test]
+    fn heads_are_exchanged_and_rotated(
+        batch in 1usize..3,
+        heads in 1usize..5,
+        seq in 1usize..200,
+        pairs in 1usize..40,
+        per_row in any::<bool>(),
+    ) {
+        let x = random([batch, seq, heads, 2 * pairs]);
+        assert_same(swap_heads(&x), x.clone().swap_dims(1, 2));
+        let rows = if per_row { batch } else { 1 };
+        let (cos, sin) = (random([rows, 1, seq, pairs]), random([rows, 1, seq, pairs]));
+        let x = x.swap_dims(1, 2);
+        let found = rope(&x, &cos, &sin);
+        let low = x.clone().narrow(3, 0, pairs);
+        let high = x.narrow(3, pairs, pairs);
+        let expected = Tensor::cat(
+            vec![
+                low.clone() * cos.clone() - high.clone() * sin.clone(),
+                high * cos + low * sin,
+            ],
+            3,
+        );
+        assert_same(found, expected);
+    }
+}
+
+#[test]
+fn other_types_are_left_to_burn() {
+    let x = random([1, 4, 300]).cast(DType::F64);
+    let weight = random([300, 300]).cast(DType::F64);
+    assert!(linear(&x, &weight).is_none());
+    assert!(swiglu(&x, &x).is_none());
+}
+
+#[test]
+fn a_query_that_sees_nothing_gets_numbers() {
+    let (query, x) = (random([1, 1, 1, 4]), random([1, 1, 70, 4]));
+    let term = || Term {
+        source: Stored::Float(x.clone()),
+        weight: None,
+    };
+    let hidden = Tensor::<Flex, 4>::ones([1, 1, 1, 70], &FlexDevice).bool();
+    let output = attention(&query, &[term()], &[term()], &Visibility::Except(hidden));
+    let output = output.unwrap().into_data();
+    assert!(output.iter::<f32>().all(f32::is_finite));
+}
