@@ -86,7 +86,7 @@ impl Tile<'_> {
 
         let zero = [simd.splat_f32s(0.0); WIDE];
         let mut scratch = vec![0.0; TILE * head_dim];
-        let mut scores = vec![zero; TILE];
+        let mut scores = [zero; TILE];
         let mut max = [simd.splat_f32s(HIDDEN); WIDE];
         let mut sum = zero;
         let mut weighted = vec![zero; values.len() * head_dim];

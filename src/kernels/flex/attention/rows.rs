@@ -40,11 +40,10 @@ impl Storage {
             Stored::Float(tensor) => (float_tensor(tensor)?, None),
             Stored::Int8 { codes, scales } => (int_tensor(codes)?, Some(float_tensor(scales)?)),
         };
-        let readable = match (numbers.dtype(), scales.as_ref().map(FlexTensor::dtype)) {
-            (DType::F32 | DType::F16 | DType::BF16, None) => true,
-            (DType::I8, Some(DType::F32)) => true,
-            _ => false,
-        };
+        let readable = matches!(
+            (numbers.dtype(), scales.as_ref().map(FlexTensor::dtype)),
+            (DType::F32 | DType::F16 | DType::BF16, None) | (DType::I8, Some(DType::F32))
+        );
         // Everything but transposed rows is read where it lies.
         let in_rows = |tensor: FlexTensor| match tensor.layout().strides() {
             [batch, head, row, 1] if [*batch, *head, *row].iter().all(|s| *s >= 0) => tensor,
