@@ -10,7 +10,7 @@ mod flex;
 
 use burn::nn::RmsNorm;
 use burn::tensor::activation::silu;
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::{BasicOps, Tensor, backend::Backend};
 
 use crate::decoder::attend::{Term, Visibility, attend_with_stock_operations};
 
@@ -75,6 +75,22 @@ pub(crate) fn swap_heads<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
         return output;
     }
     x.swap_dims(1, 2)
+}
+
+/// `target` with `rows` at positions from `start`, both `[batch, heads, seq, width]`: written in
+/// place if nobody else holds the target.
+pub(crate) fn assign_rows<B: Backend, K: BasicOps<B> + 'static>(
+    target: Tensor<B, 4, K>,
+    start: usize,
+    rows: Tensor<B, 4, K>,
+) -> Tensor<B, 4, K> {
+    #[cfg(feature = "flex")]
+    let (target, rows) = match flex::assign_rows((target, rows), start) {
+        Ok(target) => return target,
+        Err(pair) => pair,
+    };
+    let [batch, heads, len, width] = rows.dims();
+    target.slice_assign([0..batch, 0..heads, start..start + len, 0..width], rows)
 }
 
 /// `silu(gate) ⊙ up`.
