@@ -109,7 +109,7 @@ impl<B: Backend> Attention<B> {
     /// - keys, values: each `[batch, n_kv_heads, keys, head_dim]`, in the plan's order of sources
     pub(crate) fn forward(
         &self,
-        form: FusionForm,
+        form: Option<FusionForm>,
         x: Tensor<B, 3>,
         keys: Vec<Stored<B>>,
         values: Vec<Stored<B>>,

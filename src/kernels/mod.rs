@@ -12,6 +12,7 @@ use burn::nn::RmsNorm;
 use burn::tensor::activation::silu;
 use burn::tensor::{BasicOps, Tensor, backend::Backend};
 
+use crate::decoder::FusionForm;
 use crate::decoder::attend::{Term, Visibility, attend_with_stock_operations};
 
 /// `x · weight` over the last dimension; `weight` is `[input, output]` in any layout.
@@ -23,8 +24,19 @@ pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tenso
     burn::tensor::module::linear(x, weight, None)
 }
 
-/// [`attend`](crate::decoder::attend::attend) in the absorbed form.
+/// Tokens of all rows that a pass does best to take at once, where it matters: what they turn into
+/// then stays in the processor's caches.
+pub(crate) fn tokens_per_pass<B: Backend>() -> Option<usize> {
+    #[cfg(feature = "flex")]
+    if flex::is_flex::<B>() {
+        return Some(flex::TOKENS_PER_PASS);
+    }
+    None
+}
+
+/// [`attend`](crate::decoder::attend::attend) over terms that may still be blended or not.
 pub(crate) fn attention<B: Backend>(
+    form: Option<FusionForm>,
     query: Tensor<B, 4>,
     keys: Vec<Term<B>>,
     values: Vec<Term<B>>,
@@ -34,7 +46,7 @@ pub(crate) fn attention<B: Backend>(
     if let Some(output) = flex::attention(&query, &keys, &values, visibility) {
         return output;
     }
-    attend_with_stock_operations(query, keys, values, visibility)
+    attend_with_stock_operations(form, query, keys, values, visibility)
 }
 
 /// [`RmsNorm::forward`].

@@ -124,6 +124,63 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// Rows of one kv head, each source's times its weight, added up.
+pub(super) struct Blend<'a>(Vec<(Rows<'a>, Option<&'a [f32]>)>);
+
+/// Space for tiles that are not read where they lie.
+pub(super) struct Scratch {
+    source: Vec<f32>,
+    blend: Vec<f32>,
+}
+
+impl Scratch {
+    /// For tiles of `len` numbers.
+    pub fn new(len: usize) -> Self {
+        Self {
+            source: vec![0.0; len],
+            blend: vec![0.0; len],
+        }
+    }
+}
+
+impl<'a> Blend<'a> {
+    pub fn new(sources: Vec<(Rows<'a>, Option<&'a [f32]>)>) -> Self {
+        Self(sources)
+    }
+
+    /// [`Rows::tile`] of the blend.
+    #[inline(always)]
+    pub fn tile<'t>(&self, range: Range<usize>, scratch: &'t mut Scratch) -> &'t [f32]
+    where
+        'a: 't,
+    {
+        let Scratch { source, blend } = scratch;
+        if let [(rows, None)] = self.0[..] {
+            return rows.tile(range, source);
+        }
+        let mut blend = &mut blend[..];
+        for (i, (rows, weight)) in self.0.iter().enumerate() {
+            let tile = rows.tile(range.clone(), source);
+            blend = &mut blend[..tile.len()];
+            if i == 0 {
+                blend.fill(0.0);
+            }
+            match weight {
+                None => blend.iter_mut().zip(tile).for_each(|(sum, x)| *sum += x),
+                Some(weight) => {
+                    let width = weight.len();
+                    let rows = blend.chunks_exact_mut(width).zip(tile.chunks_exact(width));
+                    for (sums, row) in rows {
+                        let terms = sums.iter_mut().zip(row).zip(*weight);
+                        terms.for_each(|((sum, x), w)| *sum += x * w);
+                    }
+                }
+            }
+        }
+        blend
+    }
+}
+
 /// The number itself, by arithmetic that compilers turn into vectors: the exponent is moved to its
 /// place and its bias corrected by a product, which is exact and also right for subnormal numbers.
 #[inline(always)]
