@@ -54,8 +54,10 @@ pub mod train;
 pub use cache::{CacheDtype, FusedKvCache};
 pub use config::{FusedKvDecoderConfig, FusionInit, FusionStart};
 pub use cost::DecoderCosts;
-pub use decoder::{FusedKvDecoder, FusionForm, KvFusion, KvFusionConfig, Logits};
-pub use error::{CacheError, ConfigError, ForwardError, GenerateError, PlanError, TokensError};
+pub use decoder::{FusedKvDecoder, FusionForm, KvFusion, KvFusionConfig, Logits, fused_attention};
+pub use error::{
+    AttentionError, CacheError, ConfigError, ForwardError, GenerateError, PlanError, TokensError,
+};
 pub use generate::{GeneratedToken, GenerationConfig, generate};
 pub use plan::{BlendWeights, KvLayout, KvPlan, LayerKv, Mix};
 pub use tokens::TokenBatch;

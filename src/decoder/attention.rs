@@ -135,7 +135,11 @@ impl<B: Backend> Attention<B> {
     }
 }
 
-fn terms<B: Backend>(sources: Vec<Stored<B>>, weights: Option<Vec<Tensor<B, 4>>>) -> Vec<Term<B>> {
+/// Each source with its weight, if there are any.
+pub(super) fn terms<B: Backend>(
+    sources: Vec<Stored<B>>,
+    weights: Option<Vec<Tensor<B, 4>>>,
+) -> Vec<Term<B>> {
     let mut weights = weights.into_iter().flatten();
     sources
         .into_iter()

@@ -3,6 +3,7 @@
 
 pub(crate) mod attend;
 mod attention;
+mod fused_attention;
 mod fusion;
 pub(crate) mod kv;
 mod layer;
@@ -19,6 +20,7 @@ use burn::tensor::{Bool, Tensor, TensorData, backend::Backend};
 
 pub use attend::FusionForm;
 pub use attention::Attention;
+pub use fused_attention::fused_attention;
 pub use fusion::{KvFusion, KvFusionConfig, KvResidual};
 pub use kv::KeyValue;
 pub use layer::{DecoderLayer, SwiGluBlock};
