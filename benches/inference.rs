@@ -127,6 +127,7 @@ impl Program for Args {
             }
         }
         write_json(&self.out, &report)?;
+        report.plot(&self.out)?;
         println!("\nWritten to {}", self.out.display());
         Ok(())
     }

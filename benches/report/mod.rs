@@ -1,10 +1,16 @@
-//! The table.
+//! The table and the plots.
+
+mod plot;
+
+use std::error::Error;
+use std::path::Path;
 
 use fusedkv::{ConfigError, FusedKvDecoderConfig};
 use serde::Serialize;
 
 use crate::Turn;
 use crate::figures::{MIB, median};
+use plot::{Line, plot};
 
 const GIB: f64 = 1024.0 * MIB;
 
@@ -139,6 +145,40 @@ impl Report {
             println!("{}", figures.row());
             self.cases.push(figures);
         }
+    }
+
+    /// Draws TTFT and TPOT of the first batch over the prompts' lengths, beside the file of figures.
+    pub fn plot(&self, figures: &Path) -> Result<(), Box<dyn Error>> {
+        let Some(batch) = self.cases.first().map(|case| case.batch) else {
+            return Ok(());
+        };
+        let lines = |of: fn(&Figures) -> f64| -> Vec<Line> {
+            let mut lines: Vec<Line> = Vec::new();
+            for case in self.cases.iter().filter(|case| case.batch == batch) {
+                let point = (case.prompt as f64, of(case));
+                match lines.iter_mut().find(|line| line.name == case.method) {
+                    Some(line) => line.points.push(point),
+                    None => lines.push(Line {
+                        name: case.method.clone(),
+                        points: vec![point],
+                    }),
+                }
+            }
+            lines
+        };
+        let title = |what| format!("{what}, {}, batch {batch}", self.backend);
+        plot(
+            &figures.with_extension("ttft.svg"),
+            &title("Time to the first token"),
+            "seconds",
+            &lines(|case| case.ttft_s),
+        )?;
+        plot(
+            &figures.with_extension("tpot.svg"),
+            &title("Time per decoded token"),
+            "milliseconds",
+            &lines(|case| case.tpot_s * 1e3),
+        )
     }
 }
 

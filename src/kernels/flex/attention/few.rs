@@ -7,8 +7,10 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::{ARCH, PARALLEL, simd};
-use super::{HIDDEN, Problem, TILE};
+use super::{HIDDEN, Problem};
 
+/// Keys per tile: long enough for the processor to foresee what is read next.
+const TILE: usize = 256;
 /// Keys that are worth a thread.
 const PART: usize = 256;
 

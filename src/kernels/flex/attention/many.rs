@@ -10,8 +10,10 @@ use rayon::prelude::*;
 
 use super::super::{ARCH, simd};
 use super::rows::Scratch;
-use super::{HIDDEN, Problem, TILE};
+use super::{HIDDEN, Problem};
 
+/// Keys per tile: keys or values of a tile fit the first-level cache.
+const TILE: usize = 64;
 /// Vectors of queries side by side.
 const WIDE: usize = 3;
 

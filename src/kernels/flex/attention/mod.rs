@@ -1,7 +1,7 @@
 //! Attention over blends of stored keys and values, read where they lie: one pass with an online
 //! softmax (arXiv 1805.02867, 2205.14135), the blend's weights in the queries and the output.
 //!
-//! Keys and values are read in tiles that fit the first-level cache. Two kernels go over a tile:
+//! Keys and values are read in tiles. Two kernels go over a tile:
 //! [`few`] for decoding, with dot products along the channels, and [`many`] for prefill, where
 //! every vector holds the same channel of different queries.
 
@@ -16,8 +16,6 @@ use super::{bool_tensor, f32_tensor, tensor};
 use crate::decoder::attend::{Term, Visibility};
 use rows::{Blend, Rows, Storage};
 
-/// Keys per tile.
-const TILE: usize = 64;
 /// Queries per head up to which [`few`] is faster than [`many`].
 const FEW: usize = 16;
 /// The score of a hidden key. Finite, so that a query that sees no key at all still gets numbers.
