@@ -19,7 +19,9 @@ use burn::module::Module;
 use burn::tensor::backend::Backend;
 use clap::Parser;
 use fusedkv::backend::Autodiff;
-use fusedkv::train::{Run, Tokenizer, Trained, TrainingConfig, perplexity, save_model, train};
+use fusedkv::checkpoint::{SaveOptions, save_checkpoint};
+use fusedkv::tokenizer::Tokenizer;
+use fusedkv::train::{Run, Trained, TrainingConfig, perplexity, train};
 use fusedkv::{
     ConfigError, FusedKvDecoder, FusedKvDecoderConfig, GenerationConfig, KvPlan, generate,
 };
@@ -131,7 +133,10 @@ impl Program for Args {
         tokenizer.save(self.run_tokenizer())?;
         let run = Run::new(self.out.join("run")).with_resume(self.resume);
         let trained = train::<Autodiff<B>>(&config, tokens, &run, device)?;
-        save_model(&self.out, &trained.model, &tokenizer)?;
+        let options = SaveOptions::new()
+            .with_eos(tokenizer.end_of_text().into_iter().collect())
+            .with_tokenizer(tokenizer.clone());
+        save_checkpoint(&self.out, &trained.model, &options)?;
 
         self.summary(&trained, device)?;
         self.sample(&trained.model, &tokenizer)?;

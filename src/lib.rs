@@ -31,6 +31,8 @@
 //! - [`cache`]: storage for the layers that store
 //! - [`tokens`]: batches whose rows differ in length
 //! - [`mod@generate`]: sampling through the cache
+//! - [`mod@score`]: how well a text is predicted
+//! - `checkpoint`, `tokenizer` (feature `checkpoint`): Hugging Face's directories, text to tokens
 //! - `train` (feature `train`): training on Burn's `Learner`
 //! - [`backend`]: the Burn backends behind features
 //! - [`error`]: what can go wrong
@@ -40,13 +42,20 @@
 
 pub mod backend;
 pub mod cache;
+#[cfg(feature = "checkpoint")]
+pub mod checkpoint;
 pub mod config;
 pub mod cost;
 pub mod decoder;
 pub mod error;
+#[cfg(feature = "checkpoint")]
+mod file;
 pub mod generate;
 mod kernels;
 pub mod plan;
+pub mod score;
+#[cfg(feature = "checkpoint")]
+pub mod tokenizer;
 pub mod tokens;
 #[cfg(feature = "train")]
 pub mod train;
@@ -55,7 +64,10 @@ pub use cache::{CacheDtype, FusedKvCache};
 pub use config::{FusedKvDecoderConfig, FusionInit, FusionStart};
 pub use cost::DecoderCosts;
 pub use decoder::{FusedKvDecoder, FusionForm, KvFusion, KvFusionConfig, Logits};
-pub use error::{CacheError, ConfigError, ForwardError, GenerateError, PlanError, TokensError};
+pub use error::{
+    CacheError, ConfigError, ForwardError, GenerateError, PlanError, ScoreError, TokensError,
+};
 pub use generate::{GeneratedToken, GenerationConfig, generate};
 pub use plan::{BlendWeights, KvLayout, KvPlan, LayerKv, Mix};
+pub use score::{Score, ScoreConfig, score, score_with};
 pub use tokens::TokenBatch;

@@ -8,10 +8,10 @@ use std::sync::{Mutex, PoisonError};
 use burn::tensor::Tolerance;
 use burn::tensor::backend::Backend;
 use burn_dataset::Dataset;
-use fusedkv::backend::{Autodiff, Flex, FlexDevice, NdArray};
+use fusedkv::backend::{Autodiff, Flex, FlexDevice};
+use fusedkv::tokenizer::{END_OF_TEXT, Tokenizer, TokenizerError};
 use fusedkv::train::{
-    END_OF_TEXT, ModelDirError, Progress, Run, TokenWindows, Tokenizer, TokenizerError, TrainError,
-    Trained, TrainingConfig, evaluate, load_model, perplexity, save_model, train,
+    Progress, Run, TokenWindows, TrainError, Trained, TrainingConfig, evaluate, perplexity, train,
 };
 use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
 use proptest::prelude::*;
@@ -334,133 +334,6 @@ fn a_loss_that_is_no_number_ends_the_training() {
         matches!(error, TrainError::Diverged { epoch: 1, .. }),
         "{error}"
     );
-}
-
-#[test]
-fn a_saved_model_is_loaded_bit_by_bit() {
-    let device = FlexDevice;
-    let directory = tempdir().unwrap();
-    let directory = directory.path().join("new/model");
-    let text = "fish ".repeat(50);
-    let tokenizer = Tokenizer::train_bpe(&text, 300).unwrap();
-    for method in KvPlan::METHODS {
-        let mut config = decoder(KvPlan::from_method(method, 4).unwrap());
-        config.vocab_size = tokenizer.vocab_size();
-        config.tie_embeddings = method != "cla";
-        let model = config.init::<Flex>(&device).unwrap();
-        save_model(&directory, &model, &tokenizer).unwrap();
-        let (loaded, loaded_tokenizer) = load_model::<Flex>(&directory, &device).unwrap();
-        assert_eq!(loaded.config(), model.config());
-        assert_eq!(logits_of(&loaded), logits_of(&model), "{method}");
-        assert_eq!(
-            loaded_tokenizer.encode("fish!").unwrap(),
-            tokenizer.encode("fish!").unwrap()
-        );
-        let (elsewhere, _) = load_model::<NdArray>(&directory, &Default::default()).unwrap();
-        logits_of(&elsewhere).assert_approx_eq::<f32>(&logits_of(&model), Tolerance::default());
-    }
-
-    fn logits_of<B: Backend>(model: &FusedKvDecoder<B>) -> burn::tensor::TensorData {
-        logits(model, &Default::default())
-    }
-}
-
-#[test]
-fn a_directory_that_is_no_model_is_refused() {
-    let device = FlexDevice;
-    let load = |path: &Path| load_model::<Flex>(path, &device).unwrap_err();
-    let directory = tempdir().unwrap();
-    let directory = directory.path();
-    let missing = load(&directory.join("missing"));
-    assert!(
-        missing.to_string().ends_with("it has no config.json"),
-        "{missing}"
-    );
-
-    let tokenizer = Tokenizer::train_bpe("", 257).unwrap();
-    let mut config = decoder(KvPlan::Standard);
-    let error = save_model(
-        directory,
-        &config.init::<Flex>(&device).unwrap(),
-        &tokenizer,
-    );
-    let error = error.unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "the tokenizer has 257 tokens, expected at most the decoder's 16"
-    );
-
-    config.vocab_size = 257;
-    let model = config.init::<Flex>(&device).unwrap();
-    let save = || save_model(directory, &model, &tokenizer).unwrap();
-    let config_path = directory.join("config.json");
-
-    // Configurations of other decoders: other shapes, missing weights, weights left over.
-    let mut wider = config.clone();
-    wider.ffn_size += 2;
-    let mut deeper = config.clone();
-    deeper.n_layers += 1;
-    let mut shallower = config.clone();
-    shallower.n_layers -= 1;
-    let mut fused = config.clone();
-    fused.plan = KvPlan::FusedKv { storage_layers: 2 };
-    for other in [wider, deeper, shallower, fused] {
-        save();
-        burn::config::Config::save(&other, &config_path).unwrap();
-        let error = load(directory);
-        assert!(
-            matches!(error, ModelDirError::Weights { .. }),
-            "{other}: {error}"
-        );
-    }
-
-    save();
-    let mut broken = config.clone();
-    broken.n_heads = 0;
-    burn::config::Config::save(&broken, &config_path).unwrap();
-    assert!(matches!(load(directory), ModelDirError::Config(_)));
-    let mut small = config.clone();
-    small.vocab_size = 100;
-    burn::config::Config::save(&small, &config_path).unwrap();
-    assert!(matches!(load(directory), ModelDirError::Vocabulary { .. }));
-    fs::write(&config_path, "{").unwrap();
-    assert!(matches!(load(directory), ModelDirError::Unreadable { .. }));
-
-    for (file, unreadable) in [
-        (
-            "model.bpk",
-            ModelDirError::is_weights as fn(&ModelDirError) -> bool,
-        ),
-        ("tokenizer.json", ModelDirError::is_tokenizer),
-    ] {
-        save();
-        fs::write(directory.join(file), "nothing of the kind").unwrap();
-        let error = load(directory);
-        assert!(unreadable(&error), "{error}");
-        fs::remove_file(directory.join(file)).unwrap();
-        let error = load(directory);
-        assert!(
-            matches!(&error, ModelDirError::Missing { file: found, .. } if *found == file),
-            "{error}"
-        );
-    }
-    let error = save_model(directory.join("config.json"), &model, &tokenizer).unwrap_err();
-    assert!(matches!(error, ModelDirError::Write { .. }), "{error}");
-}
-
-trait Kind {
-    fn is_weights(&self) -> bool;
-    fn is_tokenizer(&self) -> bool;
-}
-
-impl Kind for ModelDirError {
-    fn is_weights(&self) -> bool {
-        matches!(self, Self::Weights { .. })
-    }
-
-    fn is_tokenizer(&self) -> bool {
-        matches!(self, Self::Tokenizer(TokenizerError::Unreadable { .. }))
-    }
 }
 
 #[test]
