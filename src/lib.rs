@@ -32,6 +32,8 @@
 //! - [`tokens`]: batches whose rows differ in length
 //! - [`mod@generate`]: sampling through the cache
 //! - [`mod@score`]: how well a text is predicted
+//! - [`mod@convert`]: a standard decoder's weights under another plan
+//! - [`flow`]: what learned blends read
 //! - `checkpoint`, `tokenizer` (feature `checkpoint`): Hugging Face's directories, text to tokens
 //! - `train` (feature `train`): training on Burn's `Learner`
 //! - [`backend`]: the Burn backends behind features
@@ -45,11 +47,13 @@ pub mod cache;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 pub mod config;
+pub mod convert;
 pub mod cost;
 pub mod decoder;
 pub mod error;
 #[cfg(feature = "checkpoint")]
 mod file;
+pub mod flow;
 pub mod generate;
 mod kernels;
 pub mod plan;
@@ -67,6 +71,7 @@ pub use decoder::{FusedKvDecoder, FusionForm, KvFusion, KvFusionConfig, Logits};
 pub use error::{
     CacheError, ConfigError, ForwardError, GenerateError, PlanError, ScoreError, TokensError,
 };
+pub use flow::{InformationFlow, information_flow};
 pub use generate::{GeneratedToken, GenerationConfig, generate};
 pub use plan::{BlendWeights, KvLayout, KvPlan, LayerKv, Mix};
 pub use score::{Score, ScoreConfig, score, score_with};

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::config::FusedKvDecoderConfig;
 use crate::error::ConfigError;
 
 /// A training that cannot start, or did not finish.
@@ -23,6 +24,14 @@ pub enum TrainError {
         value: f64,
         /// What it may be.
         expected: &'static str,
+    },
+    /// A model to start with that is not the configured one.
+    #[error("the model to start with is {found}, expected {expected}")]
+    OtherModel {
+        /// The model's configuration.
+        found: Box<FusedKvDecoderConfig>,
+        /// What is to be trained.
+        expected: Box<FusedKvDecoderConfig>,
     },
     /// Windows longer than the decoder's RoPE table.
     #[error("context is {context} tokens, expected at most max_positions, {max_positions}")]

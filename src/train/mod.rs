@@ -45,5 +45,5 @@ pub use data::{LanguageBatch, LanguageBatcher, TokenWindow, TokenWindows};
 pub use error::TrainError;
 pub use metrics::{PerplexityMetric, TokenLosses, TokenRateMetric, perplexity};
 pub use progress::Progress;
-pub use run::{Run, Trained, evaluate, train};
+pub use run::{Run, Trained, evaluate, train, train_from};
 pub use step::LanguageOutput;
