@@ -9,9 +9,11 @@ use burn::tensor::Tolerance;
 use burn::tensor::backend::Backend;
 use burn_dataset::Dataset;
 use fusedkv::backend::{Autodiff, Flex, FlexDevice};
+use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
 use fusedkv::tokenizer::{END_OF_TEXT, Tokenizer, TokenizerError};
 use fusedkv::train::{
     Progress, Run, TokenWindows, TrainError, Trained, TrainingConfig, evaluate, perplexity, train,
+    train_from,
 };
 use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
 use proptest::prelude::*;
@@ -130,6 +132,35 @@ fn a_resumed_run_ends_like_one_that_was_not_interrupted() {
         logits(&again.model, &device),
         logits(&resumed.model, &device)
     );
+}
+
+#[test]
+fn training_goes_on_from_a_given_model() {
+    let directory = tempdir().unwrap();
+    let config = config();
+    let first = run(&config, directory.path(), false).unwrap();
+    let saved = directory.path().join("model");
+    save_checkpoint(&saved, &first.model, &SaveOptions::new()).unwrap();
+    let load = || {
+        let loaded = load_checkpoint::<Autodiff<Flex>>(&saved, WeightDtype::F32, &FlexDevice);
+        loaded.unwrap().model
+    };
+    let more = |config: &TrainingConfig, name: &str| {
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let run = Run::new(directory.path().join(name)).with_progress(Progress::Quiet);
+        train_from::<Autodiff<Flex>>(config, load(), tokens(), &run, &FlexDevice)
+    };
+    // A rate so low that the model is still the one given.
+    let still = short().with_learning_rate(1e-9);
+    let second = more(&still, "second").unwrap();
+    assert!((second.valid_loss - first.valid_loss).abs() < 1e-3);
+    let third = more(&config, "third").unwrap();
+    assert!(third.valid_loss < first.valid_loss, "{}", third.valid_loss);
+
+    let mut other = config;
+    other.model.plan = KvPlan::Yoco { storage_layers: 2 };
+    let error = more(&other, "other").unwrap_err();
+    assert!(matches!(error, TrainError::OtherModel { .. }), "{error}");
 }
 
 #[test]

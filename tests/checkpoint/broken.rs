@@ -3,43 +3,43 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use fusedkv::KvPlan;
 use fusedkv::backend::{Flex, NdArray};
 use fusedkv::checkpoint::{
     CheckpointError, SaveOptions, WeightDtype, load_checkpoint, save_checkpoint,
 };
 use fusedkv::tokenizer::{Tokenizer, TokenizerError};
-use fusedkv::{ConfigError, KvPlan, PlanError};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 
-use crate::models::model;
-use crate::{decoder, load};
+use crate::load;
+use crate::models::{fixed, model};
 
 /// A sound directory to break.
-struct Checkpoint(TempDir);
+pub struct Checkpoint(TempDir);
 
 impl Checkpoint {
-    fn new(plan: KvPlan) -> Self {
+    pub fn new(plan: KvPlan) -> Self {
         Self::with(plan, &SaveOptions::new())
     }
 
-    fn with(plan: KvPlan, options: &SaveOptions) -> Self {
+    pub fn with(plan: KvPlan, options: &SaveOptions) -> Self {
         let directory = tempdir().unwrap();
-        save_checkpoint(directory.path(), &model::<Flex>(&decoder(plan), 0), options).unwrap();
+        save_checkpoint(directory.path(), &model::<Flex>(&fixed(plan), 0), options).unwrap();
         Self(directory)
     }
 
-    fn fused() -> Self {
+    pub fn fused() -> Self {
         Self::new(KvPlan::FusedKv { storage_layers: 2 })
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
     /// Edits a JSON file.
-    fn edit(&self, name: &str, change: impl FnOnce(&mut Value)) -> &Self {
+    pub fn edit(&self, name: &str, change: impl FnOnce(&mut Value)) -> &Self {
         let path = self.path(name);
         let mut json = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         change(&mut json);
@@ -47,7 +47,7 @@ impl Checkpoint {
         self
     }
 
-    fn config(&self, key: &str, value: Value) -> &Self {
+    pub fn config(&self, key: &str, value: Value) -> &Self {
         self.edit("config.json", |json| json[key] = value)
     }
 
@@ -61,7 +61,7 @@ impl Checkpoint {
     }
 
     /// The error, whose message must name what `says` has.
-    fn error(&self, says: &[&str]) -> CheckpointError {
+    pub fn error(&self, says: &[&str]) -> CheckpointError {
         let error = load(self.0.path()).unwrap_err();
         for word in says {
             assert!(
@@ -285,191 +285,6 @@ fn a_header_that_lies_about_sizes() {
     fs::write(&path, joined(&json!([1, 2]), &[])).unwrap();
     let error = c.error(&["model.safetensors", "header"]);
     assert!(matches!(error, CheckpointError::Header { .. }), "{error}");
-}
-
-/// A configuration is believed no further than a header.
-#[test]
-fn a_configuration_that_lies_about_sizes() {
-    for key in [
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "head_dim",
-        "intermediate_size",
-        "max_position_embeddings",
-    ] {
-        for size in [1_u64 << 40, u64::MAX - 1] {
-            let c = Checkpoint::fused();
-            c.config(key, json!(size));
-            let error = c.error(&[]);
-            assert!(
-                matches!(
-                    error,
-                    CheckpointError::Shape { .. }
-                        | CheckpointError::MissingTensor { .. }
-                        | CheckpointError::Setting { .. }
-                ),
-                "{key}: {error}"
-            );
-        }
-    }
-}
-
-#[test]
-fn another_configuration() {
-    let fused = || Checkpoint::fused();
-    let c = fused();
-    let error = c
-        .config("intermediate_size", json!(11))
-        .error(&["[10, 12]", "[11, 12]"]);
-    assert!(matches!(error, CheckpointError::Shape { .. }), "{error}");
-    let c = fused();
-    let error = c
-        .config("num_hidden_layers", json!(5))
-        .error(&["model.layers.4"]);
-    assert!(
-        matches!(error, CheckpointError::MissingTensor { .. }),
-        "{error}"
-    );
-    let c = fused();
-    let error = c
-        .config("num_hidden_layers", json!(3))
-        .error(&["model.layers.3"]);
-    assert!(
-        matches!(error, CheckpointError::UnexpectedTensor { .. }),
-        "{error}"
-    );
-    let c = fused();
-    let plan = json!({ "method": "yoco", "storage_layers": 2 });
-    let error = c.config("kv_plan", plan).error(&["kv_fusion"]);
-    assert!(
-        matches!(error, CheckpointError::UnexpectedTensor { .. }),
-        "{error}"
-    );
-    let c = fused();
-    let plan = json!({ "method": "fused_kv", "storage_layers": 4 });
-    let error = c
-        .config("kv_plan", plan)
-        .error(&["config.json", "4 storage layers"]);
-    assert!(
-        matches!(
-            error,
-            CheckpointError::Config {
-                source: ConfigError::Plan(PlanError::StorageLayers { .. }),
-                ..
-            }
-        ),
-        "{error}"
-    );
-    let c = fused();
-    let error = c
-        .config("num_key_value_heads", json!(3))
-        .error(&["config.json", "n_kv_heads"]);
-    assert!(matches!(error, CheckpointError::Config { .. }), "{error}");
-}
-
-#[test]
-fn settings_this_decoder_does_not_have() {
-    for (key, value, named, expected) in [
-        ("attention_bias", json!(true), "attention_bias", "false"),
-        ("hidden_act", json!("gelu"), "hidden_act", "silu"),
-        ("model_type", json!("llama"), "model_type", "\"fusedkv\""),
-        ("model_type", json!(null), "model_type", "\"qwen3\""),
-        ("model_type", json!("qwen3"), "kv_plan", "none"),
-        ("kv_plan", json!(null), "kv_plan", "a plan"),
-        (
-            "kv_plan",
-            json!({ "method": "magic" }),
-            "kv_plan",
-            "unknown variant",
-        ),
-        (
-            "kv_plan",
-            json!({ "method": "yoco" }),
-            "kv_plan",
-            "storage_layers",
-        ),
-        (
-            "quantization_config",
-            json!({ "bits": 4 }),
-            "quantization_config",
-            "none",
-        ),
-        ("hidden_size", json!(null), "hidden_size", "a whole number"),
-        ("hidden_size", json!(12.5), "hidden_size", "a whole number"),
-        ("hidden_size", json!(-12), "hidden_size", "a whole number"),
-        (
-            "tie_word_embeddings",
-            json!("yes"),
-            "tie_word_embeddings",
-            "true or false",
-        ),
-        ("rms_norm_eps", json!([]), "rms_norm_eps", "a number"),
-        ("rope_theta", json!(5.0), "rope_theta", "10000"),
-        (
-            "rope_scaling",
-            json!({ "rope_type": "yarn" }),
-            "rope_scaling.rope_type",
-            "default",
-        ),
-        (
-            "rope_scaling",
-            json!({ "type": "linear" }),
-            "rope_scaling.type",
-            "default",
-        ),
-        (
-            "rope_parameters",
-            json!({ "partial_rotary_factor": 0.5 }),
-            "rope_parameters.partial_rotary_factor",
-            "1",
-        ),
-        (
-            "layer_types",
-            json!(["sliding_attention"]),
-            "layer_types",
-            "full_attention",
-        ),
-        ("eos_token_id", json!("end"), "eos_token_id", "a token id"),
-        (
-            "max_position_embeddings",
-            json!(1 << 30),
-            "max_position_embeddings",
-            "at most",
-        ),
-    ] {
-        let c = Checkpoint::fused();
-        c.config(key, value.clone());
-        let error = c.error(&["config.json", expected]);
-        assert!(
-            matches!(&error, CheckpointError::Setting { key, .. } if key == named),
-            "{key} {value}: {error}"
-        );
-    }
-    let c = Checkpoint::fused();
-    c.edit("config.json", |json| {
-        json["use_sliding_window"] = json!(true);
-        json["sliding_window"] = json!(16);
-        json["max_window_layers"] = json!(2);
-    });
-    let error = c.error(&["use_sliding_window"]);
-    assert!(matches!(error, CheckpointError::Setting { .. }), "{error}");
-    // From the layer after the last on, nothing slides.
-    c.config("max_window_layers", json!(4));
-    assert!(load(c.0.path()).is_ok());
-}
-
-#[test]
-fn files_that_are_no_json() {
-    for text in ["{", "[1]", "", "{\"a\": 1} x", &"[".repeat(5000)] {
-        for name in ["config.json", "generation_config.json"] {
-            let c = Checkpoint::fused();
-            fs::write(c.path(name), text).unwrap();
-            let error = c.error(&[name]);
-            assert!(matches!(error, CheckpointError::Json { .. }), "{error}");
-        }
-    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Checkpoint directories: what comes back, what others write, what is refused.
 
 mod broken;
+mod configuration;
 mod golden;
 #[path = "../suite/models.rs"]
 #[allow(dead_code)]
@@ -13,16 +14,9 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
+use fusedkv::FusedKvDecoder;
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::checkpoint::{CheckpointError, LoadedCheckpoint, WeightDtype, load_checkpoint};
-use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan};
-
-/// A decoder of 4 layers that reads tokens below 11.
-pub fn decoder(plan: KvPlan) -> FusedKvDecoderConfig {
-    FusedKvDecoderConfig::new(models::VOCAB, 12, 4, 4, 2, 6, 10, plan)
-        .with_rope_theta(1e4)
-        .with_max_positions(64)
-}
 
 pub fn load(directory: &Path) -> Result<LoadedCheckpoint<Flex>, CheckpointError> {
     load_checkpoint(directory, WeightDtype::F32, &FlexDevice)

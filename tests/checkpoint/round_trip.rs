@@ -15,8 +15,8 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 use tempfile::tempdir;
 
-use crate::models::{any_case, model, plans};
-use crate::{decoder, load, parameters};
+use crate::models::{any_case, fixed, model, plans};
+use crate::{load, parameters};
 
 const DTYPES: [WeightDtype; 3] = [WeightDtype::F32, WeightDtype::F16, WeightDtype::Bf16];
 
@@ -51,7 +51,7 @@ fn every_plan_in_every_dtype() {
     let directory = tempdir().unwrap();
     let [first, second] = ["first", "second"].map(|name| directory.path().join(name));
     for plan in plans(4) {
-        let config = decoder(plan.clone()).with_tie_embeddings(plan != KvPlan::Standard);
+        let config = fixed(plan.clone()).with_tie_embeddings(plan != KvPlan::Standard);
         let original = model::<Flex>(&config, 1);
         for dtype in DTYPES {
             let options = SaveOptions::new().with_dtype(dtype);
@@ -110,7 +110,7 @@ proptest! {
 #[test]
 fn linear_weights_are_stored_output_first() {
     let directory = tempdir().unwrap();
-    let original = model::<Flex>(&decoder(KvPlan::Standard), 0);
+    let original = model::<Flex>(&fixed(KvPlan::Standard), 0);
     save_checkpoint(directory.path(), &original, &SaveOptions::new()).unwrap();
     let file = fs::read(directory.path().join("model.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&file).unwrap();
@@ -126,7 +126,7 @@ fn linear_weights_are_stored_output_first() {
 fn a_tied_head_is_not_stored_and_its_copy_is_accepted() {
     let directory = tempdir().unwrap();
     let path = directory.path();
-    let untied = model::<Flex>(&decoder(KvPlan::Standard).with_tie_embeddings(false), 0);
+    let untied = model::<Flex>(&fixed(KvPlan::Standard).with_tie_embeddings(false), 0);
     save_checkpoint(path, &untied, &SaveOptions::new()).unwrap();
     let config_path = path.join("config.json");
     let tie = || {
@@ -165,7 +165,7 @@ fn a_tied_head_is_not_stored_and_its_copy_is_accepted() {
 fn tokenizer_and_eos_come_along() {
     let directory = tempdir().unwrap();
     let tokenizer = Tokenizer::train_bpe("to be or not to be", 260).unwrap();
-    let mut config = decoder(KvPlan::Yoco { storage_layers: 2 });
+    let mut config = fixed(KvPlan::Yoco { storage_layers: 2 });
     config.vocab_size = 260;
     let original = model::<Flex>(&config, 0);
     for eos in [vec![], vec![7], vec![7, 9]] {

@@ -12,8 +12,8 @@ use fusedkv::tokenizer::Tokenizer;
 use safetensors::SafeTensors;
 use tempfile::tempdir;
 
-use crate::models::model;
-use crate::{decoder, load, parameters};
+use crate::models::{fixed, model};
+use crate::{load, parameters};
 
 fn names(directory: &Path) -> BTreeSet<String> {
     let entries = fs::read_dir(directory).unwrap();
@@ -26,11 +26,11 @@ fn names(directory: &Path) -> BTreeSet<String> {
 fn a_save_that_fails_leaves_the_old_directory() {
     let parent = tempdir().unwrap();
     let directory = parent.path().join("model");
-    let old = model::<Flex>(&decoder(KvPlan::Standard), 0);
+    let old = model::<Flex>(&fixed(KvPlan::Standard), 0);
     save_checkpoint(&directory, &old, &SaveOptions::new()).unwrap();
 
     // The last tensor is found to be too large when all others are written.
-    let mut huge = model::<Flex>(&decoder(KvPlan::Yoco { storage_layers: 2 }), 1);
+    let mut huge = model::<Flex>(&fixed(KvPlan::Yoco { storage_layers: 2 }), 1);
     huge.norm.gamma = Param::from_tensor(huge.norm.gamma.val() * 1e6);
     let options = SaveOptions::new()
         .with_dtype(WeightDtype::F16)
@@ -52,7 +52,7 @@ fn a_save_that_fails_leaves_the_old_directory() {
 fn a_save_replaces_a_checkpoint_and_nothing_else() {
     let parent = tempdir().unwrap();
     let directory = parent.path().join("model");
-    let old = model::<Flex>(&decoder(KvPlan::Standard), 0);
+    let old = model::<Flex>(&fixed(KvPlan::Standard), 0);
     let options = SaveOptions::new().with_shard_bytes(1000).with_eos(vec![4]);
     save_checkpoint(&directory, &old, &options).unwrap();
     fs::write(directory.join("README.md"), "mine").unwrap();
@@ -63,7 +63,7 @@ fn a_save_replaces_a_checkpoint_and_nothing_else() {
     fs::create_dir(parent.path().join(".model.saving")).unwrap();
     fs::write(parent.path().join(".model.saving/config.json"), "{").unwrap();
 
-    let new = model::<Flex>(&decoder(KvPlan::FusedKv { storage_layers: 2 }), 1);
+    let new = model::<Flex>(&fixed(KvPlan::FusedKv { storage_layers: 2 }), 1);
     save_checkpoint(&directory, &new, &SaveOptions::new()).unwrap();
     let loaded = load(&directory).unwrap();
     assert_eq!(parameters(&loaded.model), parameters(&new));
@@ -95,7 +95,7 @@ fn a_link_to_a_directory_stays_a_link() {
     fs::create_dir(&directory).unwrap();
     let link = parent.path().join("link");
     std::os::unix::fs::symlink(&directory, &link).unwrap();
-    let saved = model::<Flex>(&decoder(KvPlan::Standard), 0);
+    let saved = model::<Flex>(&fixed(KvPlan::Standard), 0);
     save_checkpoint(&link, &saved, &SaveOptions::new()).unwrap();
     assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
     assert_eq!(
@@ -108,7 +108,7 @@ fn a_link_to_a_directory_stays_a_link() {
 fn what_cannot_be_saved_is_said() {
     let parent = tempdir().unwrap();
     let directory = parent.path().join("model");
-    let saved = model::<Flex>(&decoder(KvPlan::Standard), 0);
+    let saved = model::<Flex>(&fixed(KvPlan::Standard), 0);
     let fails = |directory: &Path, options: SaveOptions| {
         save_checkpoint(directory, &saved, &options).unwrap_err()
     };

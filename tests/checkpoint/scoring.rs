@@ -53,7 +53,7 @@ proptest! {
 
 #[test]
 fn what_cannot_be_scored_is_said() {
-    let config = crate::decoder(fusedkv::KvPlan::Standard);
+    let config = crate::models::fixed(fusedkv::KvPlan::Standard);
     let model = crate::models::model::<F64>(&config, 0);
     let fails = |tokens: &[u32], config: ScoreConfig| score(&model, tokens, &config).unwrap_err();
     let setting = |field, value, largest| ScoreError::Setting {

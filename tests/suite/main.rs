@@ -2,6 +2,7 @@
 
 mod cache;
 mod configuration;
+mod conversion;
 mod equivalence;
 mod generation;
 mod golden;
