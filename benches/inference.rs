@@ -11,8 +11,11 @@
 
 #[path = "../examples/backend/mod.rs"]
 mod backend;
-mod machine;
+mod bandwidth;
+mod figures;
+mod memory;
 mod report;
+mod shape;
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -21,11 +24,17 @@ use std::time::Instant;
 
 use burn::tensor::backend::Backend;
 use clap::Parser;
-use fusedkv::{CacheDtype, FusedKvDecoder, FusedKvDecoderConfig, KvPlan, Logits, TokenBatch};
+use fusedkv::{CacheDtype, FusedKvDecoder, Logits, TokenBatch};
 
 use backend::{BackendName, Program};
-use machine::{PeakMemory, read_bandwidth};
-use report::{Case, Report, median};
+use bandwidth::read_bandwidth;
+use figures::{median, write_json};
+use memory::PeakMemory;
+use report::{Case, Report};
+use shape::Shape;
+
+#[global_allocator]
+static ALLOCATOR: memory::Allocator = memory::Allocator;
 
 /// Measure prefill and decoding of every method side by side.
 #[derive(Parser)]
@@ -52,23 +61,8 @@ struct Args {
     /// Numbers the caches keep: model, f32, f16, bf16 or int8
     #[arg(long, default_value = "model", value_parser = cache_dtype)]
     cache: CacheDtype,
-    #[arg(long, default_value_t = 16)]
-    layers: usize,
-    /// Width of the residual stream
-    #[arg(long, default_value_t = 768)]
-    hidden: usize,
-    /// Query heads
-    #[arg(long, default_value_t = 12)]
-    heads: usize,
-    /// Key/value heads of the `gqa` methods
-    #[arg(long, default_value_t = 3)]
-    gqa_kv_heads: usize,
-    #[arg(long, default_value_t = 64)]
-    head_dim: usize,
-    #[arg(long, default_value_t = 2048)]
-    ffn: usize,
-    #[arg(long, default_value_t = 32_000)]
-    vocab: usize,
+    #[command(flatten)]
+    shape: Shape,
     /// What to compute on
     #[arg(long, value_enum, default_value = "flex")]
     backend: BackendName,
@@ -101,10 +95,16 @@ fn main() -> ExitCode {
 
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
+        let positions = self.prompts.iter().max().unwrap_or(&0) + self.decode;
         let methods = self
             .methods
             .iter()
-            .map(|name| Ok((name.clone(), self.config(name)?.init::<B>(device)?)))
+            .map(|name| {
+                Ok((
+                    name.clone(),
+                    self.shape.config(name, positions)?.init::<B>(device)?,
+                ))
+            })
             .collect::<Result<Vec<_>, Box<dyn Error>>>()?;
         let mut report = Report::new(B::name(device), read_bandwidth());
         println!("{}", report.heading());
@@ -126,7 +126,7 @@ impl Program for Args {
                 report.add(cases);
             }
         }
-        report.write(&self.out)?;
+        write_json(&self.out, &report)?;
         println!("\nWritten to {}", self.out.display());
         Ok(())
     }
@@ -137,35 +137,10 @@ pub struct Turn {
     pub ttft: f64,
     pub tpot: f64,
     pub cache_bytes: usize,
-    pub peak_bytes: Option<usize>,
+    pub peak_bytes: usize,
 }
 
 impl Args {
-    fn config(&self, name: &str) -> Result<FusedKvDecoderConfig, Box<dyn Error>> {
-        let (method, kv_heads) = match name {
-            "gqa" => ("standard", self.gqa_kv_heads),
-            _ => match name.strip_suffix("_gqa") {
-                Some(method) => (method, self.gqa_kv_heads),
-                None => (name, self.heads),
-            },
-        };
-        let plan = KvPlan::from_method(method, self.layers)?;
-        let longest = self.prompts.iter().max().unwrap_or(&0) + self.decode + 1;
-        let config = FusedKvDecoderConfig::new(
-            self.vocab,
-            self.hidden,
-            self.layers,
-            self.heads,
-            kv_heads,
-            self.head_dim,
-            self.ffn,
-            plan,
-        )
-        .with_max_positions(longest);
-        config.validate()?;
-        Ok(config)
-    }
-
     /// A prompt, then tokens one by one.
     fn measure<B: Backend>(
         &self,
@@ -177,11 +152,11 @@ impl Args {
         let tokens = |len: usize, seed: usize| {
             let row = |row: usize| -> Vec<u32> {
                 (0..len)
-                    .map(|i| ((i * 7919 + row * 104_729 + seed) % self.vocab) as u32)
+                    .map(|i| ((i * 7919 + row * 104_729 + seed) % self.shape.vocab) as u32)
                     .collect()
             };
             let rows: Vec<_> = (0..batch).map(row).collect();
-            TokenBatch::<B>::from_rows(&rows, self.vocab, device)
+            TokenBatch::<B>::from_rows(&rows, self.shape.vocab, device)
         };
         let memory = PeakMemory::start();
         let mut cache = model.new_cache_of(self.cache, batch, prompt + self.decode)?;

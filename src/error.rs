@@ -233,6 +233,50 @@ pub enum ForwardError {
     },
 }
 
+/// Attention over tensors that do not fit together.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum AttentionError {
+    /// Not one tensor per weight.
+    #[error(
+        "{found} sources of {what}, expected {expected}: one per weight, or one without weights"
+    )]
+    Sources {
+        /// Keys or values.
+        what: &'static str,
+        /// Tensors given.
+        found: usize,
+        /// Tensors needed.
+        expected: usize,
+    },
+    /// A tensor of another shape.
+    #[error("{what} of shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// Keys, values or weights.
+        what: &'static str,
+        /// Its shape.
+        found: [usize; 4],
+        /// The shape that fits the others.
+        expected: [usize; 4],
+    },
+    /// Query heads that cannot be shared out among key/value heads.
+    #[error("{n_heads} query heads, expected a multiple of {n_kv_heads} key/value heads")]
+    Heads {
+        /// Query heads.
+        n_heads: usize,
+        /// Key/value heads.
+        n_kv_heads: usize,
+    },
+    /// The last query stands at the last key, so the first would stand before the first.
+    #[error("{queries} queries for {keys} keys, expected no more queries than keys")]
+    MoreQueriesThanKeys {
+        /// Queries.
+        queries: usize,
+        /// Keys.
+        keys: usize,
+    },
+}
+
 /// A generation that cannot start or go on.
 #[derive(Clone, Debug, PartialEq, Error)]
 #[non_exhaustive]

@@ -67,9 +67,10 @@ pub mod train;
 pub use cache::{CacheDtype, FusedKvCache};
 pub use config::{FusedKvDecoderConfig, FusionInit, FusionStart};
 pub use cost::DecoderCosts;
-pub use decoder::{FusedKvDecoder, FusionForm, KvFusion, KvFusionConfig, Logits};
+pub use decoder::{FusedKvDecoder, FusionForm, KvFusion, KvFusionConfig, Logits, fused_attention};
 pub use error::{
-    CacheError, ConfigError, ForwardError, GenerateError, PlanError, ScoreError, TokensError,
+    AttentionError, CacheError, ConfigError, ForwardError, GenerateError, PlanError, ScoreError,
+    TokensError,
 };
 pub use flow::{InformationFlow, information_flow};
 pub use generate::{GeneratedToken, GenerationConfig, generate};

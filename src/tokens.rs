@@ -112,6 +112,26 @@ impl<B: Backend> TokenBatch<B> {
         self.tokens
     }
 
+    /// Chunks of equal length with no more than about `most` tokens in all rows, in order, the last
+    /// by itself. A row of a chunk may be all padding.
+    pub(crate) fn split(self, most: usize) -> (Vec<Self>, Self) {
+        let [rows, seq] = self.dims();
+        let chunks = seq.div_ceil((most / rows).max(1));
+        let len = seq.div_ceil(chunks);
+        let chunk = |start: usize| {
+            let len = len.min(seq - start);
+            let padding = self.padding.iter();
+            Self {
+                tokens: self.tokens.clone().narrow(1, start, len),
+                padding: padding
+                    .map(|padding| padding.saturating_sub(start).min(len))
+                    .collect(),
+            }
+        };
+        let last = (seq - 1) / len * len;
+        ((0..last).step_by(len).map(chunk).collect(), chunk(last))
+    }
+
     pub(crate) fn device(&self) -> B::Device {
         self.tokens.device()
     }

@@ -1,15 +1,11 @@
-//! The table and the JSON file.
-
-use std::fs;
-use std::io;
-use std::path::Path;
+//! The table.
 
 use fusedkv::{ConfigError, FusedKvDecoderConfig};
 use serde::Serialize;
 
 use crate::Turn;
+use crate::figures::{MIB, median};
 
-const MIB: f64 = 1024.0 * 1024.0;
 const GIB: f64 = 1024.0 * MIB;
 
 /// All figures of a run.
@@ -43,6 +39,8 @@ struct Figures {
     prompt: usize,
     ttft_s: f64,
     ttft_ratio: f64,
+    /// Operations of the prefill, against the first method's.
+    flops_ratio: f64,
     prefill_gflops: f64,
     tpot_s: f64,
     tpot_ratio: f64,
@@ -51,7 +49,7 @@ struct Figures {
     /// Bytes read per decoded token ÷ its time ÷ the bandwidth probed.
     bandwidth_share: f64,
     cache_bytes: usize,
-    peak_bytes: Option<usize>,
+    peak_bytes: usize,
 }
 
 impl Case {
@@ -105,8 +103,8 @@ impl Report {
     pub fn heading(&self) -> String {
         format!(
             "{}, {} threads, memory is read at {:.1} GiB/s\n\n\
-             | method | batch | prompt | TTFT s | ratio | GFLOP/s | TPOT ms | ratio | bytes ratio | of bandwidth | cache MiB | peak MiB |\n\
-             |---|---|---|---|---|---|---|---|---|---|---|---|",
+             | method | batch | prompt | TTFT s | ratio | FLOP ratio | GFLOP/s | TPOT ms | ratio | bytes ratio | of bandwidth | cache MiB | peak MiB |\n\
+             |---|---|---|---|---|---|---|---|---|---|---|---|---|",
             self.backend,
             self.threads,
             self.read_bandwidth / GIB
@@ -124,57 +122,43 @@ impl Report {
                 prompt: case.prompt,
                 ttft_s: case.median(ttft),
                 ttft_ratio: case.median(ttft) / first.median(ttft),
+                flops_ratio: case.prefill_flops / first.prefill_flops,
                 prefill_gflops: case.prefill_flops / case.median(ttft) / 1e9,
                 tpot_s: case.median(tpot),
                 tpot_ratio: case.median(tpot) / first.median(tpot),
                 bytes_ratio: case.bytes_read() / first.bytes_read(),
                 bandwidth_share: case.bytes_read() / case.median(tpot) / self.read_bandwidth,
                 cache_bytes: case.turns[0].cache_bytes,
-                peak_bytes: case.turns.iter().filter_map(|turn| turn.peak_bytes).max(),
+                peak_bytes: case
+                    .turns
+                    .iter()
+                    .map(|turn| turn.peak_bytes)
+                    .max()
+                    .unwrap_or(0),
             };
             println!("{}", figures.row());
             self.cases.push(figures);
         }
-    }
-
-    /// Writes JSON, complete or not at all.
-    pub fn write(&self, path: &Path) -> io::Result<()> {
-        if let Some(directory) = path.parent() {
-            fs::create_dir_all(directory)?;
-        }
-        let partial = path.with_extension("partial");
-        fs::write(&partial, serde_json::to_string_pretty(self)?)?;
-        fs::rename(partial, path)
     }
 }
 
 impl Figures {
     fn row(&self) -> String {
         format!(
-            "| {} | {} | {} | {:.3} | {:.2} | {:.0} | {:.1} | {:.2} | {:.2} | {:.0} % | {:.1} | {} |",
+            "| {} | {} | {} | {:.3} | {:.3} | {:.3} | {:.0} | {:.1} | {:.2} | {:.2} | {:.0} % | {:.1} | {:.1} |",
             self.method,
             self.batch,
             self.prompt,
             self.ttft_s,
             self.ttft_ratio,
+            self.flops_ratio,
             self.prefill_gflops,
             self.tpot_s * 1e3,
             self.tpot_ratio,
             self.bytes_ratio,
             self.bandwidth_share * 100.0,
             self.cache_bytes as f64 / MIB,
-            self.peak_bytes
-                .map_or("?".to_owned(), |bytes| format!("{:.0}", bytes as f64 / MIB)),
+            self.peak_bytes as f64 / MIB,
         )
-    }
-}
-
-pub fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    if values.len() % 2 == 1 {
-        values[middle]
-    } else {
-        f64::midpoint(values[middle - 1], values[middle])
     }
 }

@@ -6,8 +6,7 @@
 //!   weights move to the query and the output, and nothing of the sources' size is written.
 //!
 //! The blend costs as much as a few queries do, so the absorbed form is for few queries over a
-//! long cache, the materialised one for as many queries as keys. Either way the scale is
-//! 1/√head_dim.
+//! long cache, the materialised one for many queries. Either way the scale is 1/√head_dim.
 
 use burn::tensor::activation::softmax;
 use burn::tensor::module::attention;
@@ -16,6 +15,9 @@ use burn::tensor::{Bool, DType, Tensor, backend::Backend};
 
 use super::kv::Stored;
 use crate::kernels;
+
+/// Queries per kv head from which a blend costs less than twice the products.
+const MANY: usize = 16;
 
 /// How attention treats a blend of sources; both give the same result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,33 +72,48 @@ impl<B: Backend> Visibility<B> {
 
 /// Attention of `query` `[batch, n_heads, queries, head_dim]` over blends of stored keys and
 /// values; query head h uses kv head h / (n_heads / n_kv_heads). The output is shaped as the query.
+///
+/// Without a `form` it takes what is faster.
 pub(crate) fn attend<B: Backend>(
-    form: FusionForm,
+    form: Option<FusionForm>,
     query: Tensor<B, 4>,
     keys: Vec<Term<B>>,
     values: Vec<Term<B>>,
     visibility: &Visibility<B>,
 ) -> Tensor<B, 4> {
     let (keys, values) = match form {
-        FusionForm::Materialised => (
-            vec![Term::plain(blend(keys, query.dtype()))],
-            vec![Term::plain(blend(values, query.dtype()))],
-        ),
-        FusionForm::Absorbed => (keys, values),
+        Some(FusionForm::Materialised) => blended(&query, keys, values),
+        Some(FusionForm::Absorbed) | None => (keys, values),
     };
-    kernels::attention(query, keys, values, visibility)
+    kernels::attention(form, query, keys, values, visibility)
 }
 
-/// [`attend`] in the absorbed form, by Burn's operations alone.
+/// Keys and values of one term each.
+fn blended<B: Backend>(
+    query: &Tensor<B, 4>,
+    keys: Vec<Term<B>>,
+    values: Vec<Term<B>>,
+) -> (Vec<Term<B>>, Vec<Term<B>>) {
+    let one = |terms| vec![Term::plain(blend(terms, query.dtype()))];
+    (one(keys), one(values))
+}
+
+/// [`attend`] by Burn's operations alone.
 pub(crate) fn attend_with_stock_operations<B: Backend>(
+    form: Option<FusionForm>,
     query: Tensor<B, 4>,
     keys: Vec<Term<B>>,
     values: Vec<Term<B>>,
     visibility: &Visibility<B>,
 ) -> Tensor<B, 4> {
     let dtype = query.dtype();
-    let [_, _, n_queries, _] = query.dims();
-    let [_, _, n_keys, _] = keys[0].source.dims();
+    let [_, n_heads, n_queries, _] = query.dims();
+    let [_, n_kv_heads, n_keys, _] = keys[0].source.dims();
+    let many = n_queries * n_heads >= MANY * n_kv_heads;
+    let (keys, values) = match form {
+        None if many => blended(&query, keys, values),
+        _ => (keys, values),
+    };
     match (&keys[..], &values[..]) {
         // Burn's `attention` has fused kernels on some backends; it knows neither blends nor
         // grouped queries, and its causal mask is for as many keys as queries.

@@ -109,7 +109,7 @@ impl<B: Backend> Attention<B> {
     /// - keys, values: each `[batch, n_kv_heads, keys, head_dim]`, in the plan's order of sources
     pub(crate) fn forward(
         &self,
-        form: FusionForm,
+        form: Option<FusionForm>,
         x: Tensor<B, 3>,
         keys: Vec<Stored<B>>,
         values: Vec<Stored<B>>,
@@ -135,7 +135,11 @@ impl<B: Backend> Attention<B> {
     }
 }
 
-fn terms<B: Backend>(sources: Vec<Stored<B>>, weights: Option<Vec<Tensor<B, 4>>>) -> Vec<Term<B>> {
+/// Each source with its weight, if there are any.
+pub(super) fn terms<B: Backend>(
+    sources: Vec<Stored<B>>,
+    weights: Option<Vec<Tensor<B, 4>>>,
+) -> Vec<Term<B>> {
     let mut weights = weights.into_iter().flatten();
     sources
         .into_iter()

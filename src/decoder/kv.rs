@@ -2,6 +2,8 @@
 
 use burn::tensor::{DType, Int, IntDType, Tensor, backend::Backend};
 
+use crate::kernels::assign_rows;
+
 /// Post-RoPE keys and values of one layer, each `[batch, n_kv_heads, seq, head_dim]`.
 #[derive(Clone, Debug)]
 pub struct KeyValue<B: Backend> {
@@ -138,18 +140,16 @@ impl<B: Backend> Stored<B> {
 
     /// Writes `x` at positions from `start`, in place if nobody else holds this.
     pub fn assign(self, start: usize, x: Tensor<B, 4>) -> Self {
-        let [batch, heads, len, head_dim] = x.dims();
-        let range = |width| [0..batch, 0..heads, start..start + len, 0..width];
         match self {
             Self::Float(old) => {
                 let dtype = old.dtype();
-                Self::Float(old.slice_assign(range(head_dim), x.cast(dtype)))
+                Self::Float(assign_rows(old, start, x.cast(dtype)))
             }
             Self::Int8 { codes, scales } => {
                 let (new_codes, new_scales) = Self::int8(x);
                 Self::Int8 {
-                    codes: codes.slice_assign(range(head_dim), new_codes),
-                    scales: scales.slice_assign(range(1), new_scales),
+                    codes: assign_rows(codes, start, new_codes),
+                    scales: assign_rows(scales, start, new_scales),
                 }
             }
         }

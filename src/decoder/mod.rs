@@ -3,6 +3,7 @@
 
 pub(crate) mod attend;
 mod attention;
+mod fused_attention;
 mod fusion;
 pub(crate) mod kv;
 mod layer;
@@ -19,6 +20,7 @@ use burn::tensor::{Bool, Tensor, TensorData, backend::Backend};
 
 pub use attend::FusionForm;
 pub use attention::Attention;
+pub use fused_attention::fused_attention;
 pub use fusion::{KvFusion, KvFusionConfig, KvResidual};
 pub use kv::KeyValue;
 pub use layer::{DecoderLayer, SwiGluBlock};
@@ -27,7 +29,7 @@ pub use rope::{Rope, RopeAngles};
 use crate::cache::{CacheDtype, CacheShape, FusedKvCache};
 use crate::config::FusedKvDecoderConfig;
 use crate::error::{CacheError, ConfigError, ForwardError};
-use crate::kernels::{linear, rms_norm};
+use crate::kernels::{self, linear, rms_norm};
 use crate::plan::{KvLayout, LayerKv};
 use crate::tokens::TokenBatch;
 use attend::{Visibility, causal_mask};
@@ -185,8 +187,7 @@ impl<B: Backend> FusedKvDecoder<B> {
     /// Token ids are not checked here, where they may live on an accelerator: on most backends one
     /// beyond the vocabulary panics. [`TokenBatch::from_rows`] checks them.
     pub fn forward(&self, tokens: impl Into<TokenBatch<B>>) -> Result<Tensor<B, 3>, ForwardError> {
-        // As many queries as keys: blending once per layer beats attending twice as wide.
-        self.forward_with(tokens, FusionForm::Materialised)
+        self.uncached(tokens.into(), None)
     }
 
     /// [`forward`](Self::forward) with the blend computed in a form of your choice, to compare them.
@@ -198,12 +199,21 @@ impl<B: Backend> FusedKvDecoder<B> {
         tokens: impl Into<TokenBatch<B>>,
         form: FusionForm,
     ) -> Result<Tensor<B, 3>, ForwardError> {
-        let tokens = tokens.into();
+        self.uncached(tokens.into(), Some(form))
+    }
+
+    fn uncached(
+        &self,
+        tokens: TokenBatch<B>,
+        form: Option<FusionForm>,
+    ) -> Result<Tensor<B, 3>, ForwardError> {
         tokens.check()?;
         let [batch, _] = tokens.dims();
         let past = vec![0; batch];
-        let span = self.span(&tokens, &past, 0, tokens.hidden_keys(&[], 0))?;
-        Ok(self.walk(tokens, span, &mut Uncached::new(), form, Logits::All))
+        self.check_positions(&tokens, &past)?;
+        let span = self.span(&tokens, &past, 0, tokens.hidden_keys(&[], 0));
+        let x = self.walk(tokens, span, &mut Uncached::new(), form, Some(Logits::All));
+        Ok(self.head(x))
     }
 
     /// Appends a chunk of tokens to the cache and returns logits: prefill in chunks of any size,
@@ -232,13 +242,31 @@ impl<B: Backend> FusedKvDecoder<B> {
         let tokens = tokens.into();
         tokens.check()?;
         cache.check(&self.cache_shape(), tokens.dims())?;
+        self.check_positions(&tokens, &cache.row_lens())?;
+        let (first, last) = match (logits, kernels::tokens_per_pass::<B>()) {
+            (Logits::Last, Some(most)) => tokens.split(most),
+            _ => (Vec::new(), tokens),
+        };
+        for tokens in first {
+            self.pass(tokens, cache, None);
+        }
+        Ok(self.head(self.pass(last, cache, Some(logits))))
+    }
+
+    /// Appends checked tokens to the cache; [`walk`](Self::walk).
+    fn pass(
+        &self,
+        tokens: TokenBatch<B>,
+        cache: &mut FusedKvCache<B>,
+        logits: Option<Logits>,
+    ) -> Tensor<B, 3> {
         let hidden = tokens.hidden_keys(cache.holes(), cache.len());
-        let span = self.span(&tokens, &cache.row_lens(), cache.len(), hidden)?;
+        let span = self.span(&tokens, &cache.row_lens(), cache.len(), hidden);
         let padding = tokens.padding().to_vec();
         let mut append = cache.append(tokens.dims()[1]);
-        let output = self.walk(tokens, span, &mut append, FusionForm::Absorbed, logits);
+        let x = self.walk(tokens, span, &mut append, None, logits);
         append.commit(&padding);
-        Ok(output)
+        x
     }
 
     fn cache_shape(&self) -> CacheShape {
@@ -249,14 +277,15 @@ impl<B: Backend> FusedKvDecoder<B> {
         }
     }
 
-    /// The one walk through the plan that every forward pass is.
+    /// The one walk through the plan that every forward pass is: what the head needs for the logits
+    /// asked for. Where none are it ends at the last keys and values, with nothing for the head.
     fn walk(
         &self,
         tokens: TokenBatch<B>,
         mut span: Span<B>,
         store: &mut impl KvStore<B>,
-        form: FusionForm,
-        logits: Logits,
+        form: Option<FusionForm>,
+        logits: Option<Logits>,
     ) -> Tensor<B, 3> {
         let [_, seq] = tokens.dims();
         let mut x = self.embed_tokens.forward(tokens.into_tensor());
@@ -277,11 +306,17 @@ impl<B: Backend> FusedKvDecoder<B> {
                 }
                 store.put(self.layout.slot(i), kv);
             }
-            if i == self.layout.last_store() && logits == Logits::Last && seq > 1 {
-                // From here on nobody reads the other positions.
-                x = x.narrow(1, seq - 1, 1);
-                normed = normed.narrow(1, seq - 1, 1);
-                span = span.last();
+            if i == self.layout.last_store() {
+                match logits {
+                    None => break,
+                    // From here on nobody reads the other positions.
+                    Some(Logits::Last) if seq > 1 => {
+                        x = x.narrow(1, seq - 1, 1);
+                        normed = normed.narrow(1, seq - 1, 1);
+                        span = span.last();
+                    }
+                    Some(_) => {}
+                }
             }
             let (keys, values) = self.sources(i, store);
             let attended = layer.self_attn.forward(form, normed, keys, values, &span);
@@ -289,7 +324,7 @@ impl<B: Backend> FusedKvDecoder<B> {
             let normed = rms_norm(&layer.post_attention_layernorm, x.clone());
             x = x + self.dropout.forward(layer.mlp.forward(normed));
         }
-        self.head(rms_norm(&self.norm, x))
+        x
     }
 
     /// The stored keys and values that a layer attends to, in the plan's order.
@@ -309,23 +344,18 @@ impl<B: Backend> FusedKvDecoder<B> {
         )
     }
 
+    /// Logits of the last layer's output.
     fn head(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        let x = rms_norm(&self.norm, x);
         match &self.lm_head {
             Some(head) => linear(x, head.weight.val()),
             None => linear(x, self.embed_tokens.weight.val().transpose()),
         }
     }
 
-    /// Positions and visibility of `tokens` after `past[row]` tokens of each row in `cached` slots,
-    /// of which `hidden` says which hold no token (none: all do).
-    fn span(
-        &self,
-        tokens: &TokenBatch<B>,
-        past: &[usize],
-        cached: usize,
-        hidden: Option<Vec<bool>>,
-    ) -> Result<Span<B>, ForwardError> {
-        let [batch, seq] = tokens.dims();
+    /// Whether there are angles for `tokens` after `past[row]` tokens of each row.
+    fn check_positions(&self, tokens: &TokenBatch<B>, past: &[usize]) -> Result<(), ForwardError> {
+        let [_, seq] = tokens.dims();
         let max_positions = self.config.max_positions;
         for (row, (past, padding)) in past.iter().zip(tokens.padding()).enumerate() {
             let positions = past + seq - padding;
@@ -337,15 +367,28 @@ impl<B: Backend> FusedKvDecoder<B> {
                 });
             }
         }
+        Ok(())
+    }
+
+    /// Positions and visibility of `tokens` after `past[row]` tokens of each row in `cached` slots,
+    /// of which `hidden` says which hold no token (none: all do).
+    fn span(
+        &self,
+        tokens: &TokenBatch<B>,
+        past: &[usize],
+        cached: usize,
+        hidden: Option<Vec<bool>>,
+    ) -> Span<B> {
+        let [batch, seq] = tokens.dims();
         let Some(hidden) = hidden else {
-            return Ok(Span {
+            return Span {
                 angles: self.rope.range(cached, seq),
                 visibility: if seq == 1 {
                     Visibility::All
                 } else {
                     Visibility::Causal
                 },
-            });
+            };
         };
         let device = tokens.device();
         let positions: Vec<Vec<usize>> = past
@@ -357,10 +400,10 @@ impl<B: Backend> FusedKvDecoder<B> {
         let hidden = TensorData::new(hidden, [batch, 1, 1, keys]);
         let hidden = Tensor::<B, 4, Bool>::from_data(hidden, &device).repeat_dim(2, seq);
         let future = causal_mask::<B>(seq, keys, &device).repeat_dim(0, batch);
-        Ok(Span {
+        Span {
             angles: self.rope.gather(&positions, &device),
             visibility: Visibility::Except(hidden.bool_or(future)),
-        })
+        }
     }
 }
 

@@ -10,8 +10,9 @@ mod flex;
 
 use burn::nn::RmsNorm;
 use burn::tensor::activation::silu;
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::{BasicOps, Tensor, backend::Backend};
 
+use crate::decoder::FusionForm;
 use crate::decoder::attend::{Term, Visibility, attend_with_stock_operations};
 
 /// `x · weight` over the last dimension; `weight` is `[input, output]` in any layout.
@@ -23,8 +24,19 @@ pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tenso
     burn::tensor::module::linear(x, weight, None)
 }
 
-/// [`attend`](crate::decoder::attend::attend) in the absorbed form.
+/// Tokens of all rows that a pass does best to take at once, where it matters: what they turn into
+/// then stays in the processor's caches.
+pub(crate) fn tokens_per_pass<B: Backend>() -> Option<usize> {
+    #[cfg(feature = "flex")]
+    if flex::is_flex::<B>() {
+        return Some(flex::TOKENS_PER_PASS);
+    }
+    None
+}
+
+/// [`attend`](crate::decoder::attend::attend) over terms that may still be blended or not.
 pub(crate) fn attention<B: Backend>(
+    form: Option<FusionForm>,
     query: Tensor<B, 4>,
     keys: Vec<Term<B>>,
     values: Vec<Term<B>>,
@@ -34,7 +46,7 @@ pub(crate) fn attention<B: Backend>(
     if let Some(output) = flex::attention(&query, &keys, &values, visibility) {
         return output;
     }
-    attend_with_stock_operations(query, keys, values, visibility)
+    attend_with_stock_operations(form, query, keys, values, visibility)
 }
 
 /// [`RmsNorm::forward`].
@@ -75,6 +87,22 @@ pub(crate) fn swap_heads<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
         return output;
     }
     x.swap_dims(1, 2)
+}
+
+/// `target` with `rows` at positions from `start`, both `[batch, heads, seq, width]`: written in
+/// place if nobody else holds the target.
+pub(crate) fn assign_rows<B: Backend, K: BasicOps<B> + 'static>(
+    target: Tensor<B, 4, K>,
+    start: usize,
+    rows: Tensor<B, 4, K>,
+) -> Tensor<B, 4, K> {
+    #[cfg(feature = "flex")]
+    let (target, rows) = match flex::assign_rows((target, rows), start) {
+        Ok(target) => return target,
+        Err(pair) => pair,
+    };
+    let [batch, heads, len, width] = rows.dims();
+    target.slice_assign([0..batch, 0..heads, start..start + len, 0..width], rows)
 }
 
 /// `silu(gate) ⊙ up`.

@@ -1,6 +1,8 @@
 //! Properties of the decoder, its plans, cache and generation, over random shapes.
 
+mod attention;
 mod cache;
+mod cache_dtype;
 mod configuration;
 mod conversion;
 mod equivalence;

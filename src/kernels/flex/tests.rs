@@ -76,7 +76,7 @@ proptest! {
             }
         };
         let found = attention(&query, &key_terms, &value_terms, &visibility);
-        let expected = attend_with_stock_operations(query, key_terms, value_terms, &visibility);
+        let expected = attend_with_stock_operations(None, query, key_terms, value_terms, &visibility);
         assert_same(found, expected);
     }
 
@@ -160,4 +160,36 @@ fn a_query_that_sees_nothing_gets_numbers() {
     let output = attention(&query, &[term()], &[term()], &Visibility::Except(hidden));
     let output = output.unwrap().into_data();
     assert!(output.iter::<f32>().all(f32::is_finite));
+}
+
+proptest! {
+    #[test]
+    fn rows_are_assigned_in_place_unless_shared(
+        batch in 1usize..3,
+        heads in 1usize..4,
+        width in 1usize..9,
+        (seq, start, len) in (2usize..9).prop_flat_map(|seq| (Just(seq), 0..seq))
+            .prop_flat_map(|(seq, start)| (Just(seq), Just(start), 1..=seq - start)),
+        shared in any::<bool>(),
+    ) {
+        let target = random([batch, heads, seq, width]);
+        let before = target.to_data();
+        let rows = random([batch, heads, len, width]);
+        let range = [0..batch, 0..heads, start..start + len, 0..width];
+        let expected = Tensor::<Flex, 4>::from_data(before.clone(), &FlexDevice)
+            .slice_assign(range, rows.clone());
+        let address = |x: &Tensor<Flex, 4>| {
+            f32_tensor(x).expect("f32 on Flex").storage::<f32>().as_ptr()
+        };
+        let old = address(&target);
+        let fork = shared.then(|| target.clone());
+        let Ok(found) = assign_rows((target, rows), start) else {
+            panic!("a kernel for Flex")
+        };
+        prop_assert_eq!(address(&found) == old, !shared);
+        prop_assert_eq!(found.to_data(), expected.to_data());
+        if let Some(fork) = fork {
+            prop_assert_eq!(fork.to_data(), before);
+        }
+    }
 }

@@ -7,7 +7,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::{ARCH, PARALLEL, simd};
-use super::{HIDDEN, Problem, TILE, add_weighted};
+use super::{HIDDEN, Problem, TILE};
 
 /// Keys that are worth a thread.
 const PART: usize = 256;
@@ -258,4 +258,20 @@ fn add_columns<S: Simd, const N: usize>(
         }
     }
     sums
+}
+
+/// `output[c] += x[c] · factor · weight[c]`.
+fn add_weighted(
+    output: &mut [f32],
+    x: impl Iterator<Item = f32>,
+    factor: f32,
+    weight: Option<&[f32]>,
+) {
+    match weight {
+        None => output.iter_mut().zip(x).for_each(|(o, x)| *o += x * factor),
+        Some(weight) => {
+            let terms = output.iter_mut().zip(x).zip(weight);
+            terms.for_each(|((o, x), w)| *o += x * factor * w);
+        }
+    }
 }

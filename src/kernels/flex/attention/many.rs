@@ -1,5 +1,7 @@
 //! Many queries: products of small matrices. The lanes of a vector are queries, so that the
-//! softmax needs no sum across lanes and neither keys nor values are rearranged.
+//! softmax needs no sum across lanes and neither keys nor values are rearranged. Blends are formed a
+//! tile at a time: for a whole tile of queries that is a few products more, where the weights in the
+//! query and the output would be twice the products.
 
 use pulp::bytemuck::cast_slice;
 use pulp::bytemuck::cast_slice_mut;
@@ -7,7 +9,8 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::{ARCH, simd};
-use super::{HIDDEN, Problem, TILE, add_weighted};
+use super::rows::Scratch;
+use super::{HIDDEN, Problem, TILE};
 
 /// Vectors of queries side by side.
 const WIDE: usize = 3;
@@ -81,25 +84,22 @@ impl Tile<'_> {
         let head_dim = problem.head_dim;
         let n_queries = self.output.len() / head_dim;
         let kv_head = self.head * problem.n_kv_heads / problem.n_heads;
-        let (keys, values) = problem.rows(self.batch, kv_head);
-        let queries = self.queries::<S>(simd, kv_head, n_queries);
+        let (keys, values) = problem.blends(self.batch, kv_head);
+        let queries = self.queries::<S>(simd, n_queries);
 
         let zero = [simd.splat_f32s(0.0); WIDE];
-        let mut scratch = vec![0.0; TILE * head_dim];
-        let mut scores = vec![zero; TILE];
+        let mut scratch = Scratch::new(TILE * head_dim);
+        let mut scores = [zero; TILE];
         let mut max = [simd.splat_f32s(HIDDEN); WIDE];
         let mut sum = zero;
-        let mut weighted = vec![zero; values.len() * head_dim];
+        let mut weighted = vec![zero; head_dim];
         let last = self.first + n_queries - 1;
         let end = problem.visible_end(last);
         for start in (0..end).step_by(TILE) {
             let range = start..(start + TILE).min(end);
             let scores = &mut scores[..range.len()];
-            scores.fill(zero);
-            for (keys, queries) in keys.iter().zip(queries.chunks(head_dim)) {
-                let tile = keys.tile(range.clone(), &mut scratch);
-                add_scores::<S, HIGH>(simd, tile, queries, scores);
-            }
+            let tile = keys.tile(range.clone(), &mut scratch);
+            scores_of::<S, HIGH>(simd, tile, &queries, scores);
             let lanes = WIDE * S::F32_LANES;
             let numbers: &mut [f32] = cast_slice_mut(&mut *scores);
             for query in 0..n_queries {
@@ -108,53 +108,46 @@ impl Tile<'_> {
                 });
             }
             let decay = softmax(simd, scores, &mut max, &mut sum);
-            for (values, weighted) in values.iter().zip(weighted.chunks_mut(head_dim)) {
-                let tile = values.tile(range.clone(), &mut scratch);
-                add_values::<S, HIGH>(simd, tile, scores, decay, weighted);
-            }
+            let tile = values.tile(range, &mut scratch);
+            add_values::<S, HIGH>(simd, tile, scores, decay, &mut weighted);
         }
 
         let lanes = WIDE * S::F32_LANES;
         let sum: &[f32] = cast_slice(&sum);
         for (query, output) in self.output.chunks_mut(head_dim).enumerate() {
-            for (source, weighted) in problem.values.iter().zip(weighted.chunks(head_dim)) {
-                let channels = cast_slice(weighted).iter().skip(query).step_by(lanes);
-                let factor = 1.0 / sum[query];
-                add_weighted(output, channels.copied(), factor, source.weight(kv_head));
+            let channels: &[f32] = cast_slice(&weighted);
+            let channels = channels.iter().skip(query).step_by(lanes);
+            for (output, channel) in output.iter_mut().zip(channels) {
+                *output = channel / sum[query];
             }
         }
     }
 
-    /// The queries for each source of the keys, `[sources, head_dim]` of lanes: scaled, and times
-    /// the source's weight. Lanes beyond the last query are 0.
+    /// The queries, scaled, `[head_dim]` of lanes; those beyond the last query are 0.
     #[inline(always)]
-    fn queries<S: Simd>(&self, simd: S, kv_head: usize, n_queries: usize) -> Vec<Lanes<S>> {
+    fn queries<S: Simd>(&self, simd: S, n_queries: usize) -> Vec<Lanes<S>> {
         let problem = self.problem;
         let head_dim = problem.head_dim;
         let head = self.batch * problem.n_heads + self.head;
         let start = (head * problem.n_queries + self.first) * head_dim;
         let rows = &problem.query[start..][..n_queries * head_dim];
-        let zero = [simd.splat_f32s(0.0); WIDE];
-        let mut queries = vec![zero; problem.keys.len() * head_dim];
-        for (source, queries) in problem.keys.iter().zip(queries.chunks_mut(head_dim)) {
-            let weight = source.weight(kv_head);
-            let numbers: &mut [f32] = cast_slice_mut(queries);
-            for (channel, lanes) in numbers.chunks_mut(WIDE * S::F32_LANES).enumerate() {
-                let factor = problem.scale() * weight.map_or(1.0, |weight| weight[channel]);
-                let column = rows.iter().skip(channel).step_by(head_dim);
-                lanes
-                    .iter_mut()
-                    .zip(column)
-                    .for_each(|(to, x)| *to = x * factor);
-            }
+        let mut queries = vec![[simd.splat_f32s(0.0); WIDE]; head_dim];
+        let numbers: &mut [f32] = cast_slice_mut(&mut queries);
+        let scale = problem.scale();
+        for (channel, lanes) in numbers.chunks_mut(WIDE * S::F32_LANES).enumerate() {
+            let column = rows.iter().skip(channel).step_by(head_dim);
+            lanes
+                .iter_mut()
+                .zip(column)
+                .for_each(|(to, x)| *to = x * scale);
         }
         queries
     }
 }
 
-/// `scores[key] += Σ_c tile[key][c] · queries[c]`, HIGH keys at a time.
+/// `scores[key] = Σ_c tile[key][c] · queries[c]`, HIGH keys at a time.
 #[inline(always)]
-fn add_scores<S: Simd, const HIGH: usize>(
+fn scores_of<S: Simd, const HIGH: usize>(
     simd: S,
     tile: &[f32],
     queries: &[Lanes<S>],
@@ -178,11 +171,10 @@ fn add_scores<S: Simd, const HIGH: usize>(
                 }
             }
         }
-        for (scores, sums) in scores.iter_mut().zip(sums) {
-            for (score, sum) in scores.iter_mut().zip(sums) {
-                *score = simd.add_f32s(*score, sum);
-            }
-        }
+        scores
+            .iter_mut()
+            .zip(sums)
+            .for_each(|(to, sums)| *to = sums);
     }
 }
 

@@ -14,7 +14,7 @@ use burn_flex::FlexTensor;
 
 use super::{bool_tensor, f32_tensor, tensor};
 use crate::decoder::attend::{Term, Visibility};
-use rows::{Rows, Storage};
+use rows::{Blend, Rows, Storage};
 
 /// Keys per tile.
 const TILE: usize = 64;
@@ -99,6 +99,14 @@ impl Problem<'_> {
         )
     }
 
+    /// The keys and the values of one kv head.
+    fn blends(&self, batch: usize, kv_head: usize) -> (Blend<'_>, Blend<'_>) {
+        (
+            Source::blend(self.keys, batch, kv_head),
+            Source::blend(self.values, batch, kv_head),
+        )
+    }
+
     /// The first key after those that a query sees.
     fn visible_end(&self, query: usize) -> usize {
         match self.hidden {
@@ -172,24 +180,15 @@ impl Source {
         })
     }
 
+    fn blend(sources: &[Self], batch: usize, kv_head: usize) -> Blend<'_> {
+        let rows = sources
+            .iter()
+            .map(|s| (s.storage.rows(batch, kv_head), s.weight(kv_head)));
+        Blend::new(rows.collect())
+    }
+
     fn weight(&self, kv_head: usize) -> Option<&[f32]> {
         let weight = self.weight.as_ref()?;
         Some(&weight[kv_head * self.head_dim..][..self.head_dim])
-    }
-}
-
-/// `output[c] += x[c] · factor · weight[c]`.
-fn add_weighted(
-    output: &mut [f32],
-    x: impl Iterator<Item = f32>,
-    factor: f32,
-    weight: Option<&[f32]>,
-) {
-    match weight {
-        None => output.iter_mut().zip(x).for_each(|(o, x)| *o += x * factor),
-        Some(weight) => {
-            let terms = output.iter_mut().zip(x).zip(weight);
-            terms.for_each(|((o, x), w)| *o += x * factor * w);
-        }
     }
 }

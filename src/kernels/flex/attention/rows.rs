@@ -40,11 +40,10 @@ impl Storage {
             Stored::Float(tensor) => (float_tensor(tensor)?, None),
             Stored::Int8 { codes, scales } => (int_tensor(codes)?, Some(float_tensor(scales)?)),
         };
-        let readable = match (numbers.dtype(), scales.as_ref().map(FlexTensor::dtype)) {
-            (DType::F32 | DType::F16 | DType::BF16, None) => true,
-            (DType::I8, Some(DType::F32)) => true,
-            _ => false,
-        };
+        let readable = matches!(
+            (numbers.dtype(), scales.as_ref().map(FlexTensor::dtype)),
+            (DType::F32 | DType::F16 | DType::BF16, None) | (DType::I8, Some(DType::F32))
+        );
         // Everything but transposed rows is read where it lies.
         let in_rows = |tensor: FlexTensor| match tensor.layout().strides() {
             [batch, head, row, 1] if [*batch, *head, *row].iter().all(|s| *s >= 0) => tensor,
@@ -122,6 +121,63 @@ impl<'a> Rows<'a> {
             }
         }
         &scratch[..len]
+    }
+}
+
+/// Rows of one kv head, each source's times its weight, added up.
+pub(super) struct Blend<'a>(Vec<(Rows<'a>, Option<&'a [f32]>)>);
+
+/// Space for tiles that are not read where they lie.
+pub(super) struct Scratch {
+    source: Vec<f32>,
+    blend: Vec<f32>,
+}
+
+impl Scratch {
+    /// For tiles of `len` numbers.
+    pub fn new(len: usize) -> Self {
+        Self {
+            source: vec![0.0; len],
+            blend: vec![0.0; len],
+        }
+    }
+}
+
+impl<'a> Blend<'a> {
+    pub fn new(sources: Vec<(Rows<'a>, Option<&'a [f32]>)>) -> Self {
+        Self(sources)
+    }
+
+    /// [`Rows::tile`] of the blend.
+    #[inline(always)]
+    pub fn tile<'t>(&self, range: Range<usize>, scratch: &'t mut Scratch) -> &'t [f32]
+    where
+        'a: 't,
+    {
+        let Scratch { source, blend } = scratch;
+        if let [(rows, None)] = self.0[..] {
+            return rows.tile(range, source);
+        }
+        let mut blend = &mut blend[..];
+        for (i, (rows, weight)) in self.0.iter().enumerate() {
+            let tile = rows.tile(range.clone(), source);
+            blend = &mut blend[..tile.len()];
+            if i == 0 {
+                blend.fill(0.0);
+            }
+            match weight {
+                None => blend.iter_mut().zip(tile).for_each(|(sum, x)| *sum += x),
+                Some(weight) => {
+                    let width = weight.len();
+                    let rows = blend.chunks_exact_mut(width).zip(tile.chunks_exact(width));
+                    for (sums, row) in rows {
+                        let terms = sums.iter_mut().zip(row).zip(*weight);
+                        terms.for_each(|((sum, x), w)| *sum += x * w);
+                    }
+                }
+            }
+        }
+        blend
     }
 }
 

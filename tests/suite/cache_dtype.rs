@@ -1,0 +1,125 @@
+//! Caches of other numbers: what they take, and how far off they are.
+
+use fusedkv::backend::{Flex, NdArray};
+use fusedkv::{CacheDtype, CacheError, FusedKvCache, FusedKvDecoderConfig, KvPlan, Logits};
+use fusedkv::{FusedKvDecoder, TokenBatch};
+use proptest::prelude::*;
+
+use crate::models::{Case, VOCAB, any_case, values};
+
+/// Prefills all but the last token and decodes it: the cache, and the last logits.
+fn decode(
+    model: &FusedKvDecoder<Flex>,
+    dtype: CacheDtype,
+    rows: &[Vec<u32>],
+) -> (FusedKvCache<Flex>, Vec<f64>) {
+    let device = Default::default();
+    let mut cache = model
+        .new_cache_of(dtype, rows.len(), rows[0].len() + 1)
+        .unwrap();
+    let tokens = TokenBatch::from_rows(rows, VOCAB, &device).unwrap();
+    model
+        .forward_cached(tokens, &mut cache, Logits::Last)
+        .unwrap();
+    let next = vec![vec![1]; rows.len()];
+    let next = TokenBatch::from_rows(&next, VOCAB, &device).unwrap();
+    let logits = model
+        .forward_cached(next, &mut cache, Logits::Last)
+        .unwrap();
+    (cache, values(&logits))
+}
+
+/// Largest error of a number x in a row whose largest magnitude is `max`, as documented.
+fn bound(dtype: CacheDtype, x: f64, max: f64) -> f64 {
+    match dtype {
+        CacheDtype::F16 => x.abs() * 2f64.powi(-11) + 2f64.powi(-25),
+        CacheDtype::Bf16 => x.abs() * 2f64.powi(-8),
+        CacheDtype::Int8 => max / 254.0 * (1.0 + 1e-5),
+        _ => 0.0,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn numbers_are_as_far_off_as_documented(case in any_case(1..20)) {
+        let model = case.model::<Flex>();
+        let (exact, logits) = decode(&model, CacheDtype::F32, &case.tokens);
+        // The lowest layer's keys and values depend on no cached number.
+        let exact = exact.get(0);
+        for dtype in [CacheDtype::Model, CacheDtype::F16, CacheDtype::Bf16, CacheDtype::Int8] {
+            let (cache, found) = decode(&model, dtype, &case.tokens);
+            let stored = cache.get(0);
+            for (exact, stored) in [(&exact.key, &stored.key), (&exact.value, &stored.value)] {
+                let width = case.config.head_dim;
+                let (exact, stored) = (values(exact), values(stored));
+                for (exact, stored) in exact.chunks(width).zip(stored.chunks(width)) {
+                    let max = exact.iter().fold(0.0f64, |max, x| max.max(x.abs()));
+                    for (x, y) in exact.iter().zip(stored) {
+                        prop_assert!((x - y).abs() <= bound(dtype, *x, max), "{dtype:?} {x} {y}");
+                    }
+                }
+            }
+            // Random decoders magnify rounding; trained ones are measured in docs/benchmarks.md.
+            let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+            let error = norm(&mut logits.iter().zip(&found).map(|(x, y)| x - y));
+            prop_assert!(error <= 0.3 * norm(&mut logits.iter().copied()), "{dtype:?}: {error}");
+        }
+    }
+}
+
+#[test]
+fn bytes_against_a_standard_cache_in_f32() {
+    let bytes = |plan, dtype| {
+        let config = FusedKvDecoderConfig::new(VOCAB, 16, 4, 2, 2, 64, 16, plan);
+        let model = config.init::<Flex>(&Default::default()).unwrap();
+        model.new_cache_of(dtype, 2, 10).unwrap().bytes_allocated()
+    };
+    let standard = bytes(KvPlan::Standard, CacheDtype::F32);
+    let fused = |dtype| bytes(KvPlan::FusedKv { storage_layers: 2 }, dtype);
+    assert_eq!(2 * fused(CacheDtype::F32), standard);
+    assert_eq!(4 * fused(CacheDtype::F16), standard);
+    assert_eq!(4 * fused(CacheDtype::Bf16), standard);
+    // One byte a number, and four for the scale of 64.
+    assert_eq!(128 * fused(CacheDtype::Int8), 17 * standard);
+}
+
+#[test]
+fn a_backend_without_the_numbers_says_so() {
+    let config = FusedKvDecoderConfig::tiny(VOCAB, KvPlan::Standard);
+    let model = config.init::<NdArray>(&Default::default()).unwrap();
+    let error = model.new_cache_of(CacheDtype::F16, 1, 4).unwrap_err();
+    assert_eq!(
+        error,
+        CacheError::UnsupportedDtype {
+            dtype: CacheDtype::F16,
+            backend: "ndarray".to_owned()
+        }
+    );
+}
+
+#[test]
+fn caches_of_other_numbers_are_cut_and_shuffled_alike() {
+    let plan = KvPlan::FusedKv { storage_layers: 2 };
+    let case = Case {
+        config: FusedKvDecoderConfig::new(VOCAB, 12, 4, 4, 2, 4, 10, plan).with_max_positions(16),
+        tokens: vec![vec![1, 2, 3], vec![4, 5, 6]],
+        seed: 5,
+    };
+    let model = case.model::<Flex>();
+    for dtype in [CacheDtype::F16, CacheDtype::Bf16, CacheDtype::Int8] {
+        let (mut cache, _) = decode(&model, dtype, &case.tokens);
+        let fork = cache.clone();
+        let row = |cache: &FusedKvCache<Flex>, row: usize, len: usize| {
+            let kv = cache.get(1);
+            values(&kv.key.narrow(0, row, 1).narrow(2, 0, len))
+        };
+        cache.truncate(2).unwrap();
+        cache.select_rows(&[1, 0, 1]).unwrap();
+        assert_eq!((cache.dtype(), cache.len(), cache.batch()), (dtype, 2, 3));
+        for (now, then) in [1, 0, 1].into_iter().enumerate() {
+            assert_eq!(row(&cache, now, 2), row(&fork, then, 2));
+        }
+    }
+}
