@@ -210,7 +210,7 @@ impl Weights {
             return Ok(false);
         };
         // Opened again, because one file may have both.
-        let mut other = SafetensorsFile::open(&self.files[embedding].path().to_owned())?;
+        let mut other = SafetensorsFile::open(self.files[embedding].path())?;
         self.files[head].same(&a, &mut other, &b)
     }
 
