@@ -12,6 +12,7 @@ use std::error::Error;
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use burn::tensor::backend::Backend;
 use clap::Parser;
@@ -21,8 +22,11 @@ use fusedkv::{ScoreConfig, score_with};
 
 use backend::{BackendName, DtypeName, Program};
 
-/// Tokens per window unless told otherwise, where the model can read as many.
-const CONTEXT: usize = 2048;
+/// Tokens per window unless told otherwise: logits take this times the vocabulary's size.
+const CONTEXT: usize = 4096;
+
+/// How often progress is printed.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Score a text with a model in Hugging Face's layout.
 #[derive(Parser)]
@@ -36,7 +40,7 @@ struct Args {
     /// Token ids to score, a JSON list
     #[arg(long, value_name = "FILE", conflicts_with = "text")]
     ids: Option<PathBuf>,
-    /// Tokens per window [default: 2048, or as many as the model can read]
+    /// Tokens per window [default: as many as the model can read, at most 4096]
     #[arg(long)]
     context: Option<usize>,
     /// Tokens from one window's start to the next [default: the context]
@@ -86,7 +90,13 @@ impl Program for Args {
             Some(path) => Some(RowWriter::create(path, "logits", shape)?),
             None => None,
         };
+        let (mut read, mut shown) = (0, Instant::now());
         let score = score_with(model, &tokens, &config, |logits| {
+            read += logits.len() / shape[1];
+            if shown.elapsed() > PROGRESS_INTERVAL {
+                eprintln!("{read} of {} tokens", tokens.len());
+                shown = Instant::now();
+            }
             if let Some(writer) = &mut writer {
                 writer.write(logits)?;
             }

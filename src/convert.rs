@@ -5,7 +5,7 @@
 //! so that the blends come closest to the keys and values it had: least squares per kv head and
 //! channel (per pair of channels for keys, after RoPE), as one linear regression each, on a text.
 
-use burn::module::Param;
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use thiserror::Error;
 
@@ -111,6 +111,7 @@ pub fn convert<B: Backend>(
         plan: plan.clone(),
         ..config.clone()
     };
+    model.visit(&mut Draw);
     let embedding = model.embed_tokens.weight.val();
     let mut converted = config.init::<B>(&embedding.device())?;
     converted.embed_tokens = model.embed_tokens.clone();
@@ -208,6 +209,16 @@ pub fn convert_fitted<B: Backend>(
         layers.push(LayerFit { layer, key, value });
     }
     Ok((converted, layers))
+}
+
+/// Uses every parameter: those of random weights draw their values then, and a clone made before
+/// draws others.
+struct Draw;
+
+impl<B: Backend> ModuleVisitor<B> for Draw {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        param.val();
+    }
 }
 
 fn cast<B: Backend, const D: usize>(

@@ -186,6 +186,20 @@ fn a_blend_that_exists_is_found() {
     }
 }
 
+/// Random weights are drawn late; a conversion has the same ones all the same.
+#[test]
+fn weights_not_yet_drawn_are_shared() {
+    let config = crate::models::fixed(KvPlan::Standard);
+    let standard = config.init::<F64>(&Default::default()).unwrap();
+    let same = convert(&standard, &KvPlan::Cla { factor: 1 }).unwrap();
+    let batch = || TokenBatch::from_rows(&[[1, 2, 3]], VOCAB, &Default::default()).unwrap();
+    let (a, b) = (
+        standard.forward(batch()).unwrap(),
+        same.forward(batch()).unwrap(),
+    );
+    assert_eq!(difference(&a, &b), 0.0);
+}
+
 #[test]
 fn what_cannot_be_converted_is_said() {
     let standard = crate::models::model::<F64>(&crate::models::fixed(KvPlan::Standard), 0);
