@@ -1,4 +1,5 @@
-//! Continues prompts with a model that `train_tiny` saved.
+//! Continues prompts with a model: a directory in Hugging Face's layout, e.g. one that `train_tiny`
+//! saved.
 //!
 //! ```sh
 //! cargo run --release --example generate -- 'impl Config {'
@@ -15,13 +16,14 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
-use clap::Parser;
-use fusedkv::train::{Tokenizer, load_model};
-use fusedkv::{GenerationConfig, generate};
+use clap::{Parser, ValueEnum};
+use fusedkv::checkpoint::load_checkpoint;
+use fusedkv::tokenizer::{TextStream, Tokenizer};
+use fusedkv::{CacheDtype, GenerationConfig, generate};
 
-use backend::{BackendName, Program};
+use backend::{BackendName, DtypeName, Program};
 
-/// Continue prompts with a model that `train_tiny` saved.
+/// Continue prompts with a model in Hugging Face's layout.
 #[derive(Parser)]
 struct Args {
     /// What to continue; several are one batch. Standard input if there is none
@@ -29,6 +31,12 @@ struct Args {
     /// Directory of the model
     #[arg(long, value_name = "DIR", default_value = "target/train_tiny")]
     model: PathBuf,
+    /// What numbers to compute with
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: DtypeName,
+    /// What numbers the cache keeps; the model's if not given
+    #[arg(long, value_enum)]
+    cache_dtype: Option<CacheDtypeName>,
     /// Tokens to write per prompt
     #[arg(long, default_value_t = 120)]
     max_new_tokens: usize,
@@ -55,6 +63,14 @@ struct Args {
     stats: bool,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum CacheDtypeName {
+    F32,
+    F16,
+    Bf16,
+    Int8,
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
     match args.backend.run(args) {
@@ -75,7 +91,9 @@ fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
 
 impl Program for Args {
     fn run<B: Backend>(mut self, device: &B::Device) -> Result<(), Box<dyn Error>> {
-        let (model, tokenizer) = load_model::<B>(&self.model, device)?;
+        let loaded = load_checkpoint::<B>(&self.model, self.dtype.into(), device)?;
+        let (model, eos) = (loaded.model, loaded.eos);
+        let tokenizer = loaded.tokenizer.ok_or("the model has no tokenizer.json")?;
         if self.prompts.is_empty() {
             self.prompts.push(read_prompt()?);
         }
@@ -83,8 +101,8 @@ impl Program for Args {
         let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
 
         let start = Instant::now();
-        let mut generation = generate(&model, &prompts, &self.settings(&tokenizer))?;
-        let mut output = Output::new(&self.prompts, &tokenizer)?;
+        let mut generation = generate(&model, &prompts, &self.settings(&eos))?;
+        let mut output = Output::new(&self.prompts, &tokenizer, eos)?;
         let mut times = Vec::new();
         for token in generation.by_ref() {
             let token = token?;
@@ -98,19 +116,26 @@ impl Program for Args {
         if self.stats {
             let bytes = generation.cache().bytes_allocated();
             let (first, last) = (times[0], times[times.len() - 1]);
-            eprintln!("time to first token   {first:.1} ms");
+            eprintln!("time to first token (TTFT)        {first:.1} ms");
             if times.len() > 1 {
                 let each = (last - first) / (times.len() - 1) as f64;
-                eprintln!("time per token after  {each:.2} ms");
+                eprintln!("time per token after it (TPOT)    {each:.2} ms");
             }
-            eprintln!("cache                 {bytes} bytes");
+            eprintln!("cache                             {bytes} bytes");
         }
         Ok(())
     }
 }
 
 impl Args {
-    fn settings(&self, tokenizer: &Tokenizer) -> GenerationConfig {
+    fn settings(&self, eos: &[u32]) -> GenerationConfig {
+        let cache_dtype = match self.cache_dtype {
+            None => CacheDtype::Model,
+            Some(CacheDtypeName::F32) => CacheDtype::F32,
+            Some(CacheDtypeName::F16) => CacheDtype::F16,
+            Some(CacheDtypeName::Bf16) => CacheDtype::Bf16,
+            Some(CacheDtypeName::Int8) => CacheDtype::Int8,
+        };
         GenerationConfig::new()
             .with_max_new_tokens(self.max_new_tokens)
             .with_temperature(self.temperature)
@@ -118,7 +143,8 @@ impl Args {
             .with_top_p(self.top_p)
             .with_repetition_penalty(self.repetition_penalty)
             .with_seed(self.seed)
-            .with_stop_tokens(tokenizer.end_of_text().into_iter().collect())
+            .with_cache_dtype(cache_dtype)
+            .with_stop_tokens(eos.to_vec())
     }
 }
 
@@ -134,20 +160,20 @@ fn read_prompt() -> io::Result<String> {
 
 /// Prints a single prompt's text as it comes, and those of several one after the other.
 struct Output<'t> {
-    rows: Vec<(fusedkv::train::TextStream<'t>, String)>,
+    rows: Vec<(TextStream<'t>, String)>,
     lens: Vec<usize>,
-    end_of_text: Option<u32>,
+    eos: Vec<u32>,
 }
 
 impl<'t> Output<'t> {
-    fn new(prompts: &[String], tokenizer: &'t Tokenizer) -> io::Result<Self> {
+    fn new(prompts: &[String], tokenizer: &'t Tokenizer, eos: Vec<u32>) -> io::Result<Self> {
         let output = Self {
             rows: prompts
                 .iter()
                 .map(|prompt| (tokenizer.stream(), prompt.clone()))
                 .collect(),
             lens: vec![0; prompts.len()],
-            end_of_text: tokenizer.end_of_text(),
+            eos,
         };
         if let [prompt] = prompts {
             print(prompt)?;
@@ -158,7 +184,7 @@ impl<'t> Output<'t> {
     /// Takes a token of a row and returns how many it has now.
     fn push(&mut self, row: usize, token: u32) -> Result<usize, Box<dyn Error>> {
         self.lens[row] += 1;
-        if Some(token) != self.end_of_text {
+        if !self.eos.contains(&token) {
             let alone = self.rows.len() == 1;
             let (stream, text) = &mut self.rows[row];
             let piece = stream.push(token)?;

@@ -4,10 +4,12 @@
 //! cargo run --release --example train_tiny
 //! cargo run --release --example train_tiny -- --method standard --out target/standard
 //! cargo run --release --example train_tiny -- --data book.txt --steps 2000
+//! cargo run --release --example train_tiny -- --init target/fused --out target/recovered --steps 100
 //! ```
 
 mod backend;
 mod corpus;
+mod plan;
 
 use std::error::Error;
 use std::fs;
@@ -19,12 +21,15 @@ use burn::module::Module;
 use burn::tensor::backend::Backend;
 use clap::Parser;
 use fusedkv::backend::Autodiff;
-use fusedkv::train::{Run, Tokenizer, Trained, TrainingConfig, perplexity, save_model, train};
+use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
+use fusedkv::tokenizer::Tokenizer;
+use fusedkv::train::{Run, Trained, TrainingConfig, perplexity, train, train_from};
 use fusedkv::{
     ConfigError, FusedKvDecoder, FusedKvDecoderConfig, GenerationConfig, KvPlan, generate,
 };
 
 use backend::{BackendName, Program};
+use plan::PlanArgs;
 
 /// Length at which the caches are compared.
 const CACHE_TOKENS: usize = 1024;
@@ -35,15 +40,15 @@ struct Args {
     /// Text to train on; the sources of this crate if not given
     #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
-    /// How layers share keys and values
-    #[arg(long, default_value = "fused_kv", value_parser = KvPlan::METHODS)]
-    method: String,
-    /// Layers that store keys and values; half of them if not given
-    #[arg(long)]
-    storage_layers: Option<usize>,
-    /// Layers per stored layer, for `cla` [default: 2]
-    #[arg(long)]
-    factor: Option<usize>,
+    #[command(flatten)]
+    plan: PlanArgs,
+    /// Model to go on with, a directory in Hugging Face's layout; its shape, plan and tokenizer are
+    /// taken
+    #[arg(long, value_name = "DIR", conflicts_with_all = [
+        "method", "storage_layers", "factor", "layers", "hidden", "heads", "kv_heads", "head_dim",
+        "ffn", "vocab", "tokenizer",
+    ])]
+    init: Option<PathBuf>,
     /// What to compute on
     #[arg(long, value_enum, default_value = "flex")]
     backend: BackendName,
@@ -112,9 +117,26 @@ impl Program for Args {
                 .map_err(|error| format!("cannot read {}: {error}", path.display()))?,
             None => corpus::default_text(),
         };
-        let tokenizer = self.tokenizer(&text)?;
+        let init = match &self.init {
+            Some(path) => Some(load_checkpoint::<Autodiff<B>>(
+                path,
+                WeightDtype::F32,
+                device,
+            )?),
+            None => None,
+        };
+        let (init, tokenizer) = match init {
+            Some(loaded) => {
+                let tokenizer = loaded.tokenizer.ok_or("the model has no tokenizer.json")?;
+                (Some(loaded.model), tokenizer)
+            }
+            None => (None, self.tokenizer(&text)?),
+        };
         let tokens = tokenizer.encode(&text)?;
-        let config = self.config(tokenizer.vocab_size())?;
+        let mut config = self.config(tokenizer.vocab_size())?;
+        if let Some(model) = &init {
+            config.model = model.config().clone();
+        }
         config.validate()?;
         println!(
             "{} parameters, {}, {} layers; {} bytes of text are {} tokens; a step reads {}",
@@ -130,8 +152,14 @@ impl Program for Args {
             .map_err(|error| format!("cannot make {}: {error}", self.out.display()))?;
         tokenizer.save(self.run_tokenizer())?;
         let run = Run::new(self.out.join("run")).with_resume(self.resume);
-        let trained = train::<Autodiff<B>>(&config, tokens, &run, device)?;
-        save_model(&self.out, &trained.model, &tokenizer)?;
+        let trained = match init {
+            Some(model) => train_from::<Autodiff<B>>(&config, model, tokens, &run, device)?,
+            None => train::<Autodiff<B>>(&config, tokens, &run, device)?,
+        };
+        let options = SaveOptions::new()
+            .with_eos(tokenizer.end_of_text().into_iter().collect())
+            .with_tokenizer(tokenizer.clone());
+        save_checkpoint(&self.out, &trained.model, &options)?;
 
         self.summary(&trained, device)?;
         self.sample(&trained.model, &tokenizer)?;
@@ -168,7 +196,7 @@ impl Args {
             self.kv_heads.unwrap_or(self.heads),
             self.head_dim.unwrap_or(self.hidden / self.heads.max(1)),
             self.ffn.unwrap_or(self.hidden * 11 / 4),
-            self.plan()?,
+            self.plan.plan(self.layers)?,
         )
         .with_rope_theta(1e4)
         .with_max_positions(self.context.max(CACHE_TOKENS));
@@ -181,32 +209,6 @@ impl Args {
         )
     }
 
-    fn plan(&self) -> Result<KvPlan, Box<dyn Error>> {
-        let mut plan = KvPlan::from_method(&self.method, self.layers)?;
-        match (&mut plan, self.storage_layers, self.factor) {
-            (_, None, None) => {}
-            (KvPlan::Cla { factor }, None, Some(layers)) => *factor = layers,
-            (
-                KvPlan::FusedKv { storage_layers }
-                | KvPlan::FusedKvLite { storage_layers }
-                | KvPlan::FusedKvLiteLearnable { storage_layers }
-                | KvPlan::FusedKvLiteReversed { storage_layers }
-                | KvPlan::Yoco { storage_layers }
-                | KvPlan::YocoPlusPlus { storage_layers }
-                | KvPlan::DenseFusion { storage_layers },
-                Some(layers),
-                None,
-            ) => *storage_layers = layers,
-            (_, Some(_), _) => {
-                return Err(format!("--storage-layers has no meaning for {}", self.method).into());
-            }
-            (_, None, Some(_)) => {
-                return Err(format!("--factor has no meaning for {}", self.method).into());
-            }
-        }
-        Ok(plan)
-    }
-
     fn summary<B: Backend>(
         &self,
         trained: &Trained<B>,
@@ -216,7 +218,7 @@ impl Args {
         let seconds = trained.elapsed.as_secs_f64();
         println!(
             "\n{} with {} parameters, {} tokens in {seconds:.0} s",
-            self.method,
+            model.config().plan.method(),
             model.num_params(),
             trained.tokens,
         );

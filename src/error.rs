@@ -315,3 +315,37 @@ impl From<TokensError> for GenerateError {
         Self::Forward(error.into())
     }
 }
+
+/// A text that cannot be scored.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ScoreError {
+    /// A setting outside its range.
+    #[error("{field} is {value}, expected 1 to {largest}")]
+    Setting {
+        /// The setting's name.
+        field: &'static str,
+        /// What it was.
+        value: usize,
+        /// The most it may be.
+        largest: usize,
+    },
+    /// The first token has nothing to be predicted from.
+    #[error("{0} tokens to score, expected at least 2")]
+    TooFewTokens(usize),
+    /// The decoder cannot read the text.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+}
+
+impl From<CacheError> for ScoreError {
+    fn from(error: CacheError) -> Self {
+        Self::Forward(error.into())
+    }
+}
+
+impl From<TokensError> for ScoreError {
+    fn from(error: TokensError) -> Self {
+        Self::Forward(error.into())
+    }
+}

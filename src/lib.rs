@@ -31,6 +31,10 @@
 //! - [`cache`]: storage for the layers that store
 //! - [`tokens`]: batches whose rows differ in length
 //! - [`mod@generate`]: sampling through the cache
+//! - [`mod@score`]: how well a text is predicted
+//! - [`mod@convert`]: a standard decoder's weights under another plan
+//! - [`flow`]: what learned blends read
+//! - `checkpoint`, `tokenizer` (feature `checkpoint`): Hugging Face's directories, text to tokens
 //! - `train` (feature `train`): training on Burn's `Learner`
 //! - [`backend`]: the Burn backends behind features
 //! - [`error`]: what can go wrong
@@ -40,13 +44,22 @@
 
 pub mod backend;
 pub mod cache;
+#[cfg(feature = "checkpoint")]
+pub mod checkpoint;
 pub mod config;
+pub mod convert;
 pub mod cost;
 pub mod decoder;
 pub mod error;
+#[cfg(feature = "checkpoint")]
+mod file;
+pub mod flow;
 pub mod generate;
 mod kernels;
 pub mod plan;
+pub mod score;
+#[cfg(feature = "checkpoint")]
+pub mod tokenizer;
 pub mod tokens;
 #[cfg(feature = "train")]
 pub mod train;
@@ -56,8 +69,11 @@ pub use config::{FusedKvDecoderConfig, FusionInit, FusionStart};
 pub use cost::DecoderCosts;
 pub use decoder::{FusedKvDecoder, FusionForm, KvFusion, KvFusionConfig, Logits, fused_attention};
 pub use error::{
-    AttentionError, CacheError, ConfigError, ForwardError, GenerateError, PlanError, TokensError,
+    AttentionError, CacheError, ConfigError, ForwardError, GenerateError, PlanError, ScoreError,
+    TokensError,
 };
+pub use flow::{InformationFlow, information_flow};
 pub use generate::{GeneratedToken, GenerationConfig, generate};
 pub use plan::{BlendWeights, KvLayout, KvPlan, LayerKv, Mix};
+pub use score::{Score, ScoreConfig, score, score_with};
 pub use tokens::TokenBatch;

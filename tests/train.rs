@@ -8,10 +8,12 @@ use std::sync::{Mutex, PoisonError};
 use burn::tensor::Tolerance;
 use burn::tensor::backend::Backend;
 use burn_dataset::Dataset;
-use fusedkv::backend::{Autodiff, Flex, FlexDevice, NdArray};
+use fusedkv::backend::{Autodiff, Flex, FlexDevice};
+use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
+use fusedkv::tokenizer::{END_OF_TEXT, Tokenizer, TokenizerError};
 use fusedkv::train::{
-    END_OF_TEXT, ModelDirError, Progress, Run, TokenWindows, Tokenizer, TokenizerError, TrainError,
-    Trained, TrainingConfig, evaluate, load_model, perplexity, save_model, train,
+    Progress, Run, TokenWindows, TrainError, Trained, TrainingConfig, evaluate, perplexity, train,
+    train_from,
 };
 use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
 use proptest::prelude::*;
@@ -130,6 +132,35 @@ fn a_resumed_run_ends_like_one_that_was_not_interrupted() {
         logits(&again.model, &device),
         logits(&resumed.model, &device)
     );
+}
+
+#[test]
+fn training_goes_on_from_a_given_model() {
+    let directory = tempdir().unwrap();
+    let config = config();
+    let first = run(&config, directory.path(), false).unwrap();
+    let saved = directory.path().join("model");
+    save_checkpoint(&saved, &first.model, &SaveOptions::new()).unwrap();
+    let load = || {
+        let loaded = load_checkpoint::<Autodiff<Flex>>(&saved, WeightDtype::F32, &FlexDevice);
+        loaded.unwrap().model
+    };
+    let more = |config: &TrainingConfig, name: &str| {
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let run = Run::new(directory.path().join(name)).with_progress(Progress::Quiet);
+        train_from::<Autodiff<Flex>>(config, load(), tokens(), &run, &FlexDevice)
+    };
+    // A rate so low that the model is still the one given.
+    let still = short().with_learning_rate(1e-9);
+    let second = more(&still, "second").unwrap();
+    assert!((second.valid_loss - first.valid_loss).abs() < 1e-3);
+    let third = more(&config, "third").unwrap();
+    assert!(third.valid_loss < first.valid_loss, "{}", third.valid_loss);
+
+    let mut other = config;
+    other.model.plan = KvPlan::Yoco { storage_layers: 2 };
+    let error = more(&other, "other").unwrap_err();
+    assert!(matches!(error, TrainError::OtherModel { .. }), "{error}");
 }
 
 #[test]
@@ -334,133 +365,6 @@ fn a_loss_that_is_no_number_ends_the_training() {
         matches!(error, TrainError::Diverged { epoch: 1, .. }),
         "{error}"
     );
-}
-
-#[test]
-fn a_saved_model_is_loaded_bit_by_bit() {
-    let device = FlexDevice;
-    let directory = tempdir().unwrap();
-    let directory = directory.path().join("new/model");
-    let text = "fish ".repeat(50);
-    let tokenizer = Tokenizer::train_bpe(&text, 300).unwrap();
-    for method in KvPlan::METHODS {
-        let mut config = decoder(KvPlan::from_method(method, 4).unwrap());
-        config.vocab_size = tokenizer.vocab_size();
-        config.tie_embeddings = method != "cla";
-        let model = config.init::<Flex>(&device).unwrap();
-        save_model(&directory, &model, &tokenizer).unwrap();
-        let (loaded, loaded_tokenizer) = load_model::<Flex>(&directory, &device).unwrap();
-        assert_eq!(loaded.config(), model.config());
-        assert_eq!(logits_of(&loaded), logits_of(&model), "{method}");
-        assert_eq!(
-            loaded_tokenizer.encode("fish!").unwrap(),
-            tokenizer.encode("fish!").unwrap()
-        );
-        let (elsewhere, _) = load_model::<NdArray>(&directory, &Default::default()).unwrap();
-        logits_of(&elsewhere).assert_approx_eq::<f32>(&logits_of(&model), Tolerance::default());
-    }
-
-    fn logits_of<B: Backend>(model: &FusedKvDecoder<B>) -> burn::tensor::TensorData {
-        logits(model, &Default::default())
-    }
-}
-
-#[test]
-fn a_directory_that_is_no_model_is_refused() {
-    let device = FlexDevice;
-    let load = |path: &Path| load_model::<Flex>(path, &device).unwrap_err();
-    let directory = tempdir().unwrap();
-    let directory = directory.path();
-    let missing = load(&directory.join("missing"));
-    assert!(
-        missing.to_string().ends_with("it has no config.json"),
-        "{missing}"
-    );
-
-    let tokenizer = Tokenizer::train_bpe("", 257).unwrap();
-    let mut config = decoder(KvPlan::Standard);
-    let error = save_model(
-        directory,
-        &config.init::<Flex>(&device).unwrap(),
-        &tokenizer,
-    );
-    let error = error.unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "the tokenizer has 257 tokens, expected at most the decoder's 16"
-    );
-
-    config.vocab_size = 257;
-    let model = config.init::<Flex>(&device).unwrap();
-    let save = || save_model(directory, &model, &tokenizer).unwrap();
-    let config_path = directory.join("config.json");
-
-    // Configurations of other decoders: other shapes, missing weights, weights left over.
-    let mut wider = config.clone();
-    wider.ffn_size += 2;
-    let mut deeper = config.clone();
-    deeper.n_layers += 1;
-    let mut shallower = config.clone();
-    shallower.n_layers -= 1;
-    let mut fused = config.clone();
-    fused.plan = KvPlan::FusedKv { storage_layers: 2 };
-    for other in [wider, deeper, shallower, fused] {
-        save();
-        burn::config::Config::save(&other, &config_path).unwrap();
-        let error = load(directory);
-        assert!(
-            matches!(error, ModelDirError::Weights { .. }),
-            "{other}: {error}"
-        );
-    }
-
-    save();
-    let mut broken = config.clone();
-    broken.n_heads = 0;
-    burn::config::Config::save(&broken, &config_path).unwrap();
-    assert!(matches!(load(directory), ModelDirError::Config(_)));
-    let mut small = config.clone();
-    small.vocab_size = 100;
-    burn::config::Config::save(&small, &config_path).unwrap();
-    assert!(matches!(load(directory), ModelDirError::Vocabulary { .. }));
-    fs::write(&config_path, "{").unwrap();
-    assert!(matches!(load(directory), ModelDirError::Unreadable { .. }));
-
-    for (file, unreadable) in [
-        (
-            "model.bpk",
-            ModelDirError::is_weights as fn(&ModelDirError) -> bool,
-        ),
-        ("tokenizer.json", ModelDirError::is_tokenizer),
-    ] {
-        save();
-        fs::write(directory.join(file), "nothing of the kind").unwrap();
-        let error = load(directory);
-        assert!(unreadable(&error), "{error}");
-        fs::remove_file(directory.join(file)).unwrap();
-        let error = load(directory);
-        assert!(
-            matches!(&error, ModelDirError::Missing { file: found, .. } if *found == file),
-            "{error}"
-        );
-    }
-    let error = save_model(directory.join("config.json"), &model, &tokenizer).unwrap_err();
-    assert!(matches!(error, ModelDirError::Write { .. }), "{error}");
-}
-
-trait Kind {
-    fn is_weights(&self) -> bool;
-    fn is_tokenizer(&self) -> bool;
-}
-
-impl Kind for ModelDirError {
-    fn is_weights(&self) -> bool {
-        matches!(self, Self::Weights { .. })
-    }
-
-    fn is_tokenizer(&self) -> bool {
-        matches!(self, Self::Tokenizer(TokenizerError::Unreadable { .. }))
-    }
 }
 
 #[test]

@@ -1,10 +1,11 @@
-//! Choosing a Burn backend by name, shared by the examples.
+//! Choosing a Burn backend and a float type by name, shared by the examples.
 
 use std::error::Error;
 
 use burn::tensor::backend::Backend;
 use clap::ValueEnum;
 use fusedkv::backend::{Flex, NdArray};
+use fusedkv::checkpoint::WeightDtype;
 
 /// The backends this crate has features for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -46,6 +47,24 @@ impl BackendName {
             Self::Cuda => program.run::<fusedkv::backend::Cuda>(&Default::default()),
             #[cfg(not(feature = "cuda"))]
             Self::Cuda => Err(NotCompiledIn { name: "cuda" }.into()),
+        }
+    }
+}
+
+/// The float types of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DtypeName {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl From<DtypeName> for WeightDtype {
+    fn from(name: DtypeName) -> Self {
+        match name {
+            DtypeName::F32 => Self::F32,
+            DtypeName::F16 => Self::F16,
+            DtypeName::Bf16 => Self::Bf16,
         }
     }
 }

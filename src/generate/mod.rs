@@ -9,7 +9,7 @@ use burn::tensor::{Tensor, backend::Backend};
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 
-use crate::cache::FusedKvCache;
+use crate::cache::{CacheDtype, FusedKvCache};
 use crate::decoder::{FusedKvDecoder, Logits};
 use crate::error::{ForwardError, GenerateError};
 use crate::tokens::TokenBatch;
@@ -35,6 +35,9 @@ pub struct GenerationConfig {
     /// A row ends with the first of these, which is returned too.
     #[config(default = "Vec::new()")]
     pub stop_tokens: Vec<u32>,
+    /// What numbers the cache keeps.
+    #[config(default = "CacheDtype::Model")]
+    pub cache_dtype: CacheDtype,
     /// The same seed, settings and model draw the same tokens.
     #[config(default = 0)]
     pub seed: u64,
@@ -70,7 +73,8 @@ pub enum FinishReason {
 ///
 /// # Errors
 /// [`GenerateError`] if a setting is out of range, a prompt is empty or has a token the model does
-/// not know, or prompt and new tokens exceed `max_positions`: all before anything is computed. The
+/// not know, prompt and new tokens exceed `max_positions`, or the backend has no numbers of the
+/// cache's type: all before anything is computed. The
 /// iterator yields an error, and ends, if the model returns logits that are not numbers.
 pub fn generate<'m, B: Backend>(
     model: &'m FusedKvDecoder<B>,
@@ -92,7 +96,8 @@ pub fn generate<'m, B: Backend>(
             }));
         }
     }
-    let cache = model.new_cache(rows, longest + config.max_new_tokens)?;
+    let capacity = longest + config.max_new_tokens;
+    let cache = model.new_cache_of(config.cache_dtype, rows, capacity)?;
     Ok(Generation {
         model,
         cache,

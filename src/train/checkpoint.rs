@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::TrainingConfig;
 use super::error::TrainError;
-use super::file;
+use crate::file;
 
 const CONFIG: &str = "training.json";
 const LOSSES: &str = "losses.json";

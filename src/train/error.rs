@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::config::FusedKvDecoderConfig;
 use crate::error::ConfigError;
 
 /// A training that cannot start, or did not finish.
@@ -23,6 +24,14 @@ pub enum TrainError {
         value: f64,
         /// What it may be.
         expected: &'static str,
+    },
+    /// A model to start with that is not the configured one.
+    #[error("the model to start with is {found}, expected {expected}")]
+    OtherModel {
+        /// The model's configuration.
+        found: Box<FusedKvDecoderConfig>,
+        /// What is to be trained.
+        expected: Box<FusedKvDecoderConfig>,
     },
     /// Windows longer than the decoder's RoPE table.
     #[error("context is {context} tokens, expected at most max_positions, {max_positions}")]
@@ -100,92 +109,5 @@ pub enum TrainError {
         epoch: usize,
         /// Its mean training or validation loss.
         loss: f64,
-    },
-}
-
-/// A tokenizer that cannot be trained, read, written or used.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum TokenizerError {
-    /// Every byte and the end-of-text token need an entry.
-    #[error(
-        "a vocabulary of {found} tokens, expected at least {min}: every byte and a special token"
-    )]
-    VocabTooSmall {
-        /// Tokens asked for.
-        found: usize,
-        /// The fewest possible.
-        min: usize,
-    },
-    /// The file is missing or is no tokenizer.
-    #[error("cannot read the tokenizer {}: {reason}", path.display())]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// The file cannot be written.
-    #[error("cannot write the tokenizer {}: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The tokenizer refused, as one loaded from a file can; one trained here does not.
-    #[error("the tokenizer failed: {0}")]
-    Failed(String),
-}
-
-/// A model directory that cannot be written or read.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum ModelDirError {
-    /// A file that makes a model directory is not there.
-    #[error("{} is no model directory: it has no {file}", directory.display())]
-    Missing {
-        /// The directory.
-        directory: PathBuf,
-        /// The file that is missing.
-        file: &'static str,
-    },
-    /// A file cannot be read as what it should be.
-    #[error("cannot read {}: {reason}", path.display())]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// The configuration describes no decoder.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The weights are not those of the configured decoder.
-    #[error("the weights in {} do not fit the configuration: {reason}", path.display())]
-    Weights {
-        /// The file of weights.
-        path: PathBuf,
-        /// The tensors that are missing, left over or of another shape.
-        reason: String,
-    },
-    /// The tokenizer knows tokens the decoder does not.
-    #[error("the tokenizer has {tokenizer} tokens, expected at most the decoder's {decoder}")]
-    Vocabulary {
-        /// Tokens of the tokenizer.
-        tokenizer: usize,
-        /// Size of the decoder's vocabulary.
-        decoder: usize,
-    },
-    /// The tokenizer cannot be read or written.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
-    /// A file cannot be written.
-    #[error("cannot write {}: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
     },
 }

@@ -1,11 +1,13 @@
-//! Training on Burn's `Learner`: a tokenizer, packed windows, AdamW, checkpoints.
+//! Training on Burn's `Learner`: packed windows, AdamW, checkpoints of the run.
 //!
 //! Any decoder of this crate trains on any Burn backend with autodiff. The modules around it are
 //! plain: nothing in the decoder knows that it is trained here.
 //!
 //! ```
 //! use fusedkv::backend::{Autodiff, Flex, FlexDevice};
-//! use fusedkv::train::{Progress, Run, Tokenizer, TrainingConfig, load_model, save_model, train};
+//! use fusedkv::checkpoint::{SaveOptions, save_checkpoint};
+//! use fusedkv::tokenizer::Tokenizer;
+//! use fusedkv::train::{Progress, Run, TrainingConfig, train};
 //! use fusedkv::{FusedKvDecoderConfig, KvPlan};
 //!
 //! # let directory = tempfile::tempdir()?;
@@ -22,9 +24,8 @@
 //! let trained = train::<Autodiff<Flex>>(&config, tokens, &run, &device)?;
 //! assert!(trained.valid_loss.is_finite());
 //!
-//! save_model(directory, &trained.model, &tokenizer)?;
-//! let (model, tokenizer) = load_model::<Flex>(directory, &device)?;
-//! # let _ = (model, tokenizer);
+//! let options = SaveOptions::new().with_tokenizer(tokenizer);
+//! save_checkpoint(directory.join("model"), &trained.model, &options)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
@@ -32,22 +33,17 @@ mod checkpoint;
 mod config;
 mod data;
 mod error;
-mod file;
 mod metrics;
-mod model_dir;
 mod optimizer;
 mod progress;
 mod run;
 mod step;
-mod tokenizer;
 
 pub use checkpoint::EpochLosses;
 pub use config::TrainingConfig;
 pub use data::{LanguageBatch, LanguageBatcher, TokenWindow, TokenWindows};
-pub use error::{ModelDirError, TokenizerError, TrainError};
+pub use error::TrainError;
 pub use metrics::{PerplexityMetric, TokenLosses, TokenRateMetric, perplexity};
-pub use model_dir::{load_model, save_model};
 pub use progress::Progress;
-pub use run::{Run, Trained, evaluate, train};
+pub use run::{Run, Trained, evaluate, train, train_from};
 pub use step::LanguageOutput;
-pub use tokenizer::{END_OF_TEXT, TextStream, Tokenizer};

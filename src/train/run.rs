@@ -114,16 +114,42 @@ pub fn train<B: AutodiffBackend>(
     run: &Run,
     device: &B::Device,
 ) -> Result<Trained<B::InnerBackend>, TrainError> {
+    config.validate()?;
+    B::seed(device, config.seed);
+    // Parameters draw their values when first used; a fork uses them all, in order.
+    let model = config.model.init::<B>(device)?.fork(device);
+    train_from(config, model, tokens, run, device)
+}
+
+/// [`train`] that starts with a model: one that was [loaded](crate::checkpoint::load_checkpoint) or
+/// [converted](crate::convert).
+///
+/// A run that is resumed goes on from its checkpoint, whatever the model.
+///
+/// # Errors
+/// As [`train`], and [`TrainError::OtherModel`] if the model has another configuration.
+///
+/// # Panics
+/// As [`train`].
+pub fn train_from<B: AutodiffBackend>(
+    config: &TrainingConfig,
+    model: FusedKvDecoder<B>,
+    tokens: impl Into<Arc<[u32]>>,
+    run: &Run,
+    device: &B::Device,
+) -> Result<Trained<B::InnerBackend>, TrainError> {
     let start = Instant::now();
     config.validate()?;
+    if *model.config() != config.model {
+        return Err(TrainError::OtherModel {
+            found: Box::new(model.config().clone()),
+            expected: Box::new(config.model.clone()),
+        });
+    }
     let tokens = tokens.into();
     check_vocabulary(&tokens, config.model.vocab_size)?;
     let (train_windows, valid_windows) =
         TokenWindows::split(tokens, config.context, config.valid_fraction)?;
-
-    B::seed(device, config.seed);
-    // Parameters draw their values when first used; a fork uses them all, in order.
-    let model = config.model.init::<B>(device)?.fork(device);
     let optimizer = optimizer::<B, FusedKvDecoder<B>>(config);
     let scheduler = learning_rates(config)?;
 

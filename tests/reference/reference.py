@@ -35,13 +35,20 @@ def uniform(name, shape):
     return np.array(out).reshape(shape)
 
 
-def linear_weight(name, out_features, in_features):
-    return uniform(name, (out_features, in_features)) * np.sqrt(3.0 / in_features)
+def parameter(name, shape):
+    """The tensor a checkpoint calls `name`."""
+    v = uniform(name, shape)
+    if "norm" in name:
+        return 1.0 + 0.3 * v
+    if "kv_fusion" in name or "kv_residual" in name:
+        return 0.5 + 0.5 * v
+    if "_proj" in name or name.startswith("lm_head"):
+        return v * np.sqrt(3.0 / shape[1])
+    return v
 
 
-def rms_norm(x, name, eps):
+def rms_norm(x, w, eps):
     """x / sqrt(mean(x^2) + eps) * w over the last axis."""
-    w = 1.0 + 0.3 * uniform(name, (x.shape[-1],))
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w
 
 
@@ -98,53 +105,55 @@ def plan_layers(plan, n_layers):
     return stores + [("reuse", *reuse)] * (n_layers - n)
 
 
-def fusion_weights(name, mix, kv_heads, channels, is_key):
+def fusion_weights(weight, name, mix, kv_heads, channels, is_key):
     """One weight per source, [kv_heads, head_dim] or a number."""
     sources, kind = mix
     if kind is None:
         return [1.0] * len(sources)
     if kind == "per_layer":
-        return list((0.5 + 0.5 * uniform(name, (len(sources), 1, 1)))[:, 0, 0])
+        return list(weight(name, (len(sources), 1, 1))[:, 0, 0])
     width = channels // 2 if is_key else channels
-    w = 0.5 + 0.5 * uniform(name, (len(sources), kv_heads, width))
+    w = weight(name, (len(sources), kv_heads, width))
     if is_key:  # both channels of a rotated pair share a weight
         w = np.concatenate([w, w], -1)
     return list(w[:, :, None, :])
 
 
-def logits(c, plan, tokens):
-    """[seq] token ids to [seq, vocab] logits."""
+def logits(c, plan, tokens, weight=parameter):
+    """[seq] token ids to [seq, vocab] logits; `weight` gives tensors by name and shape."""
     h, d = c["hidden_size"], c["head_dim"]
     heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
     eps = c["rms_norm_eps"]
-    embedding = uniform("model.embed_tokens.weight", (c["vocab_size"], h))
+    embedding = weight("model.embed_tokens.weight", (c["vocab_size"], h))
     x = embedding[tokens]
     seq = len(tokens)
     stored = {}
 
+    def norm(x, name):
+        return rms_norm(x, weight(name, (x.shape[-1],)), eps)
+
     def project(x, name, n):
-        w = linear_weight(name, n * d, h)
-        return (x @ w.T).reshape(seq, n, d).transpose(1, 0, 2)
+        return (x @ weight(name, (n * d, h)).T).reshape(seq, n, d).transpose(1, 0, 2)
 
     for i, layer in enumerate(plan_layers(plan, c["num_hidden_layers"])):
         prefix = f"model.layers.{i}."
         attn = prefix + "self_attn."
-        y = rms_norm(x, prefix + "input_layernorm.weight", eps)
+        y = norm(x, prefix + "input_layernorm.weight")
         q = project(y, attn + "q_proj.weight", heads)
-        q = rope(rms_norm(q, attn + "q_norm.weight", eps), c["rope_theta"])
+        q = rope(norm(q, attn + "q_norm.weight"), c["rope_theta"])
         if layer[0] == "store":
             k = project(y, attn + "k_proj.weight", kv_heads)
-            k = rope(rms_norm(k, attn + "k_norm.weight", eps), c["rope_theta"])
+            k = rope(norm(k, attn + "k_norm.weight"), c["rope_theta"])
             v = project(y, attn + "v_proj.weight", kv_heads)
             if layer[1] is not None:
-                alpha = [0.5 + 0.5 * uniform(f"{attn}kv_residual.{n}_weight", (1,)) for n in ("key", "value")]
+                alpha = [weight(f"{attn}kv_residual.{n}_weight", (1,)) for n in ("key", "value")]
                 k = k + alpha[0] * stored[layer[1]][0]
                 v = v + alpha[1] * stored[layer[1]][1]
             stored[i] = (k, v)
         else:
             _, key, value = layer
-            a = fusion_weights(attn + "kv_fusion.key_weight", key, kv_heads, d, True)
-            b = fusion_weights(attn + "kv_fusion.value_weight", value, kv_heads, d, False)
+            a = fusion_weights(weight, attn + "kv_fusion.key_weight", key, kv_heads, d, True)
+            b = fusion_weights(weight, attn + "kv_fusion.value_weight", value, kv_heads, d, False)
             k = sum(w * stored[s][0] for w, s in zip(a, key[0]))
             v = sum(w * stored[s][1] for w, s in zip(b, value[0]))
         out = np.zeros((seq, heads, d))
@@ -154,14 +163,14 @@ def logits(c, plan, tokens):
                 score = k[kv, : t + 1] @ q[head, t] / np.sqrt(d)
                 p = np.exp(score - score.max())
                 out[t, head] = (p / p.sum()) @ v[kv, : t + 1]
-        x = x + out.reshape(seq, heads * d) @ linear_weight(attn + "o_proj.weight", h, heads * d).T
-        y = rms_norm(x, prefix + "post_attention_layernorm.weight", eps)
+        x = x + out.reshape(seq, heads * d) @ weight(attn + "o_proj.weight", (h, heads * d)).T
+        y = norm(x, prefix + "post_attention_layernorm.weight")
         f = c["intermediate_size"]
-        gate = y @ linear_weight(prefix + "mlp.gate_proj.weight", f, h).T
-        up = y @ linear_weight(prefix + "mlp.up_proj.weight", f, h).T
-        x = x + (gate / (1.0 + np.exp(-gate)) * up) @ linear_weight(prefix + "mlp.down_proj.weight", h, f).T
-    x = rms_norm(x, "model.norm.weight", eps)
-    head = embedding if c["tie_word_embeddings"] else linear_weight("lm_head.weight", c["vocab_size"], h)
+        gate = y @ weight(prefix + "mlp.gate_proj.weight", (f, h)).T
+        up = y @ weight(prefix + "mlp.up_proj.weight", (f, h)).T
+        x = x + (gate / (1.0 + np.exp(-gate)) * up) @ weight(prefix + "mlp.down_proj.weight", (h, f)).T
+    x = norm(x, "model.norm.weight")
+    head = embedding if c["tie_word_embeddings"] else weight("lm_head.weight", (c["vocab_size"], h))
     return x @ head.T
 
 

@@ -4,6 +4,7 @@ mod attention;
 mod cache;
 mod cache_dtype;
 mod configuration;
+mod conversion;
 mod equivalence;
 mod generation;
 mod golden;

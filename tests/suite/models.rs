@@ -82,6 +82,13 @@ fn custom(n_layers: usize) -> KvPlan {
     KvPlan::Custom { layers }
 }
 
+/// A decoder of 4 layers that reads up to 64 tokens below [`VOCAB`].
+pub fn fixed(plan: KvPlan) -> FusedKvDecoderConfig {
+    FusedKvDecoderConfig::new(VOCAB, 12, 4, 4, 2, 6, 10, plan)
+        .with_rope_theta(1e4)
+        .with_max_positions(64)
+}
+
 prop_compose! {
     /// A small decoder of any plan and grouping, with one to three rows of `seq` tokens.
     pub fn any_case(seq: Range<usize>)(

@@ -1,15 +1,16 @@
 //! Byte-level BPE: text to tokens and back, without loss.
 
 use std::fs;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 
+use thiserror::Error;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer as HfTokenizer};
 
-use super::error::TokenizerError;
-use super::file;
+use crate::file;
 
 /// The special token that ends a text.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
@@ -23,12 +24,12 @@ const MIN_VOCAB: usize = 256 + 1;
 /// that is [loaded](Self::load) does what it was made for.
 ///
 /// ```
-/// use fusedkv::train::Tokenizer;
+/// use fusedkv::tokenizer::Tokenizer;
 ///
 /// let tokenizer = Tokenizer::train_bpe("to be or not to be", 260)?;
 /// let tokens = tokenizer.encode("to be 🙂")?;
 /// assert_eq!(tokenizer.decode(&tokens)?, "to be 🙂");
-/// # Ok::<(), fusedkv::train::TokenizerError>(())
+/// # Ok::<(), fusedkv::tokenizer::TokenizerError>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
@@ -138,7 +139,7 @@ impl Tokenizer {
 /// with the last of them.
 ///
 /// ```
-/// use fusedkv::train::Tokenizer;
+/// use fusedkv::tokenizer::Tokenizer;
 ///
 /// let tokenizer = Tokenizer::train_bpe("", 257)?; // a token per byte
 /// let mut stream = tokenizer.stream();
@@ -148,7 +149,7 @@ impl Tokenizer {
 ///     .map(|token| stream.push(token))
 ///     .collect();
 /// assert_eq!(pieces?, ["a", "", "é"]);
-/// # Ok::<(), fusedkv::train::TokenizerError>(())
+/// # Ok::<(), fusedkv::tokenizer::TokenizerError>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct TextStream<'t> {
@@ -197,4 +198,39 @@ impl TextStream<'_> {
 
 fn failed(error: tokenizers::Error) -> TokenizerError {
     TokenizerError::Failed(error.to_string())
+}
+
+/// A tokenizer that cannot be trained, read, written or used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TokenizerError {
+    /// Every byte and the end-of-text token need an entry.
+    #[error(
+        "a vocabulary of {found} tokens, expected at least {min}: every byte and a special token"
+    )]
+    VocabTooSmall {
+        /// Tokens asked for.
+        found: usize,
+        /// The fewest possible.
+        min: usize,
+    },
+    /// The file is missing or is no tokenizer.
+    #[error("cannot read the tokenizer {}: {reason}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The file cannot be written.
+    #[error("cannot write the tokenizer {}: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The tokenizer refused, as one loaded from a file can; one trained here does not.
+    #[error("the tokenizer failed: {0}")]
+    Failed(String),
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// Writes a file through `write`, which is given a temporary name beside `path`, then renames it.
-pub(super) fn replace<E: From<io::Error>>(
+pub(crate) fn replace<E: From<io::Error>>(
     path: &Path,
     write: impl FnOnce(&Path) -> Result<(), E>,
 ) -> Result<(), E> {
@@ -16,7 +16,7 @@ pub(super) fn replace<E: From<io::Error>>(
 }
 
 /// The temporary name, with the extension of `path`: some writers choose a format by it.
-pub(super) fn partial(path: &Path) -> PathBuf {
+pub(crate) fn partial(path: &Path) -> PathBuf {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let name = format!("{stem}.partial");
     match path.extension() {

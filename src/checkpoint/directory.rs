@@ -1,0 +1,135 @@
+//! Replacing a directory as a whole.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use super::error::CheckpointError;
+
+/// Makes `target` the directory that `write` fills, in one step once it is complete. Files of the
+/// old directory stay, except those whose names are `replaced`.
+///
+/// `write` is given a directory beside the target, so that both are on one file system.
+pub(super) fn replace(
+    target: &Path,
+    replaced: impl Fn(&str) -> bool,
+    write: impl FnOnce(&Path) -> Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| CheckpointError::Write { path, source }
+    };
+    let (parent, target) = place(target).map_err(failed(target))?;
+    let partial = beside(&parent, &target, "saving");
+    // What a save that was killed has left.
+    remove(&partial).map_err(failed(&partial))?;
+    fs::create_dir(&partial).map_err(failed(&partial))?;
+    let result = write(&partial)
+        .and_then(|()| commit(&parent, &target, &partial, replaced).map_err(failed(&target)));
+    if result.is_err() {
+        // The error before it says more.
+        let _ = remove(&partial);
+    }
+    result
+}
+
+/// The directory that `target` is in, made if need be, and the target without links.
+fn place(target: &Path) -> io::Result<(PathBuf, PathBuf)> {
+    let not_a_place = || io::Error::new(ErrorKind::InvalidInput, "not the name of a directory");
+    if target.exists() {
+        let target = target.canonicalize()?;
+        if !target.is_dir() {
+            return Err(io::Error::new(ErrorKind::NotADirectory, "not a directory"));
+        }
+        let parent = target.parent().ok_or_else(not_a_place)?.to_owned();
+        return Ok((parent, target));
+    }
+    let name = target.file_name().ok_or_else(not_a_place)?;
+    let parent = match target.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(parent)?;
+    let parent = parent.canonicalize()?;
+    let target = parent.join(name);
+    Ok((parent, target))
+}
+
+fn beside(parent: &Path, target: &Path, role: &str) -> PathBuf {
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    parent.join(format!(".{name}.{role}"))
+}
+
+fn remove(directory: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+fn commit(
+    parent: &Path,
+    target: &Path,
+    partial: &Path,
+    replaced: impl Fn(&str) -> bool,
+) -> io::Result<()> {
+    if target.exists() {
+        for entry in fs::read_dir(target)? {
+            let entry = entry?;
+            if !entry.file_name().to_str().is_some_and(&replaced) {
+                link(&entry.path(), &partial.join(entry.file_name()))?;
+            }
+        }
+        fs::set_permissions(partial, fs::metadata(target)?.permissions())?;
+        exchange(parent, target, partial)?;
+        remove(partial)?;
+    } else {
+        fs::rename(partial, target)?;
+    }
+    sync(parent)
+}
+
+/// The same file under another name; directories are made again.
+fn link(from: &Path, to: &Path) -> io::Result<()> {
+    if fs::symlink_metadata(from)?.is_dir() {
+        fs::create_dir(to)?;
+        for entry in fs::read_dir(from)? {
+            let entry = entry?;
+            link(&entry.path(), &to.join(entry.file_name()))?;
+        }
+        return fs::set_permissions(to, fs::metadata(from)?.permissions());
+    }
+    // Not every file system has links.
+    fs::hard_link(from, to).or_else(|_| fs::copy(from, to).map(|_| ()))
+}
+
+/// Afterwards `target` is what `partial` was, and the reverse if both exist still.
+fn exchange(parent: &Path, target: &Path, partial: &Path) -> io::Result<()> {
+    #[cfg(any(target_os = "linux", target_vendor = "apple"))]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        use rustix::io::Errno;
+        match renameat_with(CWD, partial, CWD, target, RenameFlags::EXCHANGE) {
+            Ok(()) => return Ok(()),
+            // The file system does not know how.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let old = beside(parent, target, "old");
+    remove(&old)?;
+    fs::rename(target, &old)?;
+    if let Err(error) = fs::rename(partial, target) {
+        fs::rename(&old, target)?;
+        return Err(error);
+    }
+    remove(&old)
+}
+
+/// Makes a rename in `directory` outlast a loss of power.
+fn sync(directory: &Path) -> io::Result<()> {
+    match cfg!(unix) {
+        true => fs::File::open(directory)?.sync_all(),
+        false => Ok(()),
+    }
+}

@@ -1,0 +1,195 @@
+//! From a directory to a decoder, tensor by tensor.
+
+use std::path::Path;
+
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{Tensor, TensorData, backend::Backend, bf16, f16};
+
+use super::TOKENIZER;
+use super::config::{self, ModelConfig};
+use super::error::CheckpointError;
+use super::names::{ModulePath, TensorSpec, layer_tensors, tensors};
+use super::numbers::{Number, WeightDtype};
+use super::weights::Weights;
+use crate::decoder::FusedKvDecoder;
+use crate::error::ConfigError;
+use crate::plan::LayerKv;
+use crate::tokenizer::Tokenizer;
+
+/// What a checkpoint directory holds.
+#[derive(Clone, Debug)]
+pub struct LoadedCheckpoint<B: Backend> {
+    /// The decoder; its configuration is [`FusedKvDecoder::config`].
+    pub model: FusedKvDecoder<B>,
+    /// That of `tokenizer.json`, if there is one.
+    pub tokenizer: Option<Tokenizer>,
+    /// Tokens that end a text: `eos_token_id` of `generation_config.json` or else of `config.json`.
+    pub eos: Vec<u32>,
+}
+
+/// Loads a decoder of any plan, with its weights as `dtype` whatever the files have.
+///
+/// Everything is checked before any weight is read: the configuration, the headers against the
+/// files' lengths, the tensors against the configuration. Nothing is allocated that the files do
+/// not bear out. Then each tensor is read in pieces into its final place, so that memory never
+/// exceeds the weights by more than a tensor that a device copies, and RoPE's tables.
+///
+/// Keys of `config.json` that are not Qwen3's are ignored; a `dropout` is 0. A head that repeats a
+/// tied embedding is accepted.
+///
+/// # Errors
+/// [`CheckpointError`], naming the file, and the tensor or the key.
+pub fn load_checkpoint<B: Backend>(
+    directory: impl AsRef<Path>,
+    dtype: WeightDtype,
+    device: &B::Device,
+) -> Result<LoadedCheckpoint<B>, CheckpointError> {
+    let directory = directory.as_ref();
+    if !B::supports_dtype(device, dtype.in_memory()) {
+        return Err(CheckpointError::UnsupportedDtype {
+            dtype,
+            backend: B::name(device),
+        });
+    }
+    let config = config::read(directory)?;
+    let mut weights = Weights::open(directory)?;
+    let expected = check(&config, &mut weights)?;
+    let tokenizer = match directory.join(TOKENIZER) {
+        path if path.is_file() => Some(Tokenizer::load(path)?),
+        _ => None,
+    };
+    if let Some(tokenizer) = &tokenizer {
+        check_vocabulary(directory, tokenizer, config.decoder.vocab_size)?;
+    }
+    // Parameters have no memory before they are used, or replaced.
+    let model = config.decoder.init::<B>(device);
+    let model = model.map_err(|source| in_config(&config, source))?;
+    let mut filler = Filler {
+        path: ModulePath::default(),
+        expected: expected.into_iter(),
+        weights,
+        dtype,
+        device,
+        failed: None,
+    };
+    let model = model.map(&mut filler);
+    match filler.failed {
+        Some(error) => Err(error),
+        None => Ok(LoadedCheckpoint {
+            model,
+            tokenizer,
+            eos: config.eos,
+        }),
+    }
+}
+
+fn in_config(config: &ModelConfig, source: ConfigError) -> CheckpointError {
+    CheckpointError::Config {
+        path: config.path.clone(),
+        source,
+    }
+}
+
+/// The tensors the configuration asks for, if they are what the files have. Nothing is made as
+/// large as the configuration says before the files are found to be.
+fn check(config: &ModelConfig, weights: &mut Weights) -> Result<Vec<TensorSpec>, CheckpointError> {
+    let decoder = &config.decoder;
+    if decoder.n_layers > weights.len() {
+        // Among more layers than tensors, one has none.
+        let store = LayerKv::Store { residual: None };
+        for index in 0..decoder.n_layers {
+            let [norm, ..] = &layer_tensors(decoder, &store, index)[..] else {
+                continue;
+            };
+            if !weights.contains(&norm.name) {
+                return Err(weights.missing(norm));
+            }
+        }
+    }
+    let layout = decoder.validate();
+    let layout = layout.map_err(|source| in_config(config, source))?;
+    let expected = tensors(decoder, &layout);
+    weights.check_all(&expected)?;
+    Ok(expected)
+}
+
+pub(super) fn check_vocabulary(
+    directory: &Path,
+    tokenizer: &Tokenizer,
+    vocab_size: usize,
+) -> Result<(), CheckpointError> {
+    if tokenizer.vocab_size() > vocab_size {
+        return Err(CheckpointError::Vocabulary {
+            directory: directory.to_owned(),
+            tokenizer: tokenizer.vocab_size(),
+            decoder: vocab_size,
+        });
+    }
+    Ok(())
+}
+
+/// Replaces every parameter by its tensor.
+struct Filler<'d, B: Backend> {
+    path: ModulePath,
+    expected: std::vec::IntoIter<TensorSpec>,
+    weights: Weights,
+    dtype: WeightDtype,
+    device: &'d B::Device,
+    failed: Option<CheckpointError>,
+}
+
+impl<B: Backend> Filler<'_, B> {
+    fn tensor<const D: usize>(
+        &mut self,
+        spec: &TensorSpec,
+    ) -> Result<Tensor<B, D>, CheckpointError> {
+        match self.dtype {
+            WeightDtype::F32 => self.tensor_of::<f32, D>(spec),
+            WeightDtype::F16 => self.tensor_of::<f16, D>(spec),
+            WeightDtype::Bf16 => self.tensor_of::<bf16, D>(spec),
+        }
+    }
+
+    fn tensor_of<T: Number, const D: usize>(
+        &mut self,
+        spec: &TensorSpec,
+    ) -> Result<Tensor<B, D>, CheckpointError> {
+        let transposed = self.path.is_linear();
+        let numbers = self.weights.numbers::<T>(spec, transposed)?;
+        let mut shape = spec.shape.clone();
+        if transposed {
+            shape.reverse();
+        }
+        let data = TensorData::new(numbers, shape);
+        Ok(Tensor::from_data(data, (self.device, T::DTYPE.in_memory())))
+    }
+}
+
+impl<B: Backend> ModuleMapper<B> for Filler<'_, B> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.exit();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        if self.failed.is_some() {
+            return param;
+        }
+        let spec = self
+            .expected
+            .next()
+            .filter(|spec| spec.name == self.path.tensor());
+        let spec = spec.expect("checkpoints have the decoder's parameters, in its order");
+        let id = param.id;
+        match self.tensor(&spec) {
+            Ok(tensor) => param.transform_for_load(tensor, id),
+            Err(error) => {
+                self.failed = Some(error);
+                param
+            }
+        }
+    }
+}

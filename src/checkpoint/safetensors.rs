@@ -1,0 +1,284 @@
+//! One safetensors file: a header that is believed only as far as the file bears it out, and
+//! tensors that are read piece by piece.
+//!
+//! The file is read at offsets rather than mapped: a map's memory may change under the reader when
+//! the file does, which is why making one is `unsafe`, and this crate has no such code. The
+//! system's page cache serves both alike.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorInfo;
+use serde_json::Value;
+
+use super::error::CheckpointError;
+use super::numbers::{Number, WeightDtype, decode};
+
+/// Bytes read at a time; a multiple of every number's size.
+const PIECE: usize = 1 << 20;
+
+/// The longest header that the format allows.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// An open file whose header has been checked against its length.
+#[derive(Debug)]
+pub(super) struct SafetensorsFile {
+    path: PathBuf,
+    file: File,
+    tensors: BTreeMap<String, Place>,
+}
+
+/// A tensor in a file.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// From the start of the file.
+    start: u64,
+    bytes: u64,
+}
+
+impl SafetensorsFile {
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let read = |source| CheckpointError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        let mut file = File::open(path).map_err(read)?;
+        let file_bytes = file.metadata().map_err(read)?.len();
+        let available = file_bytes.saturating_sub(8);
+        let too_short = |length| CheckpointError::HeaderLength {
+            path: path.to_owned(),
+            length,
+            available,
+        };
+        if file_bytes < 8 {
+            return Err(too_short(8));
+        }
+        let mut length = [0; 8];
+        file.read_exact(&mut length).map_err(read)?;
+        let length = u64::from_le_bytes(length);
+        if length > available || length > MAX_HEADER {
+            return Err(too_short(length));
+        }
+        // No longer than the file.
+        let mut header = vec![0; length as usize];
+        file.read_exact(&mut header).map_err(read)?;
+        let tensors = places(path, &header, file_bytes)?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            tensors,
+        })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn tensors(&self) -> &BTreeMap<String, Place> {
+        &self.tensors
+    }
+
+    /// Calls `piece` with a tensor's bytes, in order, some rows of `row_bytes` at a time.
+    fn pieces<E: From<CheckpointError>>(
+        &mut self,
+        place: &Place,
+        row_bytes: usize,
+        mut piece: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let path = &self.path;
+        let read = |source| CheckpointError::Read {
+            path: path.clone(),
+            source,
+        };
+        let start = SeekFrom::Start(place.start);
+        self.file.seek(start).map_err(read)?;
+        let rows_bytes = (PIECE / row_bytes.max(1)).max(1) * row_bytes.max(1);
+        // The place has been checked to lie in the file.
+        let mut left = place.bytes;
+        let mut buffer = vec![0; left.min(rows_bytes as u64) as usize];
+        while left > 0 {
+            let length = left.min(rows_bytes as u64) as usize;
+            let buffer = &mut buffer[..length];
+            self.file.read_exact(buffer).map_err(read)?;
+            piece(buffer)?;
+            left -= length as u64;
+        }
+        Ok(())
+    }
+
+    /// A tensor's numbers in the order of the file or, for a matrix, that of its transpose.
+    pub fn numbers<T: Number>(
+        &mut self,
+        tensor: &str,
+        place: &Place,
+        transposed: bool,
+    ) -> Result<Vec<T>, CheckpointError> {
+        let path = self.path.clone();
+        let source = weight_dtype(&path, tensor, place)?;
+        let elements: usize = place.shape.iter().product();
+        let (rows, columns) = match (&place.shape[..], transposed) {
+            (&[rows, columns], true) => (rows, columns),
+            _ => (elements, 1),
+        };
+        let mut out = vec![T::round(0.0); elements];
+        let (mut row, mut column) = (0, 0);
+        self.pieces(place, columns * source.bytes(), |bytes| {
+            decode(source, bytes, |number| {
+                // Row by row to column by column; with one column, the same.
+                out[column * rows + row] = number;
+                column += 1;
+                if column == columns {
+                    (row, column) = (row + 1, 0);
+                }
+            })
+            .map_err(|overflow| CheckpointError::Overflow {
+                path: path.clone(),
+                tensor: tensor.to_owned(),
+                value: overflow.0,
+                dtype: T::DTYPE,
+            })
+        })?;
+        Ok(out)
+    }
+
+    /// Whether two tensors are the same, bit by bit.
+    pub fn same(
+        &mut self,
+        a: &Place,
+        other: &mut Self,
+        b: &Place,
+    ) -> Result<bool, CheckpointError> {
+        if (a.dtype, &a.shape) != (b.dtype, &b.shape) {
+            return Ok(false);
+        }
+        let mut offset = 0;
+        let mut same = true;
+        self.pieces(a, 1, |bytes| {
+            let b = Place {
+                start: b.start + offset,
+                bytes: bytes.len() as u64,
+                ..b.clone()
+            };
+            offset += b.bytes;
+            other.pieces(&b, 1, |others| {
+                same &= bytes == others;
+                Ok::<_, CheckpointError>(())
+            })
+        })?;
+        Ok(same)
+    }
+}
+
+/// The float type of a tensor's numbers.
+pub(super) fn weight_dtype(
+    path: &Path,
+    tensor: &str,
+    place: &Place,
+) -> Result<WeightDtype, CheckpointError> {
+    WeightDtype::from_stored(place.dtype).ok_or_else(|| CheckpointError::Dtype {
+        path: path.to_owned(),
+        tensor: tensor.to_owned(),
+        found: place.dtype.to_string(),
+    })
+}
+
+/// What the header says, if it holds for a file of `file_bytes`.
+fn places(
+    path: &Path,
+    header: &[u8],
+    file_bytes: u64,
+) -> Result<BTreeMap<String, Place>, CheckpointError> {
+    let entries: BTreeMap<String, Value> =
+        serde_json::from_slice(header).map_err(|error| CheckpointError::Header {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        })?;
+    let data_start = 8 + header.len() as u64;
+    let mut places = BTreeMap::new();
+    for (tensor, entry) in entries {
+        if tensor != "__metadata__" {
+            let place = place(path, &tensor, entry, data_start, file_bytes)?;
+            places.insert(tensor, place);
+        }
+    }
+    // Every byte belongs to one tensor.
+    let mut in_order: Vec<_> = places.iter().collect();
+    in_order.sort_by_key(|(_, place)| (place.start, place.bytes));
+    let mut end = data_start;
+    for (tensor, place) in in_order {
+        if place.start != end {
+            return Err(CheckpointError::Entry {
+                path: path.to_owned(),
+                tensor: tensor.clone(),
+                reason: format!(
+                    "it starts at byte {} of the data, expected {}, where the tensor before it ends",
+                    place.start - data_start,
+                    end - data_start,
+                ),
+            });
+        }
+        end += place.bytes;
+    }
+    if end != file_bytes {
+        return Err(CheckpointError::TrailingBytes {
+            path: path.to_owned(),
+            found: file_bytes,
+            expected: end,
+        });
+    }
+    Ok(places)
+}
+
+fn place(
+    path: &Path,
+    tensor: &str,
+    entry: Value,
+    data_start: u64,
+    file_bytes: u64,
+) -> Result<Place, CheckpointError> {
+    let wrong = |reason: String| CheckpointError::Entry {
+        path: path.to_owned(),
+        tensor: tensor.to_owned(),
+        reason,
+    };
+    let info: TensorInfo = serde_json::from_value(entry).map_err(|e| wrong(e.to_string()))?;
+    let (start, end) = info.data_offsets;
+    let bytes = end.checked_sub(start).ok_or_else(|| {
+        wrong(format!(
+            "it ends at {end}, before its start at {start}, expected the reverse"
+        ))
+    })?;
+    let by_shape = info
+        .shape
+        .iter()
+        .try_fold(1_usize, |product, &size| product.checked_mul(size))
+        .and_then(|elements| elements.checked_mul(info.dtype.bitsize()));
+    if bytes.checked_mul(8) != by_shape || by_shape.is_none() {
+        let expected =
+            by_shape.map_or("more than can be".to_owned(), |bits| (bits / 8).to_string());
+        return Err(wrong(format!(
+            "it has {bytes} bytes, expected {expected} for {} of shape {:?}",
+            info.dtype, info.shape,
+        )));
+    }
+    let file_end = data_start.saturating_add(end as u64);
+    if file_end > file_bytes {
+        return Err(CheckpointError::Truncated {
+            path: path.to_owned(),
+            tensor: tensor.to_owned(),
+            expected: file_end,
+            found: file_bytes,
+        });
+    }
+    Ok(Place {
+        dtype: info.dtype,
+        shape: info.shape,
+        start: data_start + start as u64,
+        bytes: bytes as u64,
+    })
+}

@@ -1,0 +1,226 @@
+//! The weights of a directory: one safetensors file, or shards and their index.
+
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Component, Path, PathBuf};
+
+use super::error::CheckpointError;
+use super::names::{EMBEDDING, HEAD, TensorSpec};
+use super::numbers::Number;
+use super::safetensors::{Place, SafetensorsFile, weight_dtype};
+use super::{INDEX, WEIGHTS, config};
+
+/// All files of weights of a directory, open.
+#[derive(Debug)]
+pub(super) struct Weights {
+    /// The file, or the index of several.
+    path: PathBuf,
+    files: Vec<SafetensorsFile>,
+    /// Which file a tensor is in.
+    tensors: BTreeMap<String, usize>,
+}
+
+impl Weights {
+    /// Opens `model.safetensors` or else the shards of `model.safetensors.index.json`.
+    pub fn open(directory: &Path) -> Result<Self, CheckpointError> {
+        let single = directory.join(WEIGHTS);
+        if single.is_file() {
+            let file = SafetensorsFile::open(&single)?;
+            let tensors = file.tensors().keys().map(|name| (name.clone(), 0));
+            return Ok(Self {
+                path: single,
+                tensors: tensors.collect(),
+                files: vec![file],
+            });
+        }
+        let index = directory.join(INDEX);
+        if !index.is_file() {
+            return Err(CheckpointError::MissingFile {
+                directory: directory.to_owned(),
+                file: "model.safetensors, nor a model.safetensors.index.json",
+            });
+        }
+        Self::open_shards(directory, index)
+    }
+
+    fn open_shards(directory: &Path, index: PathBuf) -> Result<Self, CheckpointError> {
+        let json = config::read_object(&index)?;
+        let setting = |key: &str, found: String, expected: &str| CheckpointError::Setting {
+            path: index.clone(),
+            key: key.to_owned(),
+            found,
+            expected: expected.to_owned(),
+        };
+        let map = json.get("weight_map").ok_or_else(|| {
+            setting(
+                "weight_map",
+                "missing".into(),
+                "an object of tensors and files",
+            )
+        })?;
+        let map = map.as_object().ok_or_else(|| {
+            setting(
+                "weight_map",
+                config::shown(map),
+                "an object of tensors and files",
+            )
+        })?;
+        let mut shards: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut files = Vec::new();
+        let mut tensors = BTreeMap::new();
+        for (tensor, shard) in map {
+            let shard = shard.as_str().ok_or_else(|| {
+                let key = format!("weight_map.{tensor}");
+                setting(&key, config::shown(shard), "the name of a file")
+            })?;
+            let file = match shards.entry(shard) {
+                Entry::Occupied(entry) => *entry.get(),
+                Entry::Vacant(entry) => {
+                    let path = directory.join(shard);
+                    // A name, not a path to somewhere else.
+                    let mut parts = Path::new(shard).components();
+                    let is_name = matches!(
+                        (parts.next(), parts.next()),
+                        (Some(Component::Normal(_)), None)
+                    );
+                    if !is_name || !path.is_file() {
+                        return Err(CheckpointError::Shard {
+                            path: index,
+                            tensor: tensor.clone(),
+                            shard: shard.to_owned(),
+                            reason: "is no file in the directory",
+                        });
+                    }
+                    files.push(SafetensorsFile::open(&path)?);
+                    *entry.insert(files.len() - 1)
+                }
+            };
+            if !files[file].tensors().contains_key(tensor) {
+                return Err(CheckpointError::Shard {
+                    path: index,
+                    tensor: tensor.clone(),
+                    shard: shard.to_owned(),
+                    reason: "does not have it",
+                });
+            }
+            tensors.insert(tensor.clone(), file);
+        }
+        for (number, file) in files.iter().enumerate() {
+            for tensor in file.tensors().keys() {
+                if tensors.get(tensor) != Some(&number) {
+                    return Err(CheckpointError::UnexpectedTensor {
+                        path: file.path().to_owned(),
+                        tensor: tensor.clone(),
+                        reason: "the index does not place there",
+                    });
+                }
+            }
+        }
+        Ok(Self {
+            path: index,
+            files,
+            tensors,
+        })
+    }
+
+    /// Number of tensors in all files.
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    pub fn contains(&self, tensor: &str) -> bool {
+        self.tensors.contains_key(tensor)
+    }
+
+    /// The error for a tensor that is not there.
+    pub fn missing(&self, spec: &TensorSpec) -> CheckpointError {
+        CheckpointError::MissingTensor {
+            path: self.path.clone(),
+            tensor: spec.name.clone(),
+            shape: spec.shape.clone(),
+        }
+    }
+
+    fn find(&self, spec: &TensorSpec) -> Result<(usize, Place), CheckpointError> {
+        let found = self.tensors.get(&spec.name).and_then(|&file| {
+            let place = self.files[file].tensors().get(&spec.name)?;
+            Some((file, place.clone()))
+        });
+        found.ok_or_else(|| self.missing(spec))
+    }
+
+    /// Whether one tensor is there as the decoder needs it.
+    pub fn check(&self, spec: &TensorSpec) -> Result<(), CheckpointError> {
+        let (file, place) = self.find(spec)?;
+        let path = self.files[file].path();
+        weight_dtype(path, &spec.name, &place)?;
+        if place.shape != spec.shape {
+            return Err(CheckpointError::Shape {
+                path: path.to_owned(),
+                tensor: spec.name.clone(),
+                found: place.shape,
+                expected: spec.shape.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Whether all `expected` tensors are there and no other, except for a head that repeats the
+    /// embedding: some tied models on the hub have one.
+    pub fn check_all(&mut self, expected: &[TensorSpec]) -> Result<(), CheckpointError> {
+        for spec in expected {
+            self.check(spec)?;
+        }
+        let known: BTreeSet<&str> = expected.iter().map(|spec| &*spec.name).collect();
+        let left_over = self
+            .tensors
+            .iter()
+            .find(|(name, _)| !known.contains(&***name));
+        let left_over: Option<(String, usize)> = left_over.map(|(n, &file)| (n.clone(), file));
+        match left_over {
+            None => Ok(()),
+            Some((name, file)) if name == HEAD => {
+                if self.head_is_embedding()? {
+                    self.tensors.remove(HEAD);
+                    return self.check_all(expected);
+                }
+                Err(self.unexpected(name, file, "is not the embedding, with tied embeddings"))
+            }
+            Some((name, file)) => {
+                Err(self.unexpected(name, file, "a decoder of this configuration does not have"))
+            }
+        }
+    }
+
+    fn unexpected(&self, tensor: String, file: usize, reason: &'static str) -> CheckpointError {
+        CheckpointError::UnexpectedTensor {
+            path: self.files[file].path().to_owned(),
+            tensor,
+            reason,
+        }
+    }
+
+    fn head_is_embedding(&mut self) -> Result<bool, CheckpointError> {
+        let (Some(&head), Some(&embedding)) = (self.tensors.get(HEAD), self.tensors.get(EMBEDDING))
+        else {
+            return Ok(false);
+        };
+        let place = |file: usize, name| self.files[file].tensors().get(name).cloned();
+        let (Some(a), Some(b)) = (place(head, HEAD), place(embedding, EMBEDDING)) else {
+            return Ok(false);
+        };
+        // Opened again, because one file may have both.
+        let mut other = SafetensorsFile::open(self.files[embedding].path())?;
+        self.files[head].same(&a, &mut other, &b)
+    }
+
+    /// A tensor's numbers in the order of the file, or of its transpose.
+    pub fn numbers<T: Number>(
+        &mut self,
+        spec: &TensorSpec,
+        transposed: bool,
+    ) -> Result<Vec<T>, CheckpointError> {
+        let (file, place) = self.find(spec)?;
+        self.files[file].numbers(&spec.name, &place, transposed)
+    }
+}

@@ -1,0 +1,397 @@
+//! From a standard decoder to one of another plan, ready for further training.
+//!
+//! A layer that stores under the new plan keeps its own K/V projections; one that reuses loses
+//! them, and reads stored layers instead. Its fusion weights start as FusedKV-Lite's, or are fitted
+//! so that the blends come closest to the keys and values it had: least squares per kv head and
+//! channel (per pair of channels for keys, after RoPE), as one linear regression each, on a text.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
+use thiserror::Error;
+
+use crate::config::FusedKvDecoderConfig;
+use crate::decoder::{FusedKvDecoder, KvFusion, KvResidual, Logits};
+use crate::error::{CacheError, ConfigError, ForwardError, TokensError};
+use crate::plan::{KvPlan, LayerKv, Mix};
+use crate::tokens::TokenBatch;
+
+/// Pulls fitted weights to where they started, as a share of the sources' mean square: decides
+/// where the text does not, e.g. between sources that are alike.
+const RIDGE: f64 = 1e-6;
+
+/// A conversion that cannot be done.
+#[derive(Clone, Debug, PartialEq, Error)]
+#[non_exhaustive]
+pub enum ConvertError {
+    /// Only a decoder whose layers all have keys and values of their own can be converted.
+    #[error("the decoder's plan is `{method}`, expected `standard`")]
+    NotStandard {
+        /// Its plan's method.
+        method: &'static str,
+    },
+    /// The plan does not fit the decoder.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Windows of no tokens, or longer than the decoder can read.
+    #[error("context is {context}, expected 1 to {max_positions}")]
+    Context {
+        /// Tokens per window.
+        context: usize,
+        /// What the decoder is configured for.
+        max_positions: usize,
+    },
+    /// The decoder cannot read the calibration text.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+}
+
+impl From<TokensError> for ConvertError {
+    fn from(error: TokensError) -> Self {
+        Self::Forward(error.into())
+    }
+}
+
+impl From<CacheError> for ConvertError {
+    fn from(error: CacheError) -> Self {
+        Self::Forward(error.into())
+    }
+}
+
+/// How far the blends of a converted layer are from the keys and values it had.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LayerFit {
+    /// The layer, counted from 0.
+    pub layer: usize,
+    /// Of its keys, after RoPE.
+    pub key: FitError,
+    /// Of its values.
+    pub value: FitError,
+}
+
+/// ‖blend − original‖² / ‖original‖² over the calibration text; 1 is as far as zeros are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FitError {
+    /// With the weights of FusedKV-Lite.
+    pub before: f64,
+    /// With the fitted weights; the same where the plan has none.
+    pub after: f64,
+}
+
+/// A decoder of another plan with the weights of a standard one; fusion weights are FusedKV-Lite's,
+/// the α of YOCO++ 0.
+///
+/// ```
+/// use fusedkv::backend::{Flex, FlexDevice};
+/// use fusedkv::{FusedKvDecoderConfig, KvPlan, convert};
+///
+/// let config = FusedKvDecoderConfig::tiny(256, KvPlan::Standard);
+/// let standard = config.init::<Flex>(&FlexDevice::default())?;
+/// let plan = KvPlan::FusedKv { storage_layers: 3 };
+/// let fused = convert::convert(&standard, &plan)?;
+/// let text: Vec<u32> = (0..200).map(|i| i * i % 256).collect();
+/// let (fitted, layers) = convert::convert_fitted(&standard, &plan, &text, 64)?;
+/// assert!(layers[0].key.after <= layers[0].key.before);
+/// # let _ = (fused, fitted);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// [`ConvertError::NotStandard`], [`ConvertError::Config`].
+pub fn convert<B: Backend>(
+    model: &FusedKvDecoder<B>,
+    plan: &KvPlan,
+) -> Result<FusedKvDecoder<B>, ConvertError> {
+    let config = model.config();
+    if config.plan != KvPlan::Standard {
+        return Err(ConvertError::NotStandard {
+            method: config.plan.method(),
+        });
+    }
+    let config = FusedKvDecoderConfig {
+        plan: plan.clone(),
+        ..config.clone()
+    };
+    model.visit(&mut Draw);
+    let embedding = model.embed_tokens.weight.val();
+    let mut converted = config.init::<B>(&embedding.device())?;
+    converted.embed_tokens = model.embed_tokens.clone();
+    converted.norm = model.norm.clone();
+    converted.lm_head = model.lm_head.clone();
+    for (to, from) in converted.layers.iter_mut().zip(&model.layers) {
+        to.input_layernorm = from.input_layernorm.clone();
+        to.post_attention_layernorm = from.post_attention_layernorm.clone();
+        to.mlp = from.mlp.clone();
+        let (to, from) = (&mut to.self_attn, &from.self_attn);
+        to.q_proj = from.q_proj.clone();
+        to.q_norm = from.q_norm.clone();
+        to.o_proj = from.o_proj.clone();
+        if to.k_proj.is_some() {
+            to.k_proj = from.k_proj.clone();
+            to.v_proj = from.v_proj.clone();
+            to.k_norm = from.k_norm.clone();
+        }
+        to.kv_fusion = to.kv_fusion.take().map(|fusion| KvFusion {
+            key_weight: fusion
+                .key_weight
+                .map(|weight| cast(weight, embedding.dtype())),
+            value_weight: fusion
+                .value_weight
+                .map(|weight| cast(weight, embedding.dtype())),
+        });
+        to.kv_residual = to.kv_residual.take().map(|residual| KvResidual {
+            key_weight: cast(residual.key_weight, embedding.dtype()),
+            value_weight: cast(residual.value_weight, embedding.dtype()),
+        });
+    }
+    Ok(converted)
+}
+
+/// [`convert`] with fusion weights fitted on a calibration text, read in windows of `context`
+/// tokens, and how well they fit.
+///
+/// Plans without weights are converted as [`convert`] does; their errors are reported all the same.
+/// The normal equations are summed in f64 window by window: memory does not grow with the text.
+///
+/// # Errors
+/// [`ConvertError`].
+pub fn convert_fitted<B: Backend>(
+    model: &FusedKvDecoder<B>,
+    plan: &KvPlan,
+    tokens: &[u32],
+    context: usize,
+) -> Result<(FusedKvDecoder<B>, Vec<LayerFit>), ConvertError> {
+    let mut converted = convert(model, plan)?;
+    let config = model.config();
+    if context == 0 || context > config.max_positions {
+        return Err(ConvertError::Context {
+            context,
+            max_positions: config.max_positions,
+        });
+    }
+    let mut fits = Vec::new();
+    for (layer, kv) in converted.layout().layers().iter().enumerate() {
+        if let LayerKv::Reuse { key, value } = kv {
+            let pairs = config.head_dim / 2;
+            let key = Regression::new(key, config, pairs, |s| s.iter().max());
+            let value = Regression::new(value, config, config.head_dim, |s| s.iter().min());
+            fits.push((layer, key, value));
+        }
+    }
+    let device = model.embed_tokens.weight.val().device();
+    // No text at all is an error as in any other pass.
+    for window in tokens
+        .chunks(context)
+        .chain(tokens.is_empty().then_some(tokens))
+    {
+        let batch = TokenBatch::from_rows(&[window], config.vocab_size, &device)?;
+        let mut cache = model.new_cache(1, window.len())?;
+        model.forward_cached(batch, &mut cache, Logits::Last)?;
+        // Every layer of a standard decoder has a slot.
+        let (keys, values): (Vec<_>, Vec<_>) = (0..config.n_layers)
+            .map(|layer| {
+                let kv = cache.get(layer);
+                (numbers(kv.key), numbers(kv.value))
+            })
+            .unzip();
+        for (layer, key, value) in &mut fits {
+            key.add(&keys, *layer, config.head_dim);
+            value.add(&values, *layer, config.head_dim);
+        }
+    }
+    let mut layers = Vec::new();
+    for (layer, key, value) in fits {
+        let (key_weights, key) = key.solve();
+        let (value_weights, value) = value.solve();
+        if let Some(fusion) = &mut converted.layers[layer].self_attn.kv_fusion {
+            set(&mut fusion.key_weight, key_weights);
+            set(&mut fusion.value_weight, value_weights);
+        }
+        layers.push(LayerFit { layer, key, value });
+    }
+    Ok((converted, layers))
+}
+
+/// Uses every parameter: those of random weights draw their values then, and a clone made before
+/// draws others.
+struct Draw;
+
+impl<B: Backend> ModuleVisitor<B> for Draw {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        param.val();
+    }
+}
+
+fn cast<B: Backend, const D: usize>(
+    param: Param<Tensor<B, D>>,
+    dtype: DType,
+) -> Param<Tensor<B, D>> {
+    param.map(|tensor| tensor.cast(dtype))
+}
+
+fn set<B: Backend>(param: &mut Option<Param<Tensor<B, 3>>>, weights: Vec<f64>) {
+    if let Some(old) = param.take() {
+        *param = Some(old.map(|old| {
+            let data = TensorData::new(weights, old.dims());
+            Tensor::from_data(data, (&old.device(), old.dtype())).require_grad()
+        }));
+    }
+}
+
+/// `[1, n_kv_heads, seq, head_dim]` in order.
+fn numbers<B: Backend>(x: Tensor<B, 4>) -> Vec<f32> {
+    x.into_data().iter::<f32>().collect()
+}
+
+/// The normal equations of one layer's keys or values: for every weight group g (kv head and
+/// channel), G_g w = m_g with G_g = Σ x xᵀ, m_g = Σ x y over tokens, where x are the sources' numbers
+/// and y the layer's own.
+struct Regression {
+    sources: Vec<usize>,
+    /// The weight of each source in FusedKV-Lite.
+    start: Vec<f64>,
+    /// Kv heads and channels that have weights of their own; one of each where all share.
+    heads: usize,
+    channels: usize,
+    /// Whether the plan has weights.
+    learned: bool,
+    /// `[groups, sources, sources]`
+    gram: Vec<f64>,
+    /// `[groups, sources]`
+    moment: Vec<f64>,
+    /// Σ y² of all groups.
+    square: f64,
+}
+
+impl Regression {
+    fn new(
+        mix: &Mix,
+        config: &FusedKvDecoderConfig,
+        channels: usize,
+        lite: fn(&[usize]) -> Option<&usize>,
+    ) -> Self {
+        let sources = mix.sources().to_vec();
+        let shape = mix.weights_shape(config.n_kv_heads, channels);
+        let [n, heads, channels] = shape.unwrap_or([sources.len(), 1, 1]);
+        let first = lite(&sources).copied();
+        Self {
+            start: sources
+                .iter()
+                .map(|&source| f64::from(u8::from(Some(source) == first)))
+                .collect(),
+            gram: vec![0.0; heads * channels * n * n],
+            moment: vec![0.0; heads * channels * n],
+            square: 0.0,
+            learned: shape.is_some(),
+            sources,
+            heads,
+            channels,
+        }
+    }
+
+    /// Adds a window's numbers, `all[layer]` being `[n_kv_heads, seq, head_dim]`.
+    fn add(&mut self, all: &[Vec<f32>], layer: usize, head_dim: usize) {
+        let n = self.sources.len();
+        let target = &all[layer];
+        let head_numbers = target.len() / self.heads;
+        let mut x = vec![0.0; n];
+        for (i, &y) in target.iter().enumerate() {
+            // The channels of a pair are half a head apart.
+            let channel = i % head_dim % self.channels;
+            let group = i / head_numbers * self.channels + channel;
+            for (x, &source) in x.iter_mut().zip(&self.sources) {
+                *x = f64::from(all[source][i]);
+            }
+            let y = f64::from(y);
+            self.square += y * y;
+            let gram = &mut self.gram[group * n * n..][..n * n];
+            let moment = &mut self.moment[group * n..][..n];
+            for (row, (moment, a)) in gram.chunks_mut(n).zip(moment.iter_mut().zip(&x)) {
+                *moment += a * y;
+                for (sum, b) in row.iter_mut().zip(&x) {
+                    *sum += a * b;
+                }
+            }
+        }
+    }
+
+    /// The weights `[sources, heads, channels]`, and the errors.
+    fn solve(&self) -> (Vec<f64>, FitError) {
+        let n = self.sources.len();
+        let groups = self.heads * self.channels;
+        let mut weights = vec![0.0; n * groups];
+        let (mut before, mut after) = (self.square, self.square);
+        for group in 0..groups {
+            let gram = &self.gram[group * n * n..][..n * n];
+            let moment = &self.moment[group * n..][..n];
+            let fitted = match self.learned {
+                true => ridge(gram, moment, &self.start),
+                false => self.start.clone(),
+            };
+            // ‖y − x w‖² = ‖y‖² − 2 m·w + wᵀ G w
+            let excess = |w: &[f64]| {
+                let quadratic = dot(w, &times(gram, w));
+                quadratic - 2.0 * dot(moment, w)
+            };
+            before += excess(&self.start);
+            after += excess(&fitted);
+            for (source, weight) in fitted.into_iter().enumerate() {
+                weights[source * groups + group] = weight;
+            }
+        }
+        // Differences of sums may fall below zero by rounding.
+        let relative = |error: f64| match self.square > 0.0 {
+            true => error.max(0.0) / self.square,
+            false => 0.0,
+        };
+        let error = FitError {
+            before: relative(before),
+            after: relative(after),
+        };
+        (weights, error)
+    }
+}
+
+/// argmin ‖y − x w‖² + λ ‖w − start‖²: (G + λ I)(w − start) = m − G start.
+fn ridge(gram: &[f64], moment: &[f64], start: &[f64]) -> Vec<f64> {
+    let n = start.len();
+    let trace: f64 = (0..n).map(|i| gram[i * n + i]).sum();
+    if trace <= 0.0 || !trace.is_finite() {
+        return start.to_vec();
+    }
+    let mut matrix = gram.to_vec();
+    for i in 0..n {
+        matrix[i * n + i] += RIDGE * trace / n as f64;
+    }
+    let mut right: Vec<f64> = moment
+        .iter()
+        .zip(times(gram, start))
+        .map(|(m, g)| m - g)
+        .collect();
+    // Elimination; a positive definite matrix needs no pivoting.
+    for i in 0..n {
+        for row in i + 1..n {
+            let factor = matrix[row * n + i] / matrix[i * n + i];
+            for column in i..n {
+                matrix[row * n + column] -= factor * matrix[i * n + column];
+            }
+            right[row] -= factor * right[i];
+        }
+    }
+    for i in (0..n).rev() {
+        let known: f64 = (i + 1..n).map(|j| matrix[i * n + j] * right[j]).sum();
+        right[i] = (right[i] - known) / matrix[i * n + i];
+    }
+    start
+        .iter()
+        .zip(right)
+        .map(|(start, d)| start + d)
+        .collect()
+}
+
+fn times(matrix: &[f64], x: &[f64]) -> Vec<f64> {
+    matrix.chunks(x.len()).map(|row| dot(row, x)).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}

@@ -1,0 +1,91 @@
+//! Scores against the definition, with and without the cache.
+
+use burn::tensor::activation::log_softmax;
+use fusedkv::{ForwardError, ScoreConfig, ScoreError, TokensError, score, score_with};
+use proptest::prelude::*;
+
+use crate::models::{Case, F64, VOCAB, any_case, values};
+
+/// Σ −log p of every token but the first, window by window, each from a pass of its own.
+fn plain(case: &Case, tokens: &[u32], context: usize, stride: usize) -> f64 {
+    let model = case.model::<F64>();
+    let mut nll = 0.0;
+    for target in 1..tokens.len() {
+        // The first window that has the token before the target.
+        let window = (0..).find(|w| w * stride + context >= target).unwrap();
+        let read = &tokens[window * stride..target];
+        let batch = fusedkv::TokenBatch::from_rows(&[read], VOCAB, &Default::default()).unwrap();
+        let logits = model.forward(batch).unwrap();
+        let last = logits.narrow(1, read.len() - 1, 1);
+        nll -= values(&log_softmax(last, 2))[tokens[target] as usize];
+    }
+    nll
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn every_token_is_scored_once(
+        case in any_case(2..24),
+        context in 1usize..12,
+        stride in 1usize..12,
+        chunk in 1usize..8,
+    ) {
+        let stride = stride.min(context);
+        let tokens = &case.tokens[0];
+        let expected = plain(&case, tokens, context, stride);
+        let model = case.model::<F64>();
+        for chunk in [None, Some(chunk)] {
+            let config = ScoreConfig::new(context).with_stride(Some(stride)).with_chunk(chunk);
+            let mut rows = 0;
+            let score = score_with::<_, ScoreError>(&model, tokens, &config, |logits| {
+                rows += logits.len() / VOCAB;
+                Ok(())
+            }).unwrap();
+            prop_assert_eq!((score.tokens, rows), (tokens.len() - 1, tokens.len()));
+            prop_assert!((score.nll - expected).abs() < 1e-5 * expected, "{} {}", score.nll, expected);
+            prop_assert_eq!(score.perplexity(), (score.nll / score.tokens as f64).exp());
+            prop_assert_eq!(score.perplexity_per_word(2), (score.nll / 2.0).exp());
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_scored_is_said() {
+    let config = crate::models::fixed(fusedkv::KvPlan::Standard);
+    let model = crate::models::model::<F64>(&config, 0);
+    let fails = |tokens: &[u32], config: ScoreConfig| score(&model, tokens, &config).unwrap_err();
+    let setting = |field, value, largest| ScoreError::Setting {
+        field,
+        value,
+        largest,
+    };
+    let whole = ScoreConfig::new(8);
+    assert_eq!(fails(&[1], whole), ScoreError::TooFewTokens(1));
+    assert_eq!(
+        fails(&[1, 2], ScoreConfig::new(65)),
+        setting("context", 65, 64)
+    );
+    assert_eq!(
+        fails(&[1, 2], whole.with_stride(Some(9))),
+        setting("stride", 9, 8)
+    );
+    assert_eq!(
+        fails(&[1, 2], whole.with_chunk(Some(0))),
+        setting("chunk", 0, usize::MAX)
+    );
+    // Beyond the first window, where it is a target before it is read.
+    let mut tokens = vec![1; 12];
+    tokens[8] = 11;
+    let unknown = TokensError::OutOfVocabulary {
+        row: 0,
+        position: 8,
+        token: 11,
+        vocab_size: 11,
+    };
+    assert_eq!(
+        fails(&tokens, whole),
+        ScoreError::Forward(ForwardError::Tokens(unknown))
+    );
+}

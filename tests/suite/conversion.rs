@@ -1,0 +1,227 @@
+//! Conversion: what is kept, and that fits are least squares.
+
+use fusedkv::convert::{ConvertError, convert, convert_fitted};
+use fusedkv::{FusedKvDecoder, KvPlan, LayerKv, Logits, Mix, TokenBatch, information_flow};
+use proptest::prelude::*;
+
+use crate::models::{Case, F64, VOCAB, any_case, difference, plans, values};
+
+/// A standard decoder, another plan for it, and a text.
+fn any_conversion() -> impl Strategy<Value = (Case, KvPlan)> {
+    any_case(8..20).prop_flat_map(|mut case| {
+        let n_layers = case.config.n_layers;
+        case.config.plan = KvPlan::Standard;
+        (Just(case), prop::sample::select(plans(n_layers)))
+    })
+}
+
+/// The keys and values of every layer of a standard decoder, `[layer] -> (keys, values)`, each
+/// `[n_kv_heads, seq, head_dim]`.
+fn originals(model: &FusedKvDecoder<F64>, tokens: &[u32]) -> Vec<(Vec<f64>, Vec<f64>)> {
+    let mut cache = model.new_cache(1, tokens.len()).unwrap();
+    let batch = TokenBatch::from_rows(&[tokens], VOCAB, &Default::default()).unwrap();
+    model
+        .forward_cached(batch, &mut cache, Logits::Last)
+        .unwrap();
+    (0..model.config().n_layers)
+        .map(|layer| {
+            let kv = cache.get(layer);
+            (values(&kv.key), values(&kv.value))
+        })
+        .collect()
+}
+
+/// ‖blend − original‖² / ‖original‖² with `weights` `[sources, heads or 1, channels or 1]`.
+fn error(
+    sources: &[&Vec<f64>],
+    original: &[f64],
+    weights: &[f64],
+    dims: [usize; 3],
+    head_dim: usize,
+) -> f64 {
+    let [_, heads, channels] = dims;
+    let per_head = original.len() / heads;
+    let (mut off, mut all) = (0.0, 0.0);
+    for (i, y) in original.iter().enumerate() {
+        let weight = i / per_head * channels + i % head_dim % channels;
+        let blend: f64 = (0..sources.len())
+            .map(|s| weights[s * heads * channels + weight] * sources[s][i])
+            .sum();
+        off += (blend - y).powi(2);
+        all += y * y;
+    }
+    off / all
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    /// Storing every layer's keys and values, whatever the plan calls it, nothing changes; where
+    /// layers reuse, everything but their keys and values is kept.
+    #[test]
+    fn what_is_not_shared_is_kept((case, plan) in any_conversion()) {
+        let standard = case.model::<F64>();
+        let batch = || TokenBatch::from_rows(&case.tokens, VOCAB, &Default::default()).unwrap();
+        let same = convert(&standard, &KvPlan::Cla { factor: 1 }).unwrap();
+        let logits = |model: &FusedKvDecoder<F64>| model.forward(batch()).unwrap();
+        prop_assert!(difference(&logits(&same), &logits(&standard)) < 1e-12);
+
+        // Lite's weights: as the plan that takes the same sources as they are.
+        let converted = convert(&standard, &plan).unwrap();
+        let lite = converted.layout().layers().iter().map(|layer| match layer {
+            LayerKv::Store { .. } => LayerKv::Store { residual: None },
+            LayerKv::Reuse { key, value } => LayerKv::Reuse {
+                key: Mix::AsIs(match key {
+                    Mix::AsIs(source) => *source,
+                    Mix::Blend { sources, .. } => *sources.iter().max().unwrap(),
+                }),
+                value: Mix::AsIs(match value {
+                    Mix::AsIs(source) => *source,
+                    Mix::Blend { sources, .. } => *sources.iter().min().unwrap(),
+                }),
+            },
+        });
+        let lite = convert(&standard, &KvPlan::Custom { layers: lite.collect() }).unwrap();
+        prop_assert!(difference(&logits(&converted), &logits(&lite)) < 1e-6);
+    }
+
+    /// The reported errors are those of the weights, fitting never makes them larger, and moving a
+    /// fitted weight does not make them smaller.
+    #[test]
+    fn fits_are_least_squares((case, plan) in any_conversion(), context in 1usize..30, step in -0.1..0.1) {
+        let standard = case.model::<F64>();
+        let tokens = &case.tokens[0];
+        let context = context.max(tokens.len()); // one window, so that one pass gives all
+        let (fitted, fits) = convert_fitted(&standard, &plan, tokens, context).unwrap();
+        let originals = originals(&standard, tokens);
+        let head_dim = case.config.head_dim;
+        for fit in fits {
+            let layer = fit.layer;
+            let LayerKv::Reuse { key, value } = fitted.layout().layer(layer) else {
+                panic!("layer {layer} stores");
+            };
+            let fusion = fitted.layers[layer].self_attn.kv_fusion.as_ref();
+            let parts = [
+                (key, fit.key, fusion.and_then(|f| f.key_weight.as_ref()), 0),
+                (value, fit.value, fusion.and_then(|f| f.value_weight.as_ref()), 1),
+            ];
+            for (mix, fit, weight, part) in parts {
+                let of = |layer: usize| match part {
+                    0 => &originals[layer].0,
+                    _ => &originals[layer].1,
+                };
+                let sources: Vec<_> = mix.sources().iter().map(|&s| of(s)).collect();
+                prop_assert!(fit.after <= fit.before + 1e-9);
+                let (weights, dims) = match weight {
+                    Some(weight) => (values(&weight.val()), weight.val().dims()),
+                    None => (vec![1.0], [1, 1, 1]),
+                };
+                let found = error(&sources, of(layer), &weights, dims, head_dim);
+                prop_assert!((found - fit.after).abs() < 1e-6, "{} {}", found, fit.after);
+                if weight.is_none() {
+                    prop_assert_eq!(fit.before, fit.after);
+                    continue;
+                }
+                for i in 0..weights.len() {
+                    let mut moved = weights.clone();
+                    moved[i] += step;
+                    let moved = error(&sources, of(layer), &moved, dims, head_dim);
+                    prop_assert!(moved > found - 1e-5, "{} {}", moved, found);
+                }
+            }
+        }
+    }
+}
+
+/// A layer that is twice a stored one is fitted by weights of 2.
+#[test]
+fn a_blend_that_exists_is_found() {
+    let mut config = crate::models::fixed(KvPlan::Standard);
+    config.n_layers = 4;
+    let mut standard = crate::models::model::<F64>(&config, 3);
+    // Layer 2 computes the same keys and values as layer 1 does: nothing between changes the
+    // stream.
+    for projection in ["o_proj", "down_proj"] {
+        let layer = &mut standard.layers[1];
+        let weight = match projection {
+            "o_proj" => &mut layer.self_attn.o_proj.weight,
+            _ => &mut layer.mlp.down_proj.weight,
+        };
+        *weight = weight.clone().map(|w| w * 0.0);
+    }
+    let lower = standard.layers[1].clone();
+    let upper = &mut standard.layers[2];
+    upper.input_layernorm = lower.input_layernorm;
+    upper.self_attn.k_proj = lower.self_attn.k_proj;
+    upper.self_attn.k_norm = lower.self_attn.k_norm.map(|mut norm| {
+        norm.gamma = norm.gamma.map(|gamma| gamma * 2.0);
+        norm
+    });
+    upper.self_attn.v_proj = lower.self_attn.v_proj.map(|mut linear| {
+        linear.weight = linear.weight.map(|weight| weight * 2.0);
+        linear
+    });
+    let text: Vec<u32> = (0..40).map(|i| i * i % VOCAB as u32).collect();
+    for plan in [
+        KvPlan::FusedKv { storage_layers: 2 },
+        KvPlan::DenseFusion { storage_layers: 2 },
+    ] {
+        // Windows that the last does not fill.
+        let (fitted, fits) = convert_fitted(&standard, &plan, &text, 12).unwrap();
+        assert_eq!(fits[0].layer, 2);
+        assert!(
+            fits[0].key.before > 0.2 && fits[0].value.before > 0.2,
+            "{fits:?}"
+        );
+        assert!(
+            fits[0].key.after < 1e-9 && fits[0].value.after < 1e-9,
+            "{fits:?}"
+        );
+        let flow = information_flow(&fitted);
+        for layer in [&flow.keys[0], &flow.values[0]] {
+            assert_eq!((layer.layer, &layer.sources[..]), (2, &[0, 1][..]));
+            assert!(layer.weights[0] < 1e-3, "{layer:?}");
+            assert!((layer.weights[1] - 2.0).abs() < 1e-3, "{layer:?}");
+        }
+    }
+}
+
+/// Random weights are drawn late; a conversion has the same ones all the same.
+#[test]
+fn weights_not_yet_drawn_are_shared() {
+    let config = crate::models::fixed(KvPlan::Standard);
+    let standard = config.init::<F64>(&Default::default()).unwrap();
+    let same = convert(&standard, &KvPlan::Cla { factor: 1 }).unwrap();
+    let batch = || TokenBatch::from_rows(&[[1, 2, 3]], VOCAB, &Default::default()).unwrap();
+    let (a, b) = (
+        standard.forward(batch()).unwrap(),
+        same.forward(batch()).unwrap(),
+    );
+    assert_eq!(difference(&a, &b), 0.0);
+}
+
+#[test]
+fn what_cannot_be_converted_is_said() {
+    let standard = crate::models::model::<F64>(&crate::models::fixed(KvPlan::Standard), 0);
+    let plan = KvPlan::FusedKv { storage_layers: 2 };
+    let fused = convert(&standard, &plan).unwrap();
+    assert_eq!(
+        convert(&fused, &plan).unwrap_err(),
+        ConvertError::NotStandard { method: "fused_kv" }
+    );
+    let error = convert(&standard, &KvPlan::Yoco { storage_layers: 4 }).unwrap_err();
+    assert!(matches!(error, ConvertError::Config(_)), "{error}");
+    let fails =
+        |tokens: &[u32], context| convert_fitted(&standard, &plan, tokens, context).unwrap_err();
+    for context in [0, 65] {
+        let expected = ConvertError::Context {
+            context,
+            max_positions: 64,
+        };
+        assert_eq!(fails(&[1, 2], context), expected);
+    }
+    for tokens in [&[][..], &[99]] {
+        let error = fails(tokens, 8);
+        assert!(matches!(error, ConvertError::Forward(_)), "{error}");
+    }
+}
