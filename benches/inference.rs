@@ -59,7 +59,7 @@ struct Args {
     #[arg(long, default_value_t = 3)]
     repeats: usize,
     /// Numbers the caches keep: model, f32, f16, bf16 or int8
-    #[arg(long, default_value = "model", value_parser = cache_dtype)]
+    #[arg(long, default_value = "model")]
     cache: CacheDtype,
     #[command(flatten)]
     shape: Shape,
@@ -76,10 +76,6 @@ struct Args {
     /// Passed by `cargo bench`
     #[arg(long, hide = true)]
     bench: bool,
-}
-
-fn cache_dtype(name: &str) -> Result<CacheDtype, String> {
-    serde_json::from_value(name.into()).map_err(|error| error.to_string())
 }
 
 fn main() -> ExitCode {

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use fusedkv::checkpoint::load_checkpoint;
 use fusedkv::tokenizer::{TextStream, Tokenizer};
 use fusedkv::{CacheDtype, GenerationConfig, generate};
@@ -34,9 +34,9 @@ struct Args {
     /// What numbers to compute with
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeName,
-    /// What numbers the cache keeps; the model's if not given
-    #[arg(long, value_enum)]
-    cache_dtype: Option<CacheDtypeName>,
+    /// What numbers the cache keeps: model, f32, f16, bf16 or int8
+    #[arg(long, default_value = "model")]
+    cache_dtype: CacheDtype,
     /// Tokens to write per prompt
     #[arg(long, default_value_t = 120)]
     max_new_tokens: usize,
@@ -61,14 +61,6 @@ struct Args {
     /// Print times and the size of the cache
     #[arg(long)]
     stats: bool,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum CacheDtypeName {
-    F32,
-    F16,
-    Bf16,
-    Int8,
 }
 
 fn main() -> ExitCode {
@@ -129,13 +121,6 @@ impl Program for Args {
 
 impl Args {
     fn settings(&self, eos: &[u32]) -> GenerationConfig {
-        let cache_dtype = match self.cache_dtype {
-            None => CacheDtype::Model,
-            Some(CacheDtypeName::F32) => CacheDtype::F32,
-            Some(CacheDtypeName::F16) => CacheDtype::F16,
-            Some(CacheDtypeName::Bf16) => CacheDtype::Bf16,
-            Some(CacheDtypeName::Int8) => CacheDtype::Int8,
-        };
         GenerationConfig::new()
             .with_max_new_tokens(self.max_new_tokens)
             .with_temperature(self.temperature)
@@ -143,7 +128,7 @@ impl Args {
             .with_top_p(self.top_p)
             .with_repetition_penalty(self.repetition_penalty)
             .with_seed(self.seed)
-            .with_cache_dtype(cache_dtype)
+            .with_cache_dtype(self.cache_dtype)
             .with_stop_tokens(eos.to_vec())
     }
 }

@@ -18,7 +18,7 @@ use burn::tensor::backend::Backend;
 use clap::Parser;
 use fusedkv::checkpoint::{RowWriter, load_checkpoint};
 use fusedkv::tokenizer::Tokenizer;
-use fusedkv::{ScoreConfig, score_with};
+use fusedkv::{CacheDtype, ScoreConfig, score_with};
 
 use backend::{BackendName, DtypeName, Program};
 
@@ -55,6 +55,9 @@ struct Args {
     /// Tokens per chunk [default: 128]
     #[arg(long, requires = "cached")]
     chunk: Option<usize>,
+    /// What numbers the cache keeps: model, f32, f16, bf16 or int8
+    #[arg(long, requires = "cached", default_value = "model")]
+    cache_dtype: CacheDtype,
     /// What numbers to compute with
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeName,
@@ -84,7 +87,8 @@ impl Program for Args {
         let context = self.context.unwrap_or(CONTEXT.min(longest));
         let config = ScoreConfig::new(context)
             .with_stride(self.stride)
-            .with_chunk(self.cached.then_some(self.chunk.unwrap_or(128)));
+            .with_chunk(self.cached.then_some(self.chunk.unwrap_or(128)))
+            .with_cache_dtype(self.cache_dtype);
         let shape = [tokens.len(), model.config().vocab_size];
         let mut writer = match &self.logits {
             Some(path) => Some(RowWriter::create(path, "logits", shape)?),

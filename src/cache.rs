@@ -5,6 +5,7 @@
 //! *hole* of that row: nothing attends to it and it takes no position.
 
 use std::ops::Range;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
@@ -54,6 +55,29 @@ pub enum CacheDtype {
     /// 1 byte, and an f32 scale per token and head: an error of at most 1/254 of the head's largest
     /// magnitude at that token.
     Int8,
+}
+
+impl CacheDtype {
+    /// Every type with its name, as in JSON and on command lines.
+    pub const NAMES: [(&str, Self); 5] = [
+        ("model", Self::Model),
+        ("f32", Self::F32),
+        ("f16", Self::F16),
+        ("bf16", Self::Bf16),
+        ("int8", Self::Int8),
+    ];
+}
+
+impl FromStr for CacheDtype {
+    type Err = CacheError;
+
+    fn from_str(name: &str) -> Result<Self, CacheError> {
+        Self::NAMES
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, dtype)| *dtype)
+            .ok_or_else(|| CacheError::UnknownDtype(name.to_owned()))
+    }
 }
 
 /// Keys and values of the layers that store, for a batch of rows.

@@ -159,6 +159,12 @@ pub enum CacheError {
         /// `batch` or `capacity`.
         field: &'static str,
     },
+    /// The name is none of [`CacheDtype::NAMES`](crate::CacheDtype::NAMES).
+    #[error(
+        "unknown cache dtype `{0}`, expected one of {known}",
+        known = CacheDtype::NAMES.map(|(name, _)| name).join(", ")
+    )]
+    UnknownDtype(String),
     /// Numbers that the backend cannot keep.
     #[error("a cache of {dtype:?} on the backend {backend}, which has no such numbers")]
     UnsupportedDtype {

@@ -3,6 +3,7 @@
 use burn::config::Config;
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::cache::{CacheDtype, FusedKvCache};
 use crate::decoder::{FusedKvDecoder, Logits};
 use crate::error::{ScoreError, TokensError};
 use crate::tokens::TokenBatch;
@@ -17,6 +18,9 @@ pub struct ScoreConfig {
     pub stride: Option<usize>,
     /// Read through the cache, this many tokens at a time.
     pub chunk: Option<usize>,
+    /// What numbers that cache keeps.
+    #[config(default = "CacheDtype::Model")]
+    pub cache_dtype: CacheDtype,
 }
 
 /// How well a text was predicted.
@@ -109,9 +113,14 @@ pub fn score_with<B: Backend, E: From<ScoreError>>(
                     .map_err(ScoreError::from)?;
                 take(done, rows_from(all, old))?;
             }
-            Some(chunk) => cached(model, window, chunk, old, |from, rows| {
-                take(start + from, rows)
-            })?,
+            Some(chunk) => {
+                let cache = model
+                    .new_cache_of(config.cache_dtype, 1, window.len())
+                    .map_err(ScoreError::from)?;
+                cached(model, cache, window, chunk, old, |from, rows| {
+                    take(start + from, rows)
+                })?;
+            }
         }
         done = start + window.len();
         start += stride;
@@ -163,16 +172,16 @@ fn batch<B: Backend>(
     Ok(TokenBatch::from_rows(&[tokens], vocab_size, &device)?)
 }
 
-/// Reads a window through a new cache and gives `take` the logits after all tokens but the first
+/// Reads a window through an empty cache and gives `take` the logits after all tokens but the first
 /// `old`, with the position of the first.
 fn cached<B: Backend, E: From<ScoreError>>(
     model: &FusedKvDecoder<B>,
+    mut cache: FusedKvCache<B>,
     window: &[u32],
     chunk: usize,
     old: usize,
     mut take: impl FnMut(usize, Vec<f32>) -> Result<(), E>,
 ) -> Result<(), E> {
-    let mut cache = model.new_cache(1, window.len()).map_err(ScoreError::from)?;
     for tokens in window.chunks(chunk) {
         let start = cache.len();
         let old = old.saturating_sub(start);

@@ -18,6 +18,8 @@ pub enum BackendName {
     Wgpu,
     /// NVIDIA GPU.
     Cuda,
+    /// NVIDIA GPU, computing in bf16.
+    CudaBf16,
 }
 
 /// A backend the example was built without.
@@ -45,8 +47,12 @@ impl BackendName {
             Self::Wgpu => Err(NotCompiledIn { name: "wgpu" }.into()),
             #[cfg(feature = "cuda")]
             Self::Cuda => program.run::<fusedkv::backend::Cuda>(&Default::default()),
+            #[cfg(feature = "cuda")]
+            Self::CudaBf16 => {
+                program.run::<fusedkv::backend::Cuda<burn::tensor::bf16>>(&Default::default())
+            }
             #[cfg(not(feature = "cuda"))]
-            Self::Cuda => Err(NotCompiledIn { name: "cuda" }.into()),
+            Self::Cuda | Self::CudaBf16 => Err(NotCompiledIn { name: "cuda" }.into()),
         }
     }
 }

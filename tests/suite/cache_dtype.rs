@@ -86,6 +86,16 @@ fn bytes_against_a_standard_cache_in_f32() {
 }
 
 #[test]
+fn names_are_those_of_json() {
+    for (name, dtype) in CacheDtype::NAMES {
+        assert_eq!(name.parse(), Ok(dtype));
+        assert_eq!(serde_json::to_value(dtype).unwrap(), name);
+    }
+    let error = "int4".parse::<CacheDtype>().unwrap_err();
+    assert_eq!(error, CacheError::UnknownDtype("int4".to_owned()));
+}
+
+#[test]
 fn a_backend_without_the_numbers_says_so() {
     let config = FusedKvDecoderConfig::tiny(VOCAB, KvPlan::Standard);
     let model = config.init::<NdArray>(&Default::default()).unwrap();
