@@ -393,7 +393,7 @@ fn tokenizers_that_do_not_fit() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(128))]
 
     /// Whatever a header, an index or a configuration becomes, loading ends, and not in a panic.
     #[test]
