@@ -26,6 +26,7 @@ pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tenso
 
 /// Tokens of all rows that a pass does best to take at once, where it matters: what they turn into
 /// then stays in the processor's caches.
+#[cfg_attr(not(feature = "flex"), expect(clippy::extra_unused_type_parameters))]
 pub(crate) fn tokens_per_pass<B: Backend>() -> Option<usize> {
     #[cfg(feature = "flex")]
     if flex::is_flex::<B>() {
