@@ -22,6 +22,10 @@ use fusedkv::convert::{LayerFit, convert, convert_fitted};
 use backend::{BackendName, DtypeName, Program};
 use plan::PlanArgs;
 
+// Keeps freed blocks; the system's gives large ones back and faults them in again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Convert a standard Qwen3 model to another plan.
 #[derive(Parser)]
 struct Args {

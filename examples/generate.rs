@@ -23,6 +23,10 @@ use fusedkv::{CacheDtype, GenerationConfig, generate};
 
 use backend::{BackendName, DtypeName, Program};
 
+// Keeps freed blocks; the system's gives large ones back and faults them in again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Continue prompts with a model in Hugging Face's layout.
 #[derive(Parser)]
 struct Args {

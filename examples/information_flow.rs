@@ -21,6 +21,10 @@ use plotters::prelude::*;
 
 use backend::{BackendName, Program};
 
+// Keeps freed blocks; the system's gives large ones back and faults them in again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Export which stored layers a model's top layers read, and draw it.
 #[derive(Parser)]
 struct Args {

@@ -28,6 +28,10 @@ const CONTEXT: usize = 4096;
 /// How often progress is printed.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 
+// Keeps freed blocks; the system's gives large ones back and faults them in again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Score a text with a model in Hugging Face's layout.
 #[derive(Parser)]
 struct Args {

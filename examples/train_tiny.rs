@@ -34,6 +34,10 @@ use plan::PlanArgs;
 /// Length at which the caches are compared.
 const CACHE_TOKENS: usize = 1024;
 
+// Keeps freed blocks; the system's gives large ones back and faults them in again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Train a tiny decoder on a text and write with it.
 #[derive(Parser)]
 struct Args {
