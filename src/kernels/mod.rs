@@ -2,13 +2,15 @@
 //!
 //! Each function here computes what its generic form does with Burn's operations, and takes that
 //! form wherever there is no kernel: the backend is asked at run time, so that `B: Backend` stays
-//! the only bound anyone sees. Under autodiff the backend is another type, and the generic form it
-//! is.
+//! the only bound anyone sees. Under autodiff the backend is another type, with kernels that have
+//! gradients of their own.
 
 #[cfg(feature = "flex")]
 mod flex;
 
 use burn::nn::RmsNorm;
+#[cfg(feature = "train")]
+use burn::tensor::Int;
 use burn::tensor::activation::silu;
 use burn::tensor::{BasicOps, Tensor, backend::Backend};
 
@@ -19,6 +21,10 @@ use crate::decoder::attend::{Term, Visibility, attend_with_stock_operations};
 pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tensor<B, 3> {
     #[cfg(feature = "flex")]
     if let Some(output) = flex::linear(&x, &weight) {
+        return output;
+    }
+    #[cfg(feature = "train")]
+    if let Some(output) = flex::autodiff::linear(&x, &weight) {
         return output;
     }
     burn::tensor::module::linear(x, weight, None)
@@ -47,6 +53,10 @@ pub(crate) fn attention<B: Backend>(
     if let Some(output) = flex::attention(&query, &keys, &values, visibility) {
         return output;
     }
+    #[cfg(feature = "train")]
+    if let Some(output) = flex::autodiff::attention(&query, &keys, &values, visibility) {
+        return output;
+    }
     attend_with_stock_operations(form, query, keys, values, visibility)
 }
 
@@ -57,6 +67,10 @@ pub(crate) fn rms_norm<B: Backend, const D: usize>(
 ) -> Tensor<B, D> {
     #[cfg(feature = "flex")]
     if let Some(output) = flex::rms_norm(&x, &norm.gamma.val(), norm.epsilon) {
+        return output;
+    }
+    #[cfg(feature = "train")]
+    if let Some(output) = flex::autodiff::rms_norm(&x, &norm.gamma.val(), norm.epsilon) {
         return output;
     }
     norm.forward(x)
@@ -73,6 +87,10 @@ pub(crate) fn rope<B: Backend>(
     if let Some(output) = flex::rope(&x, &cos, &sin) {
         return output;
     }
+    #[cfg(feature = "train")]
+    if let Some(output) = flex::autodiff::rope(&x, &cos, &sin) {
+        return output;
+    }
     let [_, _, _, pairs] = cos.dims();
     let low = x.clone().narrow(3, 0, pairs);
     let high = x.narrow(3, pairs, pairs);
@@ -85,6 +103,10 @@ pub(crate) fn rope<B: Backend>(
 pub(crate) fn swap_heads<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
     #[cfg(feature = "flex")]
     if let Some(output) = flex::swap_heads(&x) {
+        return output;
+    }
+    #[cfg(feature = "train")]
+    if let Some(output) = flex::autodiff::swap_heads(&x) {
         return output;
     }
     x.swap_dims(1, 2)
@@ -112,5 +134,27 @@ pub(crate) fn swiglu<B: Backend>(gate: Tensor<B, 3>, up: Tensor<B, 3>) -> Tensor
     if let Some(output) = flex::swiglu(&gate, &up) {
         return output;
     }
+    #[cfg(feature = "train")]
+    if let Some(output) = flex::autodiff::swiglu(&gate, &up) {
+        return output;
+    }
     silu(gate) * up
+}
+
+/// `logsumexp(logits) − logits[target]` row by row: `[n, vocab_size]` and `[n, 1]` to `[n, 1]`.
+///
+/// Unlike log-softmax and gather it needs no normalised copy of the logits.
+#[cfg(feature = "train")]
+pub(crate) fn cross_entropy<B: Backend>(
+    logits: Tensor<B, 2>,
+    targets: Tensor<B, 2, Int>,
+) -> Tensor<B, 2> {
+    if let Some(losses) = flex::autodiff::cross_entropy(&logits, &targets) {
+        return losses;
+    }
+    // The shift cancels, so that no gradient flows through the maximum.
+    let largest = logits.clone().detach().max_dim(1);
+    let shifted = logits - largest;
+    let target = shifted.clone().gather(1, targets);
+    shifted.exp().sum_dim(1).log() - target
 }

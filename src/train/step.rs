@@ -1,13 +1,14 @@
 //! One step of training or validation: logits, cross-entropy, gradients.
 
+use burn::tensor::Tensor;
 use burn::tensor::backend::{AutodiffBackend, Backend};
-use burn::tensor::{Int, Tensor};
 use burn_train::metric::{Adaptor, ItemLazy, LossInput};
 use burn_train::{InferenceStep, TrainOutput, TrainStep};
 
 use super::data::LanguageBatch;
 use super::metrics::TokenLosses;
 use crate::decoder::FusedKvDecoder;
+use crate::kernels::cross_entropy;
 
 /// What metrics are told of a step. Losses alone: logits are as large as the vocabulary.
 #[derive(Clone, Debug)]
@@ -37,17 +38,6 @@ pub(super) fn window_losses<B: Backend>(
         .reshape([rows, context])
         .mean_dim(1)
         .reshape([rows])
-}
-
-/// `logsumexp(logits) − logits[target]` row by row: `[n, vocab_size]` and `[n, 1]` to `[n, 1]`.
-///
-/// Unlike log-softmax and gather it needs no normalised copy of the logits.
-fn cross_entropy<B: Backend>(logits: Tensor<B, 2>, targets: Tensor<B, 2, Int>) -> Tensor<B, 2> {
-    // The shift cancels, so that no gradient flows through the maximum.
-    let largest = logits.clone().detach().max_dim(1);
-    let shifted = logits - largest;
-    let target = shifted.clone().gather(1, targets);
-    shifted.exp().sum_dim(1).log() - target
 }
 
 impl<B: AutodiffBackend> TrainStep for FusedKvDecoder<B> {
@@ -104,6 +94,7 @@ impl<B: Backend> Adaptor<TokenLosses> for LanguageOutput<B> {
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::Int;
     use burn_flex::{Flex, FlexDevice};
 
     use super::*;

@@ -8,9 +8,13 @@ use super::{f32_tensor, for_each_block, tensor};
 
 /// `[batch, seq, heads, head_dim]` to `[batch, heads, seq, head_dim]`, or back, in memory.
 pub(crate) fn swap_heads<B: Backend>(x: &Tensor<B, 4>) -> Option<Tensor<B, 4>> {
-    let [batch, outer, inner, width] = x.dims();
+    let shape @ [batch, outer, inner, width] = x.dims();
     let x = f32_tensor(x)?.to_contiguous();
-    let x = x.as_slice::<f32>()?;
+    tensor(swapped(x.storage(), shape), [batch, inner, outer, width])
+}
+
+/// `[batch, outer, inner, width]` with `outer` and `inner` exchanged.
+pub(super) fn swapped(x: &[f32], [_, outer, inner, width]: [usize; 4]) -> Vec<f32> {
     let mut output = vec![0.0; x.len()];
     for_each_block(&mut output, outer * width, |block, output| {
         let (batch, j) = (block / inner, block % inner);
@@ -19,7 +23,7 @@ pub(crate) fn swap_heads<B: Backend>(x: &Tensor<B, 4>) -> Option<Tensor<B, 4>> {
             output.copy_from_slice(&x[start..][..width]);
         }
     });
-    tensor(output, [batch, inner, outer, width])
+    output
 }
 
 /// RoPE on `x` `[batch, heads, seq, head_dim]` by tables `[1 or batch, 1, seq, head_dim / 2]`; `x`
@@ -29,10 +33,37 @@ pub(crate) fn rope<B: Backend>(
     cos: &Tensor<B, 4>,
     sin: &Tensor<B, 4>,
 ) -> Option<Tensor<B, 4>> {
-    let shape @ [batch, heads, seq, width] = x.dims();
-    let [table_rows, _, _, pairs] = cos.dims();
+    let shape = x.dims();
+    let [rows, _, _, _] = cos.dims();
     let (x, cos, sin) = (f32_tensor(x)?, table(cos)?, table(sin)?);
-    let (cos, sin) = (cos.as_slice::<f32>()?, sin.as_slice::<f32>()?);
+    let angles = Angles {
+        rows,
+        cos: cos.storage(),
+        sin: sin.storage(),
+    };
+    tensor(rotated(x, &angles), shape)
+}
+
+/// Tables of cos and sin, `[rows, seq, pairs]` with one row for all or one per row of the batch.
+pub(super) struct Angles<'a> {
+    pub rows: usize,
+    pub cos: &'a [f32],
+    pub sin: &'a [f32],
+}
+
+impl Angles<'_> {
+    /// Cos and sin of one token.
+    pub fn of(&self, batch: usize, token: usize, seq: usize, pairs: usize) -> (&[f32], &[f32]) {
+        let row = if self.rows == 1 { 0 } else { batch };
+        let start = (row * seq + token) * pairs;
+        (&self.cos[start..][..pairs], &self.sin[start..][..pairs])
+    }
+}
+
+/// RoPE on f32 `[batch, heads, seq, head_dim]`, in memory in that order.
+pub(super) fn rotated(x: FlexTensor, angles: &Angles) -> Vec<f32> {
+    let [batch, heads, seq, width] = x.layout().shape().dims();
+    let pairs = width / 2;
     let x = match x.layout().strides() {
         [b, h, s, 1] if [*b, *h, *s].iter().all(|stride| *stride >= 0) => x,
         _ => x.to_contiguous(),
@@ -48,15 +79,9 @@ pub(crate) fn rope<B: Backend>(
     for_each_block(&mut output, seq * width, |block, output| {
         let (batch, head) = (block / heads, block % heads);
         let first = batch * strides[0] + head * strides[1];
-        let angles = if table_rows == 1 {
-            0
-        } else {
-            batch * seq * pairs
-        };
         for (i, output) in output.chunks_exact_mut(width).enumerate() {
             let (low, high) = numbers[first + i * strides[2]..][..width].split_at(pairs);
-            let cos = &cos[angles + i * pairs..][..pairs];
-            let sin = &sin[angles + i * pairs..][..pairs];
+            let (cos, sin) = angles.of(batch, i, seq, pairs);
             let (low_output, high_output) = output.split_at_mut(pairs);
             for j in 0..pairs {
                 low_output[j] = low[j] * cos[j] - high[j] * sin[j];
@@ -64,7 +89,7 @@ pub(crate) fn rope<B: Backend>(
             }
         }
     });
-    tensor(output, shape)
+    output
 }
 
 fn table<B: Backend>(table: &Tensor<B, 4>) -> Option<FlexTensor> {

@@ -6,6 +6,8 @@
 
 mod assign;
 mod attention;
+#[cfg(feature = "train")]
+pub(super) mod autodiff;
 mod heads;
 mod linear;
 mod pointwise;
@@ -62,10 +64,9 @@ fn int_tensor<B: Backend, const D: usize>(tensor: &Tensor<B, D, Int>) -> Option<
     Some(tensor.clone().into_primitive())
 }
 
-/// Flex's tensor of truth values, if that is what `tensor` is.
+/// Flex's tensor of truth values, if that is what `tensor` is; under autodiff it is as well.
 fn bool_tensor<B: Backend, const D: usize>(tensor: &Tensor<B, D, Bool>) -> Option<FlexTensor> {
-    let tensor = (tensor as &dyn Any).downcast_ref::<Tensor<Flex, D, Bool>>()?;
-    Some(tensor.clone().into_primitive())
+    same(tensor.clone().into_primitive()).ok()
 }
 
 /// A new tensor; `B` is Flex.

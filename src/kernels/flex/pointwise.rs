@@ -6,7 +6,7 @@ use pulp::{Simd, WithSimd};
 use super::{ARCH, f32_tensor, for_each_block, simd, tensor};
 
 /// Rows that a thread takes at a time hold about this many numbers.
-const CHUNK: usize = 1 << 14;
+pub(super) const CHUNK: usize = 1 << 14;
 
 pub(crate) fn rms_norm<B: Backend, const D: usize>(
     x: &Tensor<B, D>,
@@ -15,7 +15,12 @@ pub(crate) fn rms_norm<B: Backend, const D: usize>(
 ) -> Option<Tensor<B, D>> {
     let (shape, x, gamma) = (x.dims(), f32_tensor(x)?, f32_tensor(gamma)?);
     let (x, gamma) = (x.to_contiguous(), gamma.to_contiguous());
-    let (x, gamma) = (x.as_slice::<f32>()?, gamma.as_slice::<f32>()?);
+    let output = normed(x.storage(), gamma.storage(), epsilon as f32);
+    tensor(output, shape)
+}
+
+/// Rows of x / √(mean(x²) + ε) ⊙ γ.
+pub(super) fn normed(x: &[f32], gamma: &[f32], epsilon: f32) -> Vec<f32> {
     let mut output = vec![0.0; x.len()];
     let width = gamma.len();
     let chunk = width * (CHUNK / width).max(1);
@@ -24,16 +29,21 @@ pub(crate) fn rms_norm<B: Backend, const D: usize>(
         ARCH.dispatch(Norm {
             x: &x[start..][..output.len()],
             gamma,
-            epsilon: epsilon as f32,
+            epsilon,
             output,
         });
     });
-    tensor(output, shape)
+    output
 }
 
 pub(crate) fn swiglu<B: Backend>(gate: &Tensor<B, 3>, up: &Tensor<B, 3>) -> Option<Tensor<B, 3>> {
     let (shape, gate, up) = (gate.dims(), f32_tensor(gate)?, f32_tensor(up)?);
-    let (gate, up) = (gate.as_slice::<f32>()?, up.as_slice::<f32>()?);
+    let (gate, up) = (gate.to_contiguous(), up.to_contiguous());
+    tensor(gated(gate.storage(), up.storage()), shape)
+}
+
+/// g / (1 + e^−g) ⊙ u.
+pub(super) fn gated(gate: &[f32], up: &[f32]) -> Vec<f32> {
     let mut output = vec![0.0; gate.len()];
     for_each_block(&mut output, CHUNK, |block, output| {
         let start = block * CHUNK;
@@ -43,10 +53,10 @@ pub(crate) fn swiglu<B: Backend>(gate: &Tensor<B, 3>, up: &Tensor<B, 3>) -> Opti
             output,
         });
     });
-    tensor(output, shape)
+    output
 }
 
-/// Rows of x / √(mean(x²) + ε) ⊙ γ.
+/// A thread's part of [`normed`].
 struct Norm<'a> {
     x: &'a [f32],
     gamma: &'a [f32],
@@ -70,7 +80,7 @@ impl WithSimd for Norm<'_> {
     }
 }
 
-/// g / (1 + e^−g) ⊙ u.
+/// A thread's part of [`gated`].
 struct Gate<'a> {
     gate: &'a [f32],
     up: &'a [f32],

@@ -15,37 +15,42 @@ use super::{HIDDEN, Problem};
 /// Keys per tile: keys or values of a tile fit the first-level cache.
 const TILE: usize = 64;
 /// Vectors of queries side by side.
-const WIDE: usize = 3;
+pub(super) const WIDE: usize = 3;
 
 /// One number for each query of a tile.
-type Lanes<S> = [<S as Simd>::f32s; WIDE];
+pub(super) type Lanes<S> = [<S as Simd>::f32s; WIDE];
 
-/// `[batch, n_heads, n_queries, head_dim]`.
-pub(super) fn attention(problem: &Problem) -> Vec<f32> {
+/// `[batch, n_heads, n_queries, head_dim]`, and of every query the base-2 logarithm of the sum of
+/// its powers of 2.
+pub(super) fn attention(problem: &Problem) -> (Vec<f32>, Vec<f32>) {
     let mut output = vec![0.0; problem.query.len()];
+    let mut log_sums = vec![0.0; problem.query.len() / problem.head_dim];
     let (n_queries, head_dim) = (problem.n_queries, problem.head_dim);
     let tile = ARCH.dispatch(TileQueries);
     let tiles = output
         .par_chunks_mut(n_queries * head_dim)
+        .zip(log_sums.par_chunks_mut(n_queries))
         .enumerate()
-        .flat_map(|(head, output)| {
-            let tiles = output.par_chunks_mut(tile * head_dim).enumerate();
+        .flat_map(|(head, (output, log_sums))| {
+            let tiles = output.par_chunks_mut(tile * head_dim);
+            let tiles = tiles.zip(log_sums.par_chunks_mut(tile)).enumerate();
             tiles.map(move |(i, output)| (head, i * tile, output))
         });
-    tiles.for_each(|(head, first, output)| {
+    tiles.for_each(|(head, first, (output, log_sums))| {
         ARCH.dispatch(Tile {
             problem,
             batch: head / problem.n_heads,
             head: head % problem.n_heads,
             first,
             output,
+            log_sums,
         });
     });
-    output
+    (output, log_sums)
 }
 
 /// How many queries a tile has.
-struct TileQueries;
+pub(super) struct TileQueries;
 
 impl WithSimd for TileQueries {
     type Output = usize;
@@ -63,6 +68,7 @@ struct Tile<'a> {
     head: usize,
     first: usize,
     output: &'a mut [f32],
+    log_sums: &'a mut [f32],
 }
 
 impl WithSimd for Tile<'_> {
@@ -87,7 +93,10 @@ impl Tile<'_> {
         let n_queries = self.output.len() / head_dim;
         let kv_head = self.head * problem.n_kv_heads / problem.n_heads;
         let (keys, values) = problem.blends(self.batch, kv_head);
-        let queries = self.queries::<S>(simd, n_queries);
+        let head = self.batch * problem.n_heads + self.head;
+        let start = (head * problem.n_queries + self.first) * head_dim;
+        let queries = &problem.query[start..][..n_queries * head_dim];
+        let queries = transposed(simd, queries, head_dim, problem.scale());
 
         let zero = [simd.splat_f32s(0.0); WIDE];
         let mut scratch = Scratch::new(TILE * head_dim);
@@ -115,7 +124,10 @@ impl Tile<'_> {
         }
 
         let lanes = WIDE * S::F32_LANES;
-        let sum: &[f32] = cast_slice(&sum);
+        let (max, sum): (&[f32], &[f32]) = (cast_slice(&max), cast_slice(&sum));
+        for ((log_sum, max), sum) in self.log_sums.iter_mut().zip(max).zip(sum) {
+            *log_sum = max + sum.log2();
+        }
         for (query, output) in self.output.chunks_mut(head_dim).enumerate() {
             let channels: &[f32] = cast_slice(&weighted);
             let channels = channels.iter().skip(query).step_by(lanes);
@@ -124,32 +136,29 @@ impl Tile<'_> {
             }
         }
     }
+}
 
-    /// The queries, scaled, `[head_dim]` of lanes; those beyond the last query are 0.
-    #[inline(always)]
-    fn queries<S: Simd>(&self, simd: S, n_queries: usize) -> Vec<Lanes<S>> {
-        let problem = self.problem;
-        let head_dim = problem.head_dim;
-        let head = self.batch * problem.n_heads + self.head;
-        let start = (head * problem.n_queries + self.first) * head_dim;
-        let rows = &problem.query[start..][..n_queries * head_dim];
-        let mut queries = vec![[simd.splat_f32s(0.0); WIDE]; head_dim];
-        let numbers: &mut [f32] = cast_slice_mut(&mut queries);
-        let scale = problem.scale();
-        for (channel, lanes) in numbers.chunks_mut(WIDE * S::F32_LANES).enumerate() {
-            let column = rows.iter().skip(channel).step_by(head_dim);
-            lanes
-                .iter_mut()
-                .zip(column)
-                .for_each(|(to, x)| *to = x * scale);
-        }
-        queries
+/// Rows of one number per channel, scaled, as `[head_dim]` of lanes; those beyond the last row are 0.
+#[inline(always)]
+pub(super) fn transposed<S: Simd>(
+    simd: S,
+    rows: &[f32],
+    head_dim: usize,
+    scale: f32,
+) -> Vec<Lanes<S>> {
+    let mut channels = vec![[simd.splat_f32s(0.0); WIDE]; head_dim];
+    let numbers: &mut [f32] = cast_slice_mut(&mut channels);
+    for (channel, lanes) in numbers.chunks_mut(WIDE * S::F32_LANES).enumerate() {
+        let column = rows.iter().skip(channel).step_by(head_dim);
+        let pairs = lanes.iter_mut().zip(column);
+        pairs.for_each(|(to, x)| *to = x * scale);
     }
+    channels
 }
 
 /// `scores[key] = Σ_c tile[key][c] · queries[c]`, HIGH keys at a time.
 #[inline(always)]
-fn scores_of<S: Simd, const HIGH: usize>(
+pub(super) fn scores_of<S: Simd, const HIGH: usize>(
     simd: S,
     tile: &[f32],
     queries: &[Lanes<S>],
@@ -212,7 +221,7 @@ fn softmax<S: Simd>(
 
 /// `weighted[c] = weighted[c] · decay + Σ_key tile[key][c] · probabilities[key]`.
 #[inline(always)]
-fn add_values<S: Simd, const HIGH: usize>(
+pub(super) fn add_values<S: Simd, const HIGH: usize>(
     simd: S,
     tile: &[f32],
     probabilities: &[Lanes<S>],

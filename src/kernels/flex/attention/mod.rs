@@ -5,10 +5,14 @@
 //! [`few`] for decoding, with dot products along the channels, and [`many`] for prefill, where
 //! every vector holds the same channel of different queries.
 
+#[cfg(feature = "train")]
+mod backward;
 mod few;
 mod many;
 mod rows;
 
+#[cfg(feature = "train")]
+pub(super) use backward::{Kept, Trained};
 use burn::tensor::{Bool, Tensor, backend::Backend};
 use burn_flex::FlexTensor;
 
@@ -32,11 +36,7 @@ pub(crate) fn attention<B: Backend>(
     let query = f32_tensor(query)?.to_contiguous();
     let sources =
         |terms: &[Term<B>]| -> Option<Vec<Source>> { terms.iter().map(Source::new).collect() };
-    let hidden = match visibility {
-        Visibility::All => Hidden::None,
-        Visibility::Causal => Hidden::Later,
-        Visibility::Except(hidden) => Hidden::Where(hidden_keys(hidden)?),
-    };
+    let hidden = hidden(visibility)?;
     let problem = Problem {
         query: query.as_slice::<f32>()?,
         keys: &sources(keys)?,
@@ -52,9 +52,17 @@ pub(crate) fn attention<B: Backend>(
     let output = if n_queries <= FEW {
         few::attention(&problem)
     } else {
-        many::attention(&problem)
+        many::attention(&problem).0
     };
     tensor(output, shape)
+}
+
+fn hidden<B: Backend>(visibility: &Visibility<B>) -> Option<Hidden> {
+    Some(match visibility {
+        Visibility::All => Hidden::None,
+        Visibility::Causal => Hidden::Later,
+        Visibility::Except(hidden) => Hidden::Where(hidden_keys(hidden)?),
+    })
 }
 
 fn hidden_keys<B: Backend>(hidden: &Tensor<B, 4, Bool>) -> Option<Vec<u8>> {
@@ -144,6 +152,7 @@ impl Problem<'_> {
 }
 
 /// Keys that queries must not see.
+#[derive(Debug)]
 enum Hidden {
     None,
     /// Those after a query's own; the last query stands at the last key.
@@ -176,6 +185,17 @@ impl Source {
             weight,
             head_dim,
         })
+    }
+
+    /// f32 as it is, in one piece.
+    #[cfg(feature = "train")]
+    fn plain(tensor: FlexTensor) -> Self {
+        let [_, _, _, head_dim] = tensor.layout().shape().dims();
+        Self {
+            storage: Storage::plain(tensor),
+            weight: None,
+            head_dim,
+        }
     }
 
     fn blend(sources: &[Self], batch: usize, kv_head: usize) -> Blend<'_> {

@@ -55,6 +55,15 @@ impl Storage {
         })
     }
 
+    /// f32 in one piece.
+    #[cfg(feature = "train")]
+    pub fn plain(numbers: FlexTensor) -> Self {
+        Self {
+            numbers,
+            scales: None,
+        }
+    }
+
     pub fn rows(&self, batch: usize, kv_head: usize) -> Rows<'_> {
         let layout = self.numbers.layout();
         let start = start_of(&self.numbers, batch, kv_head);

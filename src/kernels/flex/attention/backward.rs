@@ -1,0 +1,351 @@
+//! Attention over plain keys and values for training (arXiv 2205.14135): forward it keeps a number
+//! per query, backward it computes the probabilities again, tile by tile.
+//!
+//! With P = softmax(scores), scores = q · k / √head_dim, D = Σ_c (dO ⊙ O): dV = Pᵀ · dO,
+//! dS = P ⊙ (dO · Vᵀ − D) / √head_dim, dQ = dS · K and dK = dSᵀ · Q. A thread has a kv head and all
+//! queries that read it, so that every sum is formed in one order.
+
+use std::sync::Arc;
+
+use burn::tensor::backend::Backend;
+use burn_flex::FlexTensor;
+use pulp::bytemuck::{cast_slice, cast_slice_mut};
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::super::{ARCH, simd};
+use super::many::{self, Lanes, WIDE, add_values, scores_of, transposed};
+use super::{Hidden, Problem, Source, TILE, hidden};
+use crate::decoder::attend::Visibility;
+
+/// Which keys are hidden, and the attention among the others.
+#[derive(Clone, Debug)]
+pub(in super::super) struct Trained(Arc<Hidden>);
+
+/// What a forward pass leaves for its backward pass; all tensors lie in one piece.
+#[derive(Clone, Debug)]
+pub(in super::super) struct Kept {
+    /// `[batch, n_heads, n_queries, head_dim]`.
+    query: FlexTensor,
+    /// `[batch, n_kv_heads, n_keys, head_dim]`.
+    key: FlexTensor,
+    value: FlexTensor,
+    output: FlexTensor,
+    /// `[batch, n_heads, n_queries]`.
+    log_sums: Vec<f32>,
+}
+
+impl Trained {
+    pub fn new<B: Backend>(visibility: &Visibility<B>) -> Option<Self> {
+        Some(Self(Arc::new(hidden(visibility)?)))
+    }
+
+    /// The output, shaped as the query.
+    pub fn forward(&self, query: FlexTensor, key: FlexTensor, value: FlexTensor) -> Kept {
+        let [query, key, value] = [query, key, value].map(|x| x.to_contiguous());
+        let keys = [Source::plain(key.clone())];
+        let values = [Source::plain(value.clone())];
+        let problem = self.problem(&query, &key, &keys, &values);
+        let (output, log_sums) = many::attention(&problem);
+        let [batch, n_heads, n_queries, head_dim] = query.layout().shape().dims();
+        let output = burn::tensor::TensorData::new(output, [batch, n_heads, n_queries, head_dim]);
+        Kept {
+            output: FlexTensor::from_data(output),
+            query,
+            key,
+            value,
+            log_sums,
+        }
+    }
+
+    fn problem<'a>(
+        &'a self,
+        query: &'a FlexTensor,
+        key: &FlexTensor,
+        keys: &'a [Source],
+        values: &'a [Source],
+    ) -> Problem<'a> {
+        let [batch, n_heads, n_queries, head_dim] = query.layout().shape().dims();
+        let [_, n_kv_heads, n_keys, _] = key.layout().shape().dims();
+        Problem {
+            query: query.storage(),
+            keys,
+            values,
+            hidden: &self.0,
+            batch,
+            n_heads,
+            n_kv_heads,
+            n_queries,
+            n_keys,
+            head_dim,
+        }
+    }
+
+    /// The gradients of query, key and value, given that of the output.
+    pub fn backward(&self, kept: &Kept, gradient: &FlexTensor) -> [Vec<f32>; 3] {
+        let keys = [Source::plain(kept.key.clone())];
+        let values = [Source::plain(kept.value.clone())];
+        let problem = self.problem(&kept.query, &kept.key, &keys, &values);
+        let gradient = gradient.to_contiguous();
+        let (key, value) = (kept.key.storage::<f32>(), kept.value.storage::<f32>());
+        let mut of_query = vec![0.0; problem.query.len()];
+        let (mut of_key, mut of_value) = (vec![0.0; key.len()], vec![0.0; value.len()]);
+        let head = problem.n_keys * problem.head_dim;
+        let group = problem.n_heads / problem.n_kv_heads * problem.n_queries * problem.head_dim;
+        of_query
+            .par_chunks_mut(group)
+            .zip(of_key.par_chunks_mut(head))
+            .zip(of_value.par_chunks_mut(head))
+            .zip(key.par_chunks(head).zip(value.par_chunks(head)))
+            .enumerate()
+            .for_each(
+                |(kv_head, (((of_query, of_key), of_value), (key, value)))| {
+                    ARCH.dispatch(KvHead {
+                        problem: &problem,
+                        kv_head,
+                        key,
+                        value,
+                        output: kept.output.storage(),
+                        gradient: gradient.storage(),
+                        log_sums: &kept.log_sums,
+                        of_query,
+                        of_key,
+                        of_value,
+                    });
+                },
+            );
+        [of_query, of_key, of_value]
+    }
+}
+
+impl Kept {
+    /// Shaped as the query.
+    pub fn output(&self) -> FlexTensor {
+        self.output.clone()
+    }
+
+    pub fn query(&self) -> &FlexTensor {
+        &self.query
+    }
+
+    /// Shaped as the value.
+    pub fn key(&self) -> &FlexTensor {
+        &self.key
+    }
+}
+
+/// One thread's work: a kv head, counted through the whole batch, and the queries that read it.
+struct KvHead<'a> {
+    problem: &'a Problem<'a>,
+    kv_head: usize,
+    /// Of this head.
+    key: &'a [f32],
+    value: &'a [f32],
+    /// Of all heads.
+    output: &'a [f32],
+    gradient: &'a [f32],
+    log_sums: &'a [f32],
+    /// Of this head and its queries.
+    of_query: &'a mut [f32],
+    of_key: &'a mut [f32],
+    of_value: &'a mut [f32],
+}
+
+impl WithSimd for KvHead<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        if S::REGISTER_COUNT >= 32 {
+            self.backward::<S, 8>(simd);
+        } else {
+            self.backward::<S, 4>(simd);
+        }
+    }
+}
+
+impl KvHead<'_> {
+    #[inline(always)]
+    fn backward<S: Simd, const HIGH: usize>(mut self, simd: S) {
+        let Problem {
+            n_queries,
+            n_keys,
+            head_dim,
+            ..
+        } = *self.problem;
+        let lanes = WIDE * S::F32_LANES;
+        let vectors = head_dim.div_ceil(S::F32_LANES);
+        let zero = simd.splat_f32s(0.0);
+        let mut sums = Sums {
+            of_key: vec![zero; n_keys * vectors],
+            of_value: vec![zero; n_keys * vectors],
+            vectors,
+        };
+        let of_query = std::mem::take(&mut self.of_query);
+        for (i, of_query) in of_query.chunks_mut(n_queries * head_dim).enumerate() {
+            for (tile, of_query) in of_query.chunks_mut(lanes * head_dim).enumerate() {
+                self.queries::<S, HIGH>(simd, i, tile * lanes, of_query, &mut sums);
+            }
+        }
+        let targets = [(&sums.of_key, self.of_key), (&sums.of_value, self.of_value)];
+        for (sums, target) in targets {
+            let padded: &[f32] = cast_slice(sums);
+            let rows = padded.chunks(vectors * S::F32_LANES);
+            for (row, target) in rows.zip(target.chunks_mut(head_dim)) {
+                target.copy_from_slice(&row[..head_dim]);
+            }
+        }
+    }
+
+    /// The gradients that a tile of queries from `first` of the group's head `member` has or gives.
+    #[inline(always)]
+    fn queries<S: Simd, const HIGH: usize>(
+        &self,
+        simd: S,
+        member: usize,
+        first: usize,
+        of_query: &mut [f32],
+        sums: &mut Sums<S>,
+    ) {
+        let problem = self.problem;
+        let head_dim = problem.head_dim;
+        let lanes = WIDE * S::F32_LANES;
+        let zero = [simd.splat_f32s(0.0); WIDE];
+        let one = [simd.splat_f32s(1.0); WIDE];
+        let n = of_query.len() / head_dim;
+        let head = self.kv_head * (problem.n_heads / problem.n_kv_heads) + member;
+        let batch = self.kv_head / problem.n_kv_heads;
+        let row = head * problem.n_queries + first;
+        let [queries, gradients, outputs] = [problem.query, self.gradient, self.output]
+            .map(|x| &x[row * head_dim..(row + n) * head_dim]);
+        let query_lanes = transposed(simd, queries, head_dim, problem.scale());
+        let gradient_lanes = transposed(simd, gradients, head_dim, 1.0);
+        let query_rows = padded::<S>(simd, queries, head_dim);
+        let gradient_rows = padded::<S>(simd, gradients, head_dim);
+        let (mut dots, mut log_sums) = (zero, zero);
+        let numbers: &mut [f32] = cast_slice_mut(&mut log_sums);
+        numbers[..n].copy_from_slice(&self.log_sums[row..][..n]);
+        let numbers: &mut [f32] = cast_slice_mut(&mut dots);
+        let rows = gradients.chunks(head_dim).zip(outputs.chunks(head_dim));
+        for (dot, (gradient, output)) in numbers.iter_mut().zip(rows) {
+            *dot = simd::dot(simd, gradient, output);
+        }
+
+        let factor = simd.splat_f32s((head_dim as f32).sqrt().recip());
+        let mut query_sums = vec![zero; head_dim];
+        let (mut probabilities, mut of_scores) = ([zero; TILE], [zero; TILE]);
+        let end = problem.visible_end(first + n - 1);
+        for start in (0..end).step_by(TILE) {
+            let range = start..(start + TILE).min(end);
+            let tile = range.start * head_dim..range.end * head_dim;
+            let (keys, values) = (&self.key[tile.clone()], &self.value[tile]);
+            let probabilities = &mut probabilities[..range.len()];
+            let of_scores = &mut of_scores[..range.len()];
+            scores_of::<S, HIGH>(simd, keys, &query_lanes, probabilities);
+            scores_of::<S, HIGH>(simd, values, &gradient_lanes, of_scores);
+            for (p, of_score) in probabilities.iter_mut().zip(of_scores.iter_mut()) {
+                for i in 0..WIDE {
+                    p[i] = simd::exp2(simd, simd.sub_f32s(p[i], log_sums[i]));
+                    let slope = simd.mul_f32s(simd.sub_f32s(of_score[i], dots[i]), factor);
+                    of_score[i] = simd.mul_f32s(p[i], slope);
+                }
+            }
+            let p: &mut [f32] = cast_slice_mut(&mut *probabilities);
+            let of_score: &mut [f32] = cast_slice_mut(&mut *of_scores);
+            for query in 0..n {
+                problem.for_each_hidden(batch, first + query, range.clone(), |key| {
+                    p[key * lanes + query] = 0.0;
+                    of_score[key * lanes + query] = 0.0;
+                });
+            }
+            add_values::<S, HIGH>(simd, keys, of_scores, one, &mut query_sums);
+            let place = range.start * sums.vectors..range.end * sums.vectors;
+            let of_keys = &mut sums.of_key[place.clone()];
+            add_rows::<S, HIGH>(simd, of_scores, &query_rows, sums.vectors, of_keys);
+            let of_values = &mut sums.of_value[place];
+            add_rows::<S, HIGH>(simd, probabilities, &gradient_rows, sums.vectors, of_values);
+        }
+        let channels: &[f32] = cast_slice(&query_sums);
+        for (query, of_query) in of_query.chunks_mut(head_dim).enumerate() {
+            let channels = channels.iter().skip(query).step_by(lanes);
+            of_query
+                .iter_mut()
+                .zip(channels)
+                .for_each(|(to, x)| *to = *x);
+        }
+    }
+}
+
+/// Gradients of one head's keys and values, rows of `vectors` vectors.
+struct Sums<S: Simd> {
+    of_key: Vec<S::f32s>,
+    of_value: Vec<S::f32s>,
+    vectors: usize,
+}
+
+/// Rows of whole vectors, 0 beyond the last channel.
+#[inline(always)]
+fn padded<S: Simd>(simd: S, rows: &[f32], head_dim: usize) -> Vec<S::f32s> {
+    let vectors = head_dim.div_ceil(S::F32_LANES);
+    let mut output = vec![simd.splat_f32s(0.0); rows.len() / head_dim * vectors];
+    let numbers: &mut [f32] = cast_slice_mut(&mut output);
+    let targets = numbers.chunks_mut(vectors * S::F32_LANES);
+    for (target, row) in targets.zip(rows.chunks(head_dim)) {
+        target[..head_dim].copy_from_slice(row);
+    }
+    output
+}
+
+/// `sums[key] += Σ_query weights[key][query] · rows[query]`.
+#[inline(always)]
+fn add_rows<S: Simd, const HIGH: usize>(
+    simd: S,
+    weights: &[Lanes<S>],
+    rows: &[S::f32s],
+    vectors: usize,
+    sums: &mut [S::f32s],
+) {
+    let blocks = weights.chunks(HIGH).zip(sums.chunks_mut(HIGH * vectors));
+    for (weights, sums) in blocks {
+        let mut first = 0;
+        while first + 2 <= vectors {
+            add_block::<S, HIGH, 2>(simd, weights, rows, vectors, first, sums);
+            first += 2;
+        }
+        if first < vectors {
+            add_block::<S, HIGH, 1>(simd, weights, rows, vectors, first, sums);
+        }
+    }
+}
+
+/// Up to HIGH keys and N vectors of channels from `first`, whose sums stay in registers.
+#[inline(always)]
+fn add_block<S: Simd, const HIGH: usize, const N: usize>(
+    simd: S,
+    weights: &[Lanes<S>],
+    rows: &[S::f32s],
+    vectors: usize,
+    first: usize,
+    sums: &mut [S::f32s],
+) {
+    let n = rows.len() / vectors;
+    let last = weights.len() - 1;
+    let numbers: &[f32] = cast_slice(weights);
+    // A row is repeated where the block is not full.
+    let weights: [&[f32]; HIGH] =
+        std::array::from_fn(|i| &numbers[i.min(last) * WIDE * S::F32_LANES..][..n]);
+    let mut block: [[S::f32s; N]; HIGH] =
+        std::array::from_fn(|i| std::array::from_fn(|j| sums[i.min(last) * vectors + first + j]));
+    for (query, row) in (0..n).zip(rows.chunks_exact(vectors)) {
+        let row = &row[first..first + N];
+        for (sums, weights) in block.iter_mut().zip(weights) {
+            let weight = simd.splat_f32s(weights[query]);
+            for (sum, &x) in sums.iter_mut().zip(row) {
+                *sum = simd.mul_add_f32s(weight, x, *sum);
+            }
+        }
+    }
+    for (sums, block) in sums.chunks_mut(vectors).zip(block) {
+        sums[first..first + N].copy_from_slice(&block);
+    }
+}
