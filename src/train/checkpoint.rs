@@ -151,7 +151,7 @@ impl RunDirectory {
     }
 }
 
-fn read<T: DeserializeOwned>(path: &Path) -> Result<T, TrainError> {
+pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<T, TrainError> {
     let unreadable = |reason: String| TrainError::Unreadable {
         path: path.to_owned(),
         reason,
@@ -161,7 +161,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<T, TrainError> {
 }
 
 /// The first setting that differs: its name and both values.
-fn difference(
+pub(super) fn difference(
     found: &serde_json::Value,
     expected: &serde_json::Value,
 ) -> Option<(String, String, String)> {

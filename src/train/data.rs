@@ -22,6 +22,33 @@ pub struct TokenWindow {
     pub inputs: Vec<u32>,
     /// What it should predict, position by position.
     pub targets: Vec<u32>,
+    /// The positions whose targets count towards the loss, the same number in every window of a
+    /// data set; none: all count.
+    pub answers: Option<Vec<Answer>>,
+}
+
+/// A target that can be told from what was read before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Its position among the targets.
+    pub position: usize,
+    /// How many tokens before `position` what it must recall was read.
+    pub distance: usize,
+}
+
+/// Windows to train on or to validate with, all of one length.
+pub trait Windows: Dataset<TokenWindow> {
+    /// Tokens per window.
+    fn context(&self) -> usize;
+
+    /// Checks that every token is below the vocabulary's size.
+    ///
+    /// # Errors
+    /// [`TrainError::OutOfVocabulary`] for the first that is not.
+    fn check_vocabulary(&self, vocab_size: usize) -> Result<(), TrainError>;
+
+    /// A number that other data most likely do not have.
+    fn fingerprint(&self) -> u64;
 }
 
 /// A text cut into windows of `context` tokens, one after the other. Every token but the first is
@@ -80,13 +107,8 @@ impl TokenWindows {
         Ok((part(0..windows - valid), part(windows - valid..windows)))
     }
 
-    /// Tokens per window.
-    pub fn context(&self) -> usize {
-        self.context
-    }
-
     /// The tokens of these windows, one after the other.
-    pub(super) fn tokens(&self) -> &[u32] {
+    fn tokens(&self) -> &[u32] {
         &self.tokens[self.windows.start * self.context..=self.windows.end * self.context]
     }
 }
@@ -99,12 +121,46 @@ impl Dataset<TokenWindow> for TokenWindows {
         Some(TokenWindow {
             inputs: tokens[..self.context].to_vec(),
             targets: tokens[1..].to_vec(),
+            answers: None,
         })
     }
 
     fn len(&self) -> usize {
         self.windows.len()
     }
+}
+
+impl Windows for TokenWindows {
+    fn context(&self) -> usize {
+        self.context
+    }
+
+    fn check_vocabulary(&self, vocab_size: usize) -> Result<(), TrainError> {
+        check_vocabulary(self.tokens(), vocab_size)
+    }
+
+    fn fingerprint(&self) -> u64 {
+        fnv_1a(self.tokens().iter().flat_map(|token| token.to_le_bytes()))
+    }
+}
+
+pub(super) fn check_vocabulary(tokens: &[u32], vocab_size: usize) -> Result<(), TrainError> {
+    let unknown = |&token: &u32| token as usize >= vocab_size;
+    match tokens.iter().position(unknown) {
+        Some(position) => Err(TrainError::OutOfVocabulary {
+            position,
+            token: tokens[position],
+            vocab_size,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// The 64-bit FNV-1a hash, which unlike the standard library's is the same in every release.
+pub(super) fn fnv_1a(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// Windows as tensors.
@@ -114,6 +170,8 @@ pub struct LanguageBatch<B: Backend> {
     pub tokens: Tensor<B, 2, Int>,
     /// The token after each, `[batch, context]`.
     pub targets: Tensor<B, 2, Int>,
+    /// The positions whose targets count, `[batch, answers]`; none: all count.
+    pub answers: Option<Tensor<B, 2, Int>>,
 }
 
 /// Stacks windows of equal length.
@@ -127,7 +185,16 @@ impl<B: Backend> Batcher<B, TokenWindow, LanguageBatch<B>> for LanguageBatcher {
             let ids: Vec<i64> = items.iter().flat_map(row).map(|&id| id.into()).collect();
             Tensor::from_data(TensorData::new(ids, [items.len(), context]), device)
         };
+        let answers: Option<Vec<i64>> = items
+            .iter()
+            .map(|item| item.answers.as_deref())
+            .collect::<Option<Vec<_>>>()
+            .map(|rows| rows.concat().iter().map(|a| a.position as i64).collect());
         LanguageBatch {
+            answers: answers.map(|positions| {
+                let shape = [items.len(), positions.len() / items.len().max(1)];
+                Tensor::from_data(TensorData::new(positions, shape), device)
+            }),
             tokens: stack(|item| &item.inputs),
             targets: stack(|item| &item.targets),
         }
@@ -179,7 +246,7 @@ impl Schedule {
 
 /// Training batches: an epoch of the [`Schedule`] per iteration, starting with `next_epoch`.
 pub(super) struct TrainLoader<B: Backend> {
-    windows: TokenWindows,
+    windows: Arc<dyn Windows>,
     schedule: Schedule,
     next_epoch: AtomicUsize,
     /// The part of every epoch's windows that is read, where several devices share it.
@@ -189,7 +256,7 @@ pub(super) struct TrainLoader<B: Backend> {
 
 impl<B: Backend> TrainLoader<B> {
     pub fn new(
-        windows: TokenWindows,
+        windows: Arc<dyn Windows>,
         schedule: Schedule,
         first_epoch: usize,
         device: &B::Device,

@@ -29,6 +29,7 @@
 //! ```
 
 mod checkpoint;
+pub mod compare;
 mod config;
 mod data;
 mod error;
@@ -37,17 +38,19 @@ mod metrics;
 mod model_dir;
 mod optimizer;
 mod progress;
+mod recall;
 mod run;
 mod step;
 mod tokenizer;
 
 pub use checkpoint::EpochLosses;
 pub use config::TrainingConfig;
-pub use data::{LanguageBatch, LanguageBatcher, TokenWindow, TokenWindows};
+pub use data::{Answer, LanguageBatch, LanguageBatcher, TokenWindow, TokenWindows, Windows};
 pub use error::{ModelDirError, TokenizerError, TrainError};
 pub use metrics::{PerplexityMetric, TokenLosses, TokenRateMetric, perplexity};
 pub use model_dir::{load_model, save_model};
-pub use progress::Progress;
-pub use run::{Run, Trained, evaluate, train};
+pub use progress::{Progress, StepReport};
+pub use recall::{AssociativeRecall, DistanceAccuracy, Needle, accuracy_by_distance};
+pub use run::{Run, Trained, evaluate, train, train_on};
 pub use step::LanguageOutput;
 pub use tokenizer::{END_OF_TEXT, TextStream, Tokenizer};

@@ -1,7 +1,9 @@
 //! Progress as plain lines, for logs and pipes. On a terminal Burn draws its own interface.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io::{self, Write};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use burn_train::metric::{MetricDefinition, MetricId, NumericEntry};
@@ -26,6 +28,27 @@ pub enum Progress {
     Quiet,
 }
 
+/// A step that a training has made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepReport {
+    /// The step, counted from 1; after a resumption from where the run stood.
+    pub step: usize,
+    /// Steps in all.
+    pub steps: usize,
+    /// Mean loss of the step's targets before it, in nats.
+    pub loss: f64,
+}
+
+/// Someone who is told of every step.
+#[derive(Clone)]
+pub(super) struct Observer(pub Arc<dyn Fn(StepReport) + Send + Sync>);
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Observer")
+    }
+}
+
 /// Prints a line every so often, and one after each validation.
 ///
 /// Burn's own renderer for anything but a terminal prints every iteration, and no metric.
@@ -41,6 +64,8 @@ pub(super) struct PlainRenderer<W> {
     /// Since the last training step.
     valid: TokenLosses,
     learning_rate: f64,
+    loss: f64,
+    observer: Option<Observer>,
     started: Option<Point>,
     last: Option<Point>,
 }
@@ -64,9 +89,16 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
             train: TokenLosses::NONE,
             valid: TokenLosses::NONE,
             learning_rate: f64::NAN,
+            loss: f64::NAN,
+            observer: None,
             started: None,
             last: None,
         }
+    }
+
+    /// Tells `observer` of every step.
+    pub fn with_observer(self, observer: Option<Observer>) -> Self {
+        Self { observer, ..self }
     }
 
     fn step(&self, progress: &TrainingProgress) -> usize {
@@ -126,6 +158,7 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
             ("Loss", mean, tokens) => {
                 self.train = self.train.joined(TokenLosses { mean, tokens });
                 self.valid = TokenLosses::NONE;
+                self.loss = mean;
             }
             ("Learning Rate", rate, _) => self.learning_rate = rate,
             _ => {}
@@ -141,6 +174,13 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
     fn render_train(&mut self, progress: TrainingProgress, _: Vec<ProgressType>) {
         let now = Instant::now();
         let step = self.step(&progress);
+        if let Some(Observer(observer)) = &self.observer {
+            observer(StepReport {
+                step,
+                steps: self.steps,
+                loss: self.loss,
+            });
+        }
         let here = Point { step, time: now };
         let started = self.started.is_some();
         if started && step < self.steps && self.last.is_some_and(|l| now - l.time < self.interval) {

@@ -6,6 +6,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataloader::{DataLoader, DataLoaderBuilder};
 use burn::lr_scheduler::LrScheduler;
 use burn::lr_scheduler::composed::{ComposedLrScheduler, ComposedLrSchedulerConfig};
@@ -22,11 +23,14 @@ use super::checkpoint::{
     CompleteFileRecorder, EpochLosses, History, KeepLastAndBest, RunDirectory,
 };
 use super::config::TrainingConfig;
-use super::data::{LanguageBatch, LanguageBatcher, Schedule, TokenWindows, TrainLoader};
+use super::data::{
+    LanguageBatch, LanguageBatcher, Schedule, TokenWindow, TokenWindows, TrainLoader, Windows,
+    check_vocabulary,
+};
 use super::error::TrainError;
 use super::metrics::{PerplexityMetric, TokenRateMetric, perplexity};
 use super::optimizer::optimizer;
-use super::progress::{PlainRenderer, Progress};
+use super::progress::{Observer, PlainRenderer, Progress, StepReport};
 use super::step::window_losses;
 use crate::decoder::FusedKvDecoder;
 
@@ -39,6 +43,7 @@ pub struct Run {
     directory: PathBuf,
     resume: bool,
     progress: Progress,
+    observer: Option<Observer>,
 }
 
 impl Run {
@@ -49,6 +54,7 @@ impl Run {
             directory: directory.into(),
             resume: false,
             progress: Progress::Auto,
+            observer: None,
         }
     }
 
@@ -66,6 +72,16 @@ impl Run {
     #[must_use]
     pub fn with_progress(self, progress: Progress) -> Self {
         Self { progress, ..self }
+    }
+
+    /// Calls `observer` after every step, from another thread; not while Burn draws its own
+    /// interface.
+    #[must_use]
+    pub fn with_observer(self, observer: impl Fn(StepReport) + Send + Sync + 'static) -> Self {
+        Self {
+            observer: Some(Observer(Arc::new(observer))),
+            ..self
+        }
     }
 }
 
@@ -114,12 +130,52 @@ pub fn train<B: AutodiffBackend>(
     run: &Run,
     device: &B::Device,
 ) -> Result<Trained<B::InnerBackend>, TrainError> {
-    let start = Instant::now();
     config.validate()?;
     let tokens = tokens.into();
     check_vocabulary(&tokens, config.model.vocab_size)?;
     let (train_windows, valid_windows) =
         TokenWindows::split(tokens, config.context, config.valid_fraction)?;
+    train_on(config, train_windows, valid_windows, run, device)
+}
+
+/// [`train`] on windows of any kind, validated on others; the configuration's `valid_fraction` does
+/// not matter.
+///
+/// # Errors
+/// As [`train`], and [`TrainError::Setting`] if the windows' length is not the configured context
+/// or one data set is empty.
+///
+/// # Panics
+/// As [`train`].
+pub fn train_on<B: AutodiffBackend>(
+    config: &TrainingConfig,
+    train_windows: impl Windows + 'static,
+    valid_windows: impl Windows + 'static,
+    run: &Run,
+    device: &B::Device,
+) -> Result<Trained<B::InnerBackend>, TrainError> {
+    let start = Instant::now();
+    config.validate()?;
+    for windows in [&train_windows as &dyn Windows, &valid_windows] {
+        windows.check_vocabulary(config.model.vocab_size)?;
+        for (field, value, fits, expected) in [
+            (
+                "context of the data",
+                windows.context(),
+                windows.context() == config.context,
+                "the configuration's context",
+            ),
+            ("windows", windows.len(), !windows.is_empty(), "1 or more"),
+        ] {
+            if !fits {
+                return Err(TrainError::Setting {
+                    field,
+                    value: value as f64,
+                    expected,
+                });
+            }
+        }
+    }
 
     B::seed(device, config.seed);
     // Parameters draw their values when first used; a fork uses them all, in order.
@@ -147,7 +203,7 @@ pub fn train<B: AutodiffBackend>(
         interrupter.clone(),
     );
     let schedule = Schedule::new(config);
-    let train_loader = TrainLoader::new(train_windows, schedule, done + 1, device);
+    let train_loader = TrainLoader::new(Arc::new(train_windows), schedule, done + 1, device);
     let valid_loader = valid_loader::<B::InnerBackend>(valid_windows, config.batch_size, device);
     let mut training =
         SupervisedTraining::new(directory.path(), Arc::new(train_loader), valid_loader)
@@ -167,10 +223,14 @@ pub fn train<B: AutodiffBackend>(
     }
     training = match run.progress {
         Progress::Auto if io::stdout().is_terminal() => training,
-        Progress::Auto | Progress::Plain => {
-            training.renderer(PlainRenderer::new(io::stdout(), config, LINE_INTERVAL))
-        }
-        Progress::Quiet => training.renderer(PlainRenderer::new(io::sink(), config, LINE_INTERVAL)),
+        Progress::Auto | Progress::Plain => training.renderer(
+            PlainRenderer::new(io::stdout(), config, LINE_INTERVAL)
+                .with_observer(run.observer.clone()),
+        ),
+        Progress::Quiet => training.renderer(
+            PlainRenderer::new(io::sink(), config, LINE_INTERVAL)
+                .with_observer(run.observer.clone()),
+        ),
     };
     let result = training.launch(Learner::new(model, optimizer, scheduler));
 
@@ -213,7 +273,7 @@ pub fn train<B: AutodiffBackend>(
 /// [`TrainError::OutOfVocabulary`] if the model cannot read the windows.
 pub fn evaluate<B: Backend>(
     model: &FusedKvDecoder<B>,
-    windows: &TokenWindows,
+    windows: &impl Windows,
     batch_size: usize,
 ) -> Result<f64, TrainError> {
     if batch_size == 0 {
@@ -230,12 +290,12 @@ pub fn evaluate<B: Backend>(
             max_positions: config.max_positions,
         });
     }
-    check_vocabulary(windows.tokens(), config.vocab_size)?;
+    windows.check_vocabulary(config.vocab_size)?;
     let device = model.embed_tokens.weight.val().device();
-    let loader = valid_loader::<B>(windows.clone(), batch_size, &device);
     let (mut sum, mut count) = (0.0, 0);
-    for batch in loader.iter() {
-        for loss in window_losses(model, batch).into_data().iter::<f64>() {
+    for batch in batches(windows, batch_size) {
+        let (losses, _) = window_losses(model, LanguageBatcher.batch(batch, &device));
+        for loss in losses.into_data().iter::<f64>() {
             sum += loss;
             count += 1;
         }
@@ -243,8 +303,20 @@ pub fn evaluate<B: Backend>(
     Ok(sum / f64::from(count))
 }
 
+/// The windows in order, `batch_size` at a time.
+pub(super) fn batches(
+    windows: &impl Windows,
+    batch_size: usize,
+) -> impl Iterator<Item = Vec<TokenWindow>> {
+    let starts = (0..windows.len()).step_by(batch_size.max(1));
+    starts.map(move |start| {
+        let end = windows.len().min(start + batch_size);
+        (start..end).filter_map(|i| windows.get(i)).collect()
+    })
+}
+
 fn valid_loader<B: Backend>(
-    windows: TokenWindows,
+    windows: impl Windows + 'static,
     batch_size: usize,
     device: &B::Device,
 ) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
@@ -252,18 +324,6 @@ fn valid_loader<B: Backend>(
         .batch_size(batch_size)
         .set_device(device.clone())
         .build(windows)
-}
-
-fn check_vocabulary(tokens: &[u32], vocab_size: usize) -> Result<(), TrainError> {
-    let unknown = |&token: &u32| token as usize >= vocab_size;
-    match tokens.iter().position(unknown) {
-        Some(position) => Err(TrainError::OutOfVocabulary {
-            position,
-            token: tokens[position],
-            vocab_size,
-        }),
-        None => Ok(()),
-    }
 }
 
 /// Linear warmup times cosine decay.
