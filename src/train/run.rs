@@ -135,7 +135,7 @@ pub fn train<B: AutodiffBackend>(
     check_vocabulary(&tokens, config.model.vocab_size)?;
     let (train_windows, valid_windows) =
         TokenWindows::split(tokens, config.context, config.valid_fraction)?;
-    train_on(config, train_windows, valid_windows, run, device)
+    train_on::<B>(config, train_windows, valid_windows, run, device)
 }
 
 /// [`train`] on windows of any kind, validated on others; the configuration's `valid_fraction` does
