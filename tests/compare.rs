@@ -48,7 +48,7 @@ fn task(seed: u64) -> AssociativeRecall {
 
 fn run(comparison: &Comparison) -> Result<Vec<RunResult>, TrainError> {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    comparison.run::<Train>(&task(0), &task(1), &FlexDevice, |_| {})
+    comparison.run::<Train>(&task(0), &task(1), &[FlexDevice], |_| {})
 }
 
 /// But for the time it took.
@@ -105,7 +105,7 @@ fn a_comparison_goes_on_only_with_its_own_data_and_settings() {
 
     let watch = |_: fusedkv::train::compare::RunEvent<'_>| {};
     let error = first
-        .run::<Train>(&task(7), &task(1), &FlexDevice, watch)
+        .run::<Train>(&task(7), &task(1), &[FlexDevice], watch)
         .unwrap_err();
     assert!(
         matches!(&error, TrainError::OtherRun { field, .. } if field == "data"),
@@ -154,7 +154,7 @@ fn deviations_are_those_of_a_sample() {
 #[test]
 fn methods_are_read_with_their_options() {
     let base = base();
-    let parse = |text| Method::parse(text, &base);
+    let parse = |text: &str| Method::parse(text, &base);
     for name in DEFAULT_METHODS {
         assert_eq!(parse(name).unwrap().name, name);
     }
@@ -209,7 +209,7 @@ fn a_model_that_reads_the_task_learns_to_recall() {
         .with_epochs(1)
         .with_learning_rate(1e-2);
     let run = Run::new(directory.path()).with_progress(Progress::Quiet);
-    let trained = train_on::<Train>(&config, train, valid.clone(), &run, &FlexDevice).unwrap();
+    let trained = train_on::<Train>(&config, train, valid.clone(), &run, &[FlexDevice]).unwrap();
     let buckets = accuracy_by_distance(&trained.model, &valid, 64).unwrap();
     let total: usize = buckets.iter().map(|bucket| bucket.total).sum();
     let correct: usize = buckets.iter().map(|bucket| bucket.correct).sum();
@@ -284,4 +284,81 @@ proptest! {
         prop_assert_eq!(window.inputs[key + 1], window.targets[context - 1]);
         prop_assert_eq!(window.inputs.iter().filter(|&&token| token == 0).count(), 2);
     }
+}
+
+#[test]
+fn devices_and_parts_of_a_batch_give_the_same_training() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let train = |accumulation, devices: usize| {
+        let directory = tempdir().unwrap();
+        let model = Method::parse("fused-kv", &base()).unwrap().model;
+        let config = TrainingConfig::new(model, 24, 8, 10)
+            .with_epochs(3)
+            .with_warmup_steps(2)
+            .with_accumulation(accumulation);
+        let run = Run::new(directory.path()).with_progress(Progress::Quiet);
+        let devices = vec![FlexDevice; devices];
+        train_on::<Train>(&config, task(0), task(1), &run, &devices)
+    };
+    let expected = train(1, 1).unwrap();
+    for (accumulation, devices) in [(2, 1), (8, 1), (1, 2), (1, 4), (2, 2)] {
+        let found = train(accumulation, devices).unwrap();
+        assert_eq!(found.tokens, expected.tokens);
+        for (found, expected) in found.epochs.iter().zip(&expected.epochs) {
+            let off = (found.train - expected.train).abs() + (found.valid - expected.valid).abs();
+            assert!(off < 1e-4, "{accumulation} {devices}: {found:?} {expected:?}");
+        }
+    }
+    // Seven parts have no equal share of eight windows.
+    for (accumulation, devices) in [(7, 1), (1, 3), (4, 4), (1, 0)] {
+        let error = train(accumulation, devices).unwrap_err();
+        assert!(matches!(error, TrainError::Setting { .. }), "{error}");
+    }
+}
+
+#[test]
+fn checkpointed_activations_give_the_same_training() {
+    use fusedkv::backend::BalancedCheckpointing;
+    fn losses<B: burn::tensor::backend::AutodiffBackend<Device = FlexDevice>>() -> [f64; 2] {
+        let directory = tempdir().unwrap();
+        let model = Method::parse("fused-kv", &base()).unwrap().model;
+        let config = TrainingConfig::new(model, 24, 4, 6);
+        let run = Run::new(directory.path()).with_progress(Progress::Quiet);
+        let trained = train_on::<B>(&config, task(0), task(1), &run, &[FlexDevice]).unwrap();
+        [trained.train_loss, trained.valid_loss]
+    }
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let expected = losses::<Train>();
+    let found = losses::<Autodiff<Flex, BalancedCheckpointing>>();
+    for (found, expected) in found.iter().zip(expected) {
+        assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+    }
+}
+
+#[test]
+fn a_training_without_patience_left_ends_and_stays_ended() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let directory = tempdir().unwrap();
+    // A rate at which the loss soon goes up.
+    let config = TrainingConfig::new(base(), 24, 4, 40)
+        .with_epochs(20)
+        .with_learning_rate(0.5)
+        .with_patience(Some(2));
+    let go = |resume| {
+        let run = Run::new(directory.path())
+            .with_progress(Progress::Quiet)
+            .with_resume(resume);
+        train_on::<Train>(&config, task(0), task(1), &run, &[FlexDevice]).unwrap()
+    };
+    let trained = go(false);
+    let best = trained
+        .epochs
+        .iter()
+        .min_by(|a, b| a.valid.total_cmp(&b.valid))
+        .unwrap();
+    let last = trained.epochs.last().unwrap().epoch;
+    assert_eq!(last, best.epoch + 2);
+    assert!(last < 20);
+    assert_eq!(trained.tokens, 2 * last * 4 * 24);
+    assert_eq!(go(true).epochs, trained.epochs);
 }

@@ -94,6 +94,12 @@ struct Args {
     /// Windows per step
     #[arg(long, default_value_t = 8)]
     batch: usize,
+    /// Parts each step's windows are divided into to save memory
+    #[arg(long, default_value_t = 1)]
+    accumulation: usize,
+    /// Data-parallel workers, each with its share of every step's windows
+    #[arg(long, default_value_t = 1)]
+    devices: usize,
     #[arg(long, default_value_t = 400)]
     steps: usize,
     /// Times a run is validated and checkpointed
@@ -165,7 +171,8 @@ impl Args {
     ) -> Result<(), Box<dyn Error>> {
         let comparison = self.comparison(vocab_size)?;
         let watch = Watch::new(&comparison);
-        let results = comparison.run::<Autodiff<B>>(train, valid, device, move |event| {
+        let devices = vec![device.clone(); self.devices];
+        let results = comparison.run::<Autodiff<B>>(train, valid, &devices, move |event| {
             watch.tell(event);
         })?;
         let methods = &comparison.methods;
@@ -208,6 +215,7 @@ impl Args {
         Method::check_names(&methods)?;
         let training = TrainingConfig::new(model, self.context, self.batch, self.steps)
             .with_learning_rate(self.lr)
+            .with_accumulation(self.accumulation)
             .with_epochs(self.validations.min(self.steps))
             .with_warmup_steps(self.steps / 20)
             .with_valid_fraction(self.valid);

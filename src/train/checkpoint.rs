@@ -12,7 +12,7 @@ use burn::record::{
     FileRecorder, FullPrecisionSettings, NamedMpkFileRecorder, Recorder, RecorderError,
 };
 use burn::tensor::backend::Backend;
-use burn_train::Interrupter;
+use burn_train::{EarlyStoppingStrategy, Interrupter};
 use burn_train::checkpoint::{CheckpointingAction, CheckpointingStrategy};
 use burn_train::metric::store::EventStoreClient;
 use serde::de::DeserializeOwned;
@@ -282,5 +282,32 @@ impl CheckpointingStrategy for KeepLastAndBest {
         std::iter::once(CheckpointingAction::Save)
             .chain(old.into_iter().map(CheckpointingAction::Delete))
             .collect()
+    }
+}
+
+/// Ends a training whose validation loss no longer goes down. Burn's own strategy may look the loss
+/// up too early, like its checkpointing, and forgets the epochs before a resumption.
+#[derive(Clone)]
+pub(super) struct Patience {
+    pub history: History,
+    /// Epochs without a new lowest loss.
+    pub epochs: usize,
+}
+
+impl Patience {
+    pub fn is_over(&self) -> bool {
+        let history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let best = history.iter().min_by(|a, b| a.valid.total_cmp(&b.valid));
+        match (best, history.last()) {
+            (Some(best), Some(last)) => last.epoch - best.epoch >= self.epochs,
+            _ => false,
+        }
+    }
+}
+
+impl EarlyStoppingStrategy for Patience {
+    // The epoch's losses are there: checkpoints, which wait for them, come first.
+    fn should_stop(&mut self, _: usize, _: &EventStoreClient) -> bool {
+        self.is_over()
     }
 }

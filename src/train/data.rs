@@ -212,6 +212,7 @@ pub(super) struct Schedule {
     steps: usize,
     epochs: usize,
     seed: u64,
+    accumulation: usize,
 }
 
 impl Schedule {
@@ -221,17 +222,13 @@ impl Schedule {
             steps: config.steps,
             epochs: config.epochs,
             seed: config.seed,
+            accumulation: config.accumulation,
         }
     }
 
     /// Steps before the end of `epoch`, counted from 1.
     pub fn steps_until(&self, epoch: usize) -> usize {
         self.steps * epoch / self.epochs
-    }
-
-    /// The windows an epoch reads, counted from the start of training.
-    fn reads(&self, epoch: usize) -> Range<usize> {
-        self.steps_until(epoch - 1) * self.batch_size..self.steps_until(epoch) * self.batch_size
     }
 
     /// The order in which `pass` reads `windows`.
@@ -249,8 +246,10 @@ pub(super) struct TrainLoader<B: Backend> {
     windows: Arc<dyn Windows>,
     schedule: Schedule,
     next_epoch: AtomicUsize,
-    /// The part of every epoch's windows that is read, where several devices share it.
-    part: Range<usize>,
+    /// The rows of every batch that are read, where several devices share it.
+    rows: Range<usize>,
+    /// Batches that each step's rows are read in, one after the other.
+    parts: usize,
     device: B::Device,
 }
 
@@ -263,17 +262,18 @@ impl<B: Backend> TrainLoader<B> {
     ) -> Self {
         Self {
             windows,
-            schedule,
             next_epoch: AtomicUsize::new(first_epoch),
-            part: 0..usize::MAX,
+            rows: 0..schedule.batch_size,
+            parts: schedule.accumulation,
+            schedule,
             device: device.clone(),
         }
     }
 
-    fn with(&self, part: Range<usize>, device: &B::Device) -> Self {
+    fn with(&self, rows: Range<usize>, device: &B::Device) -> Self {
         let next = self.next_epoch.load(Ordering::Relaxed);
         Self {
-            part,
+            rows,
             ..Self::new(self.windows.clone(), self.schedule.clone(), next, device)
         }
     }
@@ -282,36 +282,37 @@ impl<B: Backend> TrainLoader<B> {
 impl<B: Backend> DataLoader<B, LanguageBatch<B>> for TrainLoader<B> {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<LanguageBatch<B>> + 'a> {
         let epoch = self.next_epoch.fetch_add(1, Ordering::Relaxed);
-        let reads = self.schedule.reads(epoch);
-        let end = reads.end.min(reads.start.saturating_add(self.part.end));
-        let start = end.min(reads.start + self.part.start);
         Box::new(TrainBatches {
             loader: self,
-            reads: start..end,
-            next: start,
+            steps: self.schedule.steps_until(epoch - 1)..self.schedule.steps_until(epoch),
+            parts: 0,
             order: None,
         })
     }
 
     fn num_items(&self) -> usize {
         let epoch = self.next_epoch.load(Ordering::Relaxed);
-        self.schedule.reads(epoch).len().min(self.part.len())
+        let steps = self.schedule.steps_until(epoch) - self.schedule.steps_until(epoch - 1);
+        steps * self.rows.len()
     }
 
     fn to_device(&self, device: &B::Device) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
-        Arc::new(self.with(self.part.clone(), device))
+        Arc::new(self.with(self.rows.clone(), device))
     }
 
+    /// A share of every batch, not of the steps: devices that train together read, step by step,
+    /// what one device would.
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
-        let offset = self.part.start;
-        Arc::new(self.with(offset + start..offset + end, &self.device))
+        let row = |item: usize| self.rows.start + item * self.rows.len() / self.num_items().max(1);
+        Arc::new(self.with(row(start)..row(end), &self.device))
     }
 }
 
 struct TrainBatches<'a, B: Backend> {
     loader: &'a TrainLoader<B>,
-    reads: Range<usize>,
-    next: usize,
+    steps: Range<usize>,
+    /// Batches read so far.
+    parts: usize,
     /// The pass under way and its order.
     order: Option<(usize, Vec<usize>)>,
 }
@@ -336,19 +337,30 @@ impl<B: Backend> Iterator for TrainBatches<'_, B> {
     type Item = LanguageBatch<B>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let end = self
-            .reads
-            .end
-            .min(self.next + self.loader.schedule.batch_size);
-        let items: Vec<_> = (self.next..end).filter_map(|i| self.window(i)).collect();
-        self.next = end;
+        let (step, part) = (
+            self.steps.start + self.parts / self.loader.parts,
+            self.parts % self.loader.parts,
+        );
+        if step >= self.steps.end {
+            return None;
+        }
+        let rows = &self.loader.rows;
+        let first = step * self.loader.schedule.batch_size + rows.start;
+        let row = |part: usize| first + part * rows.len() / self.loader.parts;
+        let reads = row(part)..row(part + 1);
+        self.parts += 1;
+        let items: Vec<_> = reads.filter_map(|read| self.window(read)).collect();
         (!items.is_empty()).then(|| LanguageBatcher.batch(items, &self.loader.device))
     }
 }
 
 impl<B: Backend> DataLoaderIterator<LanguageBatch<B>> for TrainBatches<'_, B> {
     fn progress(&self) -> Progress {
-        Progress::new(self.next - self.reads.start, self.reads.len())
+        let rows = self.loader.rows.len();
+        Progress::new(
+            self.parts * rows / self.loader.parts,
+            self.steps.len() * rows,
+        )
     }
 }
 
@@ -363,9 +375,10 @@ mod tests {
             steps: 10,
             epochs: 3,
             seed: 1,
+            accumulation: 1,
         };
-        let ranges: Vec<_> = (1..=3).map(|epoch| schedule.reads(epoch)).collect();
-        assert_eq!(ranges, [0..6, 6..12, 12..20]);
+        let ends: Vec<_> = (0..=3).map(|epoch| schedule.steps_until(epoch)).collect();
+        assert_eq!(ends, [0, 3, 6, 10]);
         let (first, second) = (schedule.order(0, 50), schedule.order(1, 50));
         assert_ne!(first, second);
         assert_eq!(first, schedule.order(0, 50));

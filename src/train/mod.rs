@@ -34,6 +34,7 @@ mod config;
 mod data;
 mod error;
 mod file;
+mod learning_rate;
 mod metrics;
 mod model_dir;
 mod optimizer;

@@ -56,6 +56,8 @@ pub(super) struct PlainRenderer<W> {
     output: W,
     steps: usize,
     tokens_per_step: usize,
+    /// Parts of a step that are told of one by one.
+    parts: usize,
     schedule: Schedule,
     interval: Duration,
     names: HashMap<MetricId, String>,
@@ -78,11 +80,12 @@ struct Point {
 }
 
 impl<W: Write + Send + Sync> PlainRenderer<W> {
-    pub fn new(output: W, config: &TrainingConfig, interval: Duration) -> Self {
+    pub fn new(output: W, config: &TrainingConfig, parts: usize, interval: Duration) -> Self {
         Self {
             output,
             steps: config.steps,
             tokens_per_step: config.tokens_per_step(),
+            parts,
             schedule: Schedule::new(config),
             interval,
             names: HashMap::new(),
@@ -103,7 +106,8 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
 
     fn step(&self, progress: &TrainingProgress) -> usize {
         let epoch = progress.global_progress.items_processed;
-        self.schedule.steps_until(epoch - 1) + progress.iteration.unwrap_or(0)
+        let part = progress.iteration.unwrap_or(0);
+        self.schedule.steps_until(epoch - 1) + part.div_ceil(self.parts)
     }
 
     fn metric(&self, state: MetricState) -> (&str, f64, usize) {
@@ -172,6 +176,10 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
     }
 
     fn render_train(&mut self, progress: TrainingProgress, _: Vec<ProgressType>) {
+        let part = progress.iteration.unwrap_or(0);
+        if !part.is_multiple_of(self.parts) {
+            return;
+        }
         let now = Instant::now();
         let step = self.step(&progress);
         if let Some(Observer(observer)) = &self.observer {

@@ -9,18 +9,18 @@ use std::time::{Duration, Instant};
 use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataloader::{DataLoader, DataLoaderBuilder};
 use burn::lr_scheduler::LrScheduler;
-use burn::lr_scheduler::composed::{ComposedLrScheduler, ComposedLrSchedulerConfig};
-use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
-use burn::lr_scheduler::linear::LinearLrSchedulerConfig;
 use burn::module::Module;
 use burn::optim::Optimizer;
 use burn::record::{Record, Recorder};
-use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::backend::{AutodiffBackend, Backend, BackendTypes};
 use burn_train::metric::{LearningRateMetric, LossMetric};
-use burn_train::{Interrupter, Learner, SupervisedTraining};
+use burn_train::{
+    ExecutionStrategy, Interrupter, Learner, LearningComponentsTypes, MultiDeviceOptim,
+    SupervisedTraining, TrainingStrategy,
+};
 
 use super::checkpoint::{
-    CompleteFileRecorder, EpochLosses, History, KeepLastAndBest, RunDirectory,
+    CompleteFileRecorder, EpochLosses, History, KeepLastAndBest, Patience, RunDirectory,
 };
 use super::config::TrainingConfig;
 use super::data::{
@@ -28,6 +28,7 @@ use super::data::{
     check_vocabulary,
 };
 use super::error::TrainError;
+use super::learning_rate::{OncePerStep, learning_rates};
 use super::metrics::{PerplexityMetric, TokenRateMetric, perplexity};
 use super::optimizer::optimizer;
 use super::progress::{Observer, PlainRenderer, Progress, StepReport};
@@ -135,15 +136,21 @@ pub fn train<B: AutodiffBackend>(
     check_vocabulary(&tokens, config.model.vocab_size)?;
     let (train_windows, valid_windows) =
         TokenWindows::split(tokens, config.context, config.valid_fraction)?;
-    train_on::<B>(config, train_windows, valid_windows, run, device)
+    let devices = std::slice::from_ref(device);
+    train_on::<B>(config, train_windows, valid_windows, run, devices)
 }
 
-/// [`train`] on windows of any kind, validated on others; the configuration's `valid_fraction` does
-/// not matter.
+/// [`train`] on windows of any kind, validated on others, by one or several devices; the
+/// configuration's `valid_fraction` does not matter.
+///
+/// Several devices train data-parallel by Burn's multi-device strategy: each takes an equal share
+/// of every batch, and the first updates the weights by the mean of all gradients. The result is
+/// that of one device but for rounding. A device may be named more than once, which gives it as
+/// many threads of work.
 ///
 /// # Errors
 /// As [`train`], and [`TrainError::Setting`] if the windows' length is not the configured context
-/// or one data set is empty.
+/// or a data set or the list of devices is empty, or `batch_size` cannot be divided among the devices.
 ///
 /// # Panics
 /// As [`train`].
@@ -152,10 +159,21 @@ pub fn train_on<B: AutodiffBackend>(
     train_windows: impl Windows + 'static,
     valid_windows: impl Windows + 'static,
     run: &Run,
-    device: &B::Device,
+    devices: &[B::Device],
 ) -> Result<Trained<B::InnerBackend>, TrainError> {
     let start = Instant::now();
     config.validate()?;
+    let parts = devices.len() * config.accumulation;
+    let device = match devices {
+        [first, ..] if config.batch_size.is_multiple_of(parts) => first,
+        _ => {
+            return Err(TrainError::Setting {
+                field: "devices",
+                value: devices.len() as f64,
+                expected: "1 or more, among which batch_size can be divided, accumulation included",
+            });
+        }
+    };
     for windows in [&train_windows as &dyn Windows, &valid_windows] {
         windows.check_vocabulary(config.model.vocab_size)?;
         for (field, value, fits, expected) in [
@@ -180,8 +198,8 @@ pub fn train_on<B: AutodiffBackend>(
     B::seed(device, config.seed);
     // Parameters draw their values when first used; a fork uses them all, in order.
     let model = config.model.init::<B>(device)?.fork(device);
-    let optimizer = optimizer::<B, FusedKvDecoder<B>>(config);
-    let scheduler = learning_rates(config)?;
+    let optimizer = optimizer::<B, FusedKvDecoder<B>>(config, devices.len());
+    let scheduler = OncePerStep::new(learning_rates(config)?, config.accumulation);
 
     let (directory, done, losses) = if run.resume {
         let (directory, epoch, losses) = RunDirectory::resume(&run.directory, config)?;
@@ -192,6 +210,13 @@ pub fn train_on<B: AutodiffBackend>(
     };
 
     let history: History = Arc::new(Mutex::new(losses));
+    let patience = config.patience.map(|epochs| Patience {
+        history: history.clone(),
+        epochs,
+    });
+    // A run that ended early has nothing left to do.
+    let ended = patience.as_ref().is_some_and(Patience::is_over);
+    let last_epoch = if ended { done } else { config.epochs };
     let interrupter = Interrupter::new();
     let (train_report, train_losses) = channel();
     let (valid_report, valid_losses) = channel();
@@ -217,18 +242,23 @@ pub fn train_on<B: AutodiffBackend>(
             .with_interrupter(interrupter.clone())
             // A library does not install a logger, nor a panic hook.
             .with_application_logger(None)
-            .num_epochs(config.epochs);
+            .with_training_strategy(strategy_of(devices))
+            .grads_accumulation(config.accumulation)
+            .num_epochs(last_epoch);
+    if let Some(patience) = patience {
+        training = training.early_stopping(patience);
+    }
     if done > 0 {
         training = training.checkpoint(done);
     }
     training = match run.progress {
         Progress::Auto if io::stdout().is_terminal() => training,
         Progress::Auto | Progress::Plain => training.renderer(
-            PlainRenderer::new(io::stdout(), config, LINE_INTERVAL)
+            PlainRenderer::new(io::stdout(), config, parts, LINE_INTERVAL)
                 .with_observer(run.observer.clone()),
         ),
         Progress::Quiet => training.renderer(
-            PlainRenderer::new(io::sink(), config, LINE_INTERVAL)
+            PlainRenderer::new(io::sink(), config, parts, LINE_INTERVAL)
                 .with_observer(run.observer.clone()),
         ),
     };
@@ -261,9 +291,18 @@ pub fn train_on<B: AutodiffBackend>(
         epochs,
         train_loss: last.train,
         valid_loss: last.valid,
-        tokens: config.steps * config.tokens_per_step(),
+        tokens: Schedule::new(config).steps_until(last.epoch) * config.tokens_per_step(),
         elapsed: start.elapsed(),
     })
+}
+
+/// One device by itself; several with the weights updated on the first. Burn's sharded optimizer
+/// could not clip by the norm of all gradients.
+fn strategy_of<LC: LearningComponentsTypes>(
+    devices: &[<LC::Backend as BackendTypes>::Device],
+) -> TrainingStrategy<LC> {
+    let main = MultiDeviceOptim::OptimMainDevice;
+    TrainingStrategy::Default(ExecutionStrategy::multi(devices.to_vec(), main))
 }
 
 /// Mean loss of a model on windows, in nats per token, `batch_size` windows at a time.
@@ -324,28 +363,6 @@ fn valid_loader<B: Backend>(
         .batch_size(batch_size)
         .set_device(device.clone())
         .build(windows)
-}
-
-/// Linear warmup times cosine decay.
-fn learning_rates(config: &TrainingConfig) -> Result<ComposedLrScheduler, TrainError> {
-    let highest = config.learning_rate;
-    // The cosine's first step is step 0, and its last the last.
-    let cosine = CosineAnnealingLrSchedulerConfig::new(highest, (config.steps - 1).max(1))
-        .with_min_lr(highest * config.min_learning_rate_ratio);
-    let mut rates = ComposedLrSchedulerConfig::new().cosine(cosine);
-    if config.warmup_steps > 0 {
-        let first = 1.0 / (config.warmup_steps + 1) as f64;
-        rates = rates.linear(LinearLrSchedulerConfig::new(
-            first,
-            1.0,
-            config.warmup_steps,
-        ));
-    }
-    rates.init().map_err(|_| TrainError::Setting {
-        field: "learning_rate",
-        value: highest,
-        expected: "a rate that Burn's schedulers take",
-    })
 }
 
 /// Reads a checkpoint's files: Burn's learner panics where it cannot.

@@ -95,7 +95,7 @@ impl Comparison {
         &self,
         train: &(impl Windows + Clone + 'static),
         valid: &(impl Windows + Clone + 'static),
-        device: &B::Device,
+        devices: &[B::Device],
         watch: impl Fn(RunEvent<'_>) + Send + Sync + 'static,
     ) -> Result<Vec<RunResult>, TrainError> {
         for run in self.configs() {
@@ -123,7 +123,7 @@ impl Comparison {
                 method: &method.name,
                 seed: config.seed,
             });
-            let result = self.run_one::<B>(method, &config, train, valid, device, &watch)?;
+            let result = self.run_one::<B>(method, &config, train, valid, devices, &watch)?;
             write_json(&path, &result)?;
             watch(RunEvent::Finished {
                 result: &result,
@@ -145,7 +145,7 @@ impl Comparison {
         config: &TrainingConfig,
         train: &(impl Windows + Clone + 'static),
         valid: &(impl Windows + Clone + 'static),
-        device: &B::Device,
+        devices: &[B::Device],
         watch: &Arc<impl Fn(RunEvent<'_>) + Send + Sync + 'static>,
     ) -> Result<RunResult, TrainError> {
         let times = Arc::new(Mutex::new(Vec::new()));
@@ -160,7 +160,7 @@ impl Comparison {
         };
         let go = |resume| {
             let run = run.clone().with_resume(resume);
-            train_on::<B>(config, train.clone(), valid.clone(), &run, device)
+            train_on::<B>(config, train.clone(), valid.clone(), &run, devices)
         };
         let trained = match go(true) {
             Err(TrainError::NoCheckpoint(_)) => go(false)?,
