@@ -86,7 +86,10 @@ fn an_interrupted_comparison_ends_bit_by_bit_like_one_that_was_not() {
     assert_eq!(untimed(results), untimed(expected.clone()));
 
     // All is finished: the results are those on the disk.
-    assert_eq!(run(&comparison(whole.path(), &methods, 2)).unwrap(), expected);
+    assert_eq!(
+        run(&comparison(whole.path(), &methods, 2)).unwrap(),
+        expected
+    );
 }
 
 #[test]
@@ -161,7 +164,10 @@ fn methods_are_read_with_their_options() {
     let method = parse("fused_kv:n=3,kv-heads=2,init=equal,noise=0.1").unwrap();
     assert_eq!(method.model.plan, KvPlan::FusedKv { storage_layers: 3 });
     assert_eq!(method.model.n_kv_heads, 2);
-    assert_eq!(method.model.fusion_init, FusionInit::equal().with_noise(0.1));
+    assert_eq!(
+        method.model.fusion_init,
+        FusionInit::equal().with_noise(0.1)
+    );
     assert_eq!(parse("gqa").unwrap().model.n_kv_heads, 2);
     let cla = parse("cla:factor=4").unwrap().model;
     assert_eq!(cla.costs().unwrap().cache_bytes_per_token(4), 2 * 32 * 4);
@@ -192,7 +198,10 @@ fn plans_are_read_from_json() {
     .to_string();
     let methods = Method::from_plans(&json, &base()).unwrap();
     assert_eq!(methods[0].model.plan, plan);
-    assert_eq!((methods[0].model.n_kv_heads, methods[1].model.n_kv_heads), (1, 4));
+    assert_eq!(
+        (methods[0].model.n_kv_heads, methods[1].model.n_kv_heads),
+        (1, 4)
+    );
     let error = Method::from_plans("[{}]", &base()).unwrap_err();
     assert!(matches!(error, MethodError::Plans(_)), "{error}");
 }
@@ -203,8 +212,8 @@ fn a_model_that_reads_the_task_learns_to_recall() {
     let directory = tempdir().unwrap();
     let train = Needle::new(8, 8, 3200);
     let valid = Needle::new(8, 8, 200).with_seed(1);
-    let model = FusedKvDecoderConfig::new(8, 32, 2, 2, 2, 16, 64, KvPlan::Standard)
-        .with_max_positions(8);
+    let model =
+        FusedKvDecoderConfig::new(8, 32, 2, 2, 2, 16, 64, KvPlan::Standard).with_max_positions(8);
     let config = TrainingConfig::new(model, 8, 16, 200)
         .with_epochs(1)
         .with_learning_rate(1e-2);
@@ -306,7 +315,10 @@ fn devices_and_parts_of_a_batch_give_the_same_training() {
         assert_eq!(found.tokens, expected.tokens);
         for (found, expected) in found.epochs.iter().zip(&expected.epochs) {
             let off = (found.train - expected.train).abs() + (found.valid - expected.valid).abs();
-            assert!(off < 1e-4, "{accumulation} {devices}: {found:?} {expected:?}");
+            assert!(
+                off < 1e-4,
+                "{accumulation} {devices}: {found:?} {expected:?}"
+            );
         }
     }
     // Seven parts have no equal share of eight windows.

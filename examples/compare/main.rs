@@ -180,7 +180,8 @@ impl Args {
         let table = markdown(&results, &speeds);
         let write = |name: &str, text: String| {
             let path = self.out.join(name);
-            fs::write(&path, text).map_err(|error| format!("cannot write {}: {error}", path.display()))
+            fs::write(&path, text)
+                .map_err(|error| format!("cannot write {}: {error}", path.display()))
         };
         write("table.md", table.clone())?;
         write("speed.json", serde_json::to_string_pretty(&speeds)?)?;
@@ -239,7 +240,10 @@ impl Args {
 /// Accuracy by distance, of the first seed of each method.
 fn print_accuracy(results: &[RunResult]) {
     for result in results.iter().filter(|result| !result.accuracy.is_empty()) {
-        print!("{} seed {}, accuracy up to distance", result.method, result.config.seed);
+        print!(
+            "{} seed {}, accuracy up to distance",
+            result.method, result.config.seed
+        );
         for bucket in &result.accuracy {
             let share = bucket.correct as f64 / bucket.total as f64;
             print!("  {}: {share:.3}", bucket.up_to);

@@ -12,9 +12,9 @@ use burn::record::{
     FileRecorder, FullPrecisionSettings, NamedMpkFileRecorder, Recorder, RecorderError,
 };
 use burn::tensor::backend::Backend;
-use burn_train::{EarlyStoppingStrategy, Interrupter};
 use burn_train::checkpoint::{CheckpointingAction, CheckpointingStrategy};
 use burn_train::metric::store::EventStoreClient;
+use burn_train::{EarlyStoppingStrategy, Interrupter};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 

@@ -111,7 +111,11 @@ impl AssociativeRecall {
             })
             .collect();
         keyed.sort_by(|a, b| b.0.total_cmp(&a.0));
-        keyed.into_iter().map(|(_, gap)| gap).take(self.pairs).collect()
+        keyed
+            .into_iter()
+            .map(|(_, gap)| gap)
+            .take(self.pairs)
+            .collect()
     }
 }
 
@@ -284,8 +288,8 @@ pub fn accuracy_by_distance<B: Backend>(
         for (row, item) in items.iter().enumerate() {
             for answer in item.answers.iter().flatten() {
                 let up_to = answer.distance.next_power_of_two();
-                let right = likeliest[row * context + answer.position]
-                    == item.targets[answer.position];
+                let right =
+                    likeliest[row * context + answer.position] == item.targets[answer.position];
                 let place = match buckets.binary_search_by_key(&up_to, |b| b.up_to) {
                     Ok(place) => place,
                     Err(place) => {

@@ -121,12 +121,11 @@ impl Method {
             }
             name => name.replace('-', "_"),
         };
-        model.plan = KvPlan::from_method(&canonical, base.n_layers).map_err(|source| {
-            MethodError::Plan {
+        model.plan =
+            KvPlan::from_method(&canonical, base.n_layers).map_err(|source| MethodError::Plan {
                 method: text.to_owned(),
                 source,
-            }
-        })?;
+            })?;
         for option in options.split(',').filter(|option| !option.is_empty()) {
             set_option(text, option, &mut model)?;
         }

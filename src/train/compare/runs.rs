@@ -229,12 +229,12 @@ fn check_same(
 ) -> Result<(), TrainError> {
     // Through text: numbers of less precision are written shorter.
     let json = |value: &dyn Fn() -> serde_json::Result<String>| -> Result<serde_json::Value, _> {
-        value().and_then(|json| serde_json::from_str(&json)).map_err(
-            |error: serde_json::Error| TrainError::Unreadable {
+        value()
+            .and_then(|json| serde_json::from_str(&json))
+            .map_err(|error: serde_json::Error| TrainError::Unreadable {
                 path: directory.to_owned(),
                 reason: error.to_string(),
-            },
-        )
+            })
     };
     let found = json(&|| serde_json::to_string(found))?;
     let expected = json(&|| serde_json::to_string(expected))?;

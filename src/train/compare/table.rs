@@ -110,7 +110,11 @@ pub fn markdown(results: &[RunResult], speeds: &[Speed]) -> String {
         "TTFT ms",
         "TPOT ms",
     ]);
-    let mut table = format!("| {} |\n|{}\n", heading.join(" | "), "---|".repeat(heading.len()));
+    let mut table = format!(
+        "| {} |\n|{}\n",
+        heading.join(" | "),
+        "---|".repeat(heading.len())
+    );
     for summary in summaries {
         let seeds = summary.seeds;
         let dash = || "–".to_owned();
