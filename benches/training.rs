@@ -182,7 +182,14 @@ impl<B: AutodiffBackend> Trainee<B> {
         let model = self.model.take().expect("a step gives the model back");
         let memory = PeakMemory::start();
         let start = Instant::now();
-        let output = TrainStep::step(&model, LanguageBatch { tokens, targets });
+        let output = TrainStep::step(
+            &model,
+            LanguageBatch {
+                tokens,
+                targets,
+                answers: None,
+            },
+        );
         let model = self.optimizer.step(1e-4, model, output.grads);
         // Reading a number waits for all of them.
         let _ = model.norm.gamma.val().sum().into_scalar();

@@ -5,6 +5,8 @@
 
 #[cfg(feature = "train")]
 pub use burn::backend::Autodiff;
+#[cfg(feature = "train")]
+pub use burn::backend::autodiff::checkpoint::strategy::BalancedCheckpointing;
 #[cfg(feature = "cuda")]
 pub use burn_cuda::{Cuda, CudaDevice};
 #[cfg(feature = "flex")]

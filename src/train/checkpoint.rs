@@ -12,9 +12,9 @@ use burn::record::{
     FileRecorder, FullPrecisionSettings, NamedMpkFileRecorder, Recorder, RecorderError,
 };
 use burn::tensor::backend::Backend;
-use burn_train::Interrupter;
 use burn_train::checkpoint::{CheckpointingAction, CheckpointingStrategy};
 use burn_train::metric::store::EventStoreClient;
+use burn_train::{EarlyStoppingStrategy, Interrupter};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -151,7 +151,7 @@ impl RunDirectory {
     }
 }
 
-fn read<T: DeserializeOwned>(path: &Path) -> Result<T, TrainError> {
+pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<T, TrainError> {
     let unreadable = |reason: String| TrainError::Unreadable {
         path: path.to_owned(),
         reason,
@@ -161,7 +161,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<T, TrainError> {
 }
 
 /// The first setting that differs: its name and both values.
-fn difference(
+pub(super) fn difference(
     found: &serde_json::Value,
     expected: &serde_json::Value,
 ) -> Option<(String, String, String)> {
@@ -282,5 +282,32 @@ impl CheckpointingStrategy for KeepLastAndBest {
         std::iter::once(CheckpointingAction::Save)
             .chain(old.into_iter().map(CheckpointingAction::Delete))
             .collect()
+    }
+}
+
+/// Ends a training whose validation loss no longer goes down. Burn's own strategy may look the loss
+/// up too early, like its checkpointing, and forgets the epochs before a resumption.
+#[derive(Clone)]
+pub(super) struct Patience {
+    pub history: History,
+    /// Epochs without a new lowest loss.
+    pub epochs: usize,
+}
+
+impl Patience {
+    pub fn is_over(&self) -> bool {
+        let history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let best = history.iter().min_by(|a, b| a.valid.total_cmp(&b.valid));
+        match (best, history.last()) {
+            (Some(best), Some(last)) => last.epoch - best.epoch >= self.epochs,
+            _ => false,
+        }
+    }
+}
+
+impl EarlyStoppingStrategy for Patience {
+    // The epoch's losses are there: checkpoints, which wait for them, come first.
+    fn should_stop(&mut self, _: usize, _: &EventStoreClient) -> bool {
+        self.is_over()
     }
 }

@@ -31,6 +31,13 @@ pub struct TrainingConfig {
     /// written. Not passes over the data.
     #[config(default = 5)]
     pub epochs: usize,
+    /// Parts each step's windows are divided into, whose gradients are summed before the update:
+    /// less memory, the same result but for rounding.
+    #[config(default = 1)]
+    pub accumulation: usize,
+    /// End the training when this many epochs in a row have not lowered the validation loss; never
+    /// if none.
+    pub patience: Option<usize>,
     /// Highest learning rate, after warmup.
     #[config(default = 1e-3)]
     pub learning_rate: f64,
@@ -90,6 +97,18 @@ impl TrainingConfig {
                 self.epochs as f64,
                 (1..=self.steps).contains(&self.epochs),
                 "1 or more, and no more than steps",
+            ),
+            (
+                "accumulation",
+                self.accumulation as f64,
+                self.accumulation > 0 && self.batch_size.is_multiple_of(self.accumulation),
+                "1 or more, a divisor of batch_size",
+            ),
+            (
+                "patience",
+                self.patience.unwrap_or(1) as f64,
+                self.patience != Some(0),
+                "1 or more",
             ),
             (
                 "learning_rate",

@@ -22,6 +22,33 @@ pub struct TokenWindow {
     pub inputs: Vec<u32>,
     /// What it should predict, position by position.
     pub targets: Vec<u32>,
+    /// The positions whose targets count towards the loss, the same number in every window of a
+    /// data set; none: all count.
+    pub answers: Option<Vec<Answer>>,
+}
+
+/// A target that can be told from what was read before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Its position among the targets.
+    pub position: usize,
+    /// How many tokens before `position` what it must recall was read.
+    pub distance: usize,
+}
+
+/// Windows to train on or to validate with, all of one length.
+pub trait Windows: Dataset<TokenWindow> {
+    /// Tokens per window.
+    fn context(&self) -> usize;
+
+    /// Checks that every token is below the vocabulary's size.
+    ///
+    /// # Errors
+    /// [`TrainError::OutOfVocabulary`] for the first that is not.
+    fn check_vocabulary(&self, vocab_size: usize) -> Result<(), TrainError>;
+
+    /// A number that other data most likely do not have.
+    fn fingerprint(&self) -> u64;
 }
 
 /// A text cut into windows of `context` tokens, one after the other. Every token but the first is
@@ -80,13 +107,8 @@ impl TokenWindows {
         Ok((part(0..windows - valid), part(windows - valid..windows)))
     }
 
-    /// Tokens per window.
-    pub fn context(&self) -> usize {
-        self.context
-    }
-
     /// The tokens of these windows, one after the other.
-    pub(super) fn tokens(&self) -> &[u32] {
+    fn tokens(&self) -> &[u32] {
         &self.tokens[self.windows.start * self.context..=self.windows.end * self.context]
     }
 }
@@ -99,12 +121,46 @@ impl Dataset<TokenWindow> for TokenWindows {
         Some(TokenWindow {
             inputs: tokens[..self.context].to_vec(),
             targets: tokens[1..].to_vec(),
+            answers: None,
         })
     }
 
     fn len(&self) -> usize {
         self.windows.len()
     }
+}
+
+impl Windows for TokenWindows {
+    fn context(&self) -> usize {
+        self.context
+    }
+
+    fn check_vocabulary(&self, vocab_size: usize) -> Result<(), TrainError> {
+        check_vocabulary(self.tokens(), vocab_size)
+    }
+
+    fn fingerprint(&self) -> u64 {
+        fnv_1a(self.tokens().iter().flat_map(|token| token.to_le_bytes()))
+    }
+}
+
+pub(super) fn check_vocabulary(tokens: &[u32], vocab_size: usize) -> Result<(), TrainError> {
+    let unknown = |&token: &u32| token as usize >= vocab_size;
+    match tokens.iter().position(unknown) {
+        Some(position) => Err(TrainError::OutOfVocabulary {
+            position,
+            token: tokens[position],
+            vocab_size,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// The 64-bit FNV-1a hash, which unlike the standard library's is the same in every release.
+pub(super) fn fnv_1a(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// Windows as tensors.
@@ -114,6 +170,8 @@ pub struct LanguageBatch<B: Backend> {
     pub tokens: Tensor<B, 2, Int>,
     /// The token after each, `[batch, context]`.
     pub targets: Tensor<B, 2, Int>,
+    /// The positions whose targets count, `[batch, answers]`; none: all count.
+    pub answers: Option<Tensor<B, 2, Int>>,
 }
 
 /// Stacks windows of equal length.
@@ -127,7 +185,16 @@ impl<B: Backend> Batcher<B, TokenWindow, LanguageBatch<B>> for LanguageBatcher {
             let ids: Vec<i64> = items.iter().flat_map(row).map(|&id| id.into()).collect();
             Tensor::from_data(TensorData::new(ids, [items.len(), context]), device)
         };
+        let answers: Option<Vec<i64>> = items
+            .iter()
+            .map(|item| item.answers.as_deref())
+            .collect::<Option<Vec<_>>>()
+            .map(|rows| rows.concat().iter().map(|a| a.position as i64).collect());
         LanguageBatch {
+            answers: answers.map(|positions| {
+                let shape = [items.len(), positions.len() / items.len().max(1)];
+                Tensor::from_data(TensorData::new(positions, shape), device)
+            }),
             tokens: stack(|item| &item.inputs),
             targets: stack(|item| &item.targets),
         }
@@ -145,6 +212,7 @@ pub(super) struct Schedule {
     steps: usize,
     epochs: usize,
     seed: u64,
+    accumulation: usize,
 }
 
 impl Schedule {
@@ -154,17 +222,13 @@ impl Schedule {
             steps: config.steps,
             epochs: config.epochs,
             seed: config.seed,
+            accumulation: config.accumulation,
         }
     }
 
     /// Steps before the end of `epoch`, counted from 1.
     pub fn steps_until(&self, epoch: usize) -> usize {
         self.steps * epoch / self.epochs
-    }
-
-    /// The windows an epoch reads, counted from the start of training.
-    fn reads(&self, epoch: usize) -> Range<usize> {
-        self.steps_until(epoch - 1) * self.batch_size..self.steps_until(epoch) * self.batch_size
     }
 
     /// The order in which `pass` reads `windows`.
@@ -179,34 +243,37 @@ impl Schedule {
 
 /// Training batches: an epoch of the [`Schedule`] per iteration, starting with `next_epoch`.
 pub(super) struct TrainLoader<B: Backend> {
-    windows: TokenWindows,
+    windows: Arc<dyn Windows>,
     schedule: Schedule,
     next_epoch: AtomicUsize,
-    /// The part of every epoch's windows that is read, where several devices share it.
-    part: Range<usize>,
+    /// The rows of every batch that are read, where several devices share it.
+    rows: Range<usize>,
+    /// Batches that each step's rows are read in, one after the other.
+    parts: usize,
     device: B::Device,
 }
 
 impl<B: Backend> TrainLoader<B> {
     pub fn new(
-        windows: TokenWindows,
+        windows: Arc<dyn Windows>,
         schedule: Schedule,
         first_epoch: usize,
         device: &B::Device,
     ) -> Self {
         Self {
             windows,
-            schedule,
             next_epoch: AtomicUsize::new(first_epoch),
-            part: 0..usize::MAX,
+            rows: 0..schedule.batch_size,
+            parts: schedule.accumulation,
+            schedule,
             device: device.clone(),
         }
     }
 
-    fn with(&self, part: Range<usize>, device: &B::Device) -> Self {
+    fn with(&self, rows: Range<usize>, device: &B::Device) -> Self {
         let next = self.next_epoch.load(Ordering::Relaxed);
         Self {
-            part,
+            rows,
             ..Self::new(self.windows.clone(), self.schedule.clone(), next, device)
         }
     }
@@ -215,36 +282,37 @@ impl<B: Backend> TrainLoader<B> {
 impl<B: Backend> DataLoader<B, LanguageBatch<B>> for TrainLoader<B> {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<LanguageBatch<B>> + 'a> {
         let epoch = self.next_epoch.fetch_add(1, Ordering::Relaxed);
-        let reads = self.schedule.reads(epoch);
-        let end = reads.end.min(reads.start.saturating_add(self.part.end));
-        let start = end.min(reads.start + self.part.start);
         Box::new(TrainBatches {
             loader: self,
-            reads: start..end,
-            next: start,
+            steps: self.schedule.steps_until(epoch - 1)..self.schedule.steps_until(epoch),
+            parts: 0,
             order: None,
         })
     }
 
     fn num_items(&self) -> usize {
         let epoch = self.next_epoch.load(Ordering::Relaxed);
-        self.schedule.reads(epoch).len().min(self.part.len())
+        let steps = self.schedule.steps_until(epoch) - self.schedule.steps_until(epoch - 1);
+        steps * self.rows.len()
     }
 
     fn to_device(&self, device: &B::Device) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
-        Arc::new(self.with(self.part.clone(), device))
+        Arc::new(self.with(self.rows.clone(), device))
     }
 
+    /// A share of every batch, not of the steps: devices that train together read, step by step,
+    /// what one device would.
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
-        let offset = self.part.start;
-        Arc::new(self.with(offset + start..offset + end, &self.device))
+        let row = |item: usize| self.rows.start + item * self.rows.len() / self.num_items().max(1);
+        Arc::new(self.with(row(start)..row(end), &self.device))
     }
 }
 
 struct TrainBatches<'a, B: Backend> {
     loader: &'a TrainLoader<B>,
-    reads: Range<usize>,
-    next: usize,
+    steps: Range<usize>,
+    /// Batches read so far.
+    parts: usize,
     /// The pass under way and its order.
     order: Option<(usize, Vec<usize>)>,
 }
@@ -269,19 +337,30 @@ impl<B: Backend> Iterator for TrainBatches<'_, B> {
     type Item = LanguageBatch<B>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let end = self
-            .reads
-            .end
-            .min(self.next + self.loader.schedule.batch_size);
-        let items: Vec<_> = (self.next..end).filter_map(|i| self.window(i)).collect();
-        self.next = end;
+        let (step, part) = (
+            self.steps.start + self.parts / self.loader.parts,
+            self.parts % self.loader.parts,
+        );
+        if step >= self.steps.end {
+            return None;
+        }
+        let rows = &self.loader.rows;
+        let first = step * self.loader.schedule.batch_size + rows.start;
+        let row = |part: usize| first + part * rows.len() / self.loader.parts;
+        let reads = row(part)..row(part + 1);
+        self.parts += 1;
+        let items: Vec<_> = reads.filter_map(|read| self.window(read)).collect();
         (!items.is_empty()).then(|| LanguageBatcher.batch(items, &self.loader.device))
     }
 }
 
 impl<B: Backend> DataLoaderIterator<LanguageBatch<B>> for TrainBatches<'_, B> {
     fn progress(&self) -> Progress {
-        Progress::new(self.next - self.reads.start, self.reads.len())
+        let rows = self.loader.rows.len();
+        Progress::new(
+            self.parts * rows / self.loader.parts,
+            self.steps.len() * rows,
+        )
     }
 }
 
@@ -296,9 +375,10 @@ mod tests {
             steps: 10,
             epochs: 3,
             seed: 1,
+            accumulation: 1,
         };
-        let ranges: Vec<_> = (1..=3).map(|epoch| schedule.reads(epoch)).collect();
-        assert_eq!(ranges, [0..6, 6..12, 12..20]);
+        let ends: Vec<_> = (0..=3).map(|epoch| schedule.steps_until(epoch)).collect();
+        assert_eq!(ends, [0, 3, 6, 10]);
         let (first, second) = (schedule.order(0, 50), schedule.order(1, 50));
         assert_ne!(first, second);
         assert_eq!(first, schedule.order(0, 50));

@@ -30,20 +30,24 @@
 //! ```
 
 mod checkpoint;
+pub mod compare;
 mod config;
 mod data;
 mod error;
+mod learning_rate;
 mod metrics;
 mod optimizer;
 mod progress;
+mod recall;
 mod run;
 mod step;
 
 pub use checkpoint::EpochLosses;
 pub use config::TrainingConfig;
-pub use data::{LanguageBatch, LanguageBatcher, TokenWindow, TokenWindows};
+pub use data::{Answer, LanguageBatch, LanguageBatcher, TokenWindow, TokenWindows, Windows};
 pub use error::TrainError;
 pub use metrics::{PerplexityMetric, TokenLosses, TokenRateMetric, perplexity};
-pub use progress::Progress;
-pub use run::{Run, Trained, evaluate, train, train_from};
+pub use progress::{Progress, StepReport};
+pub use recall::{AssociativeRecall, DistanceAccuracy, Needle, accuracy_by_distance};
+pub use run::{Run, Trained, evaluate, train, train_from, train_on};
 pub use step::LanguageOutput;

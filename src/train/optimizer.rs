@@ -15,6 +15,7 @@ use super::config::TrainingConfig;
 /// The optimizer of a training.
 pub(super) fn optimizer<B: AutodiffBackend, M: AutodiffModule<B>>(
     config: &TrainingConfig,
+    devices: usize,
 ) -> ClippedToNorm<OptimizerAdaptor<MatrixDecay, M, B>> {
     let adam_w = AdamWConfig::new()
         .with_beta_1(config.beta_1)
@@ -27,6 +28,7 @@ pub(super) fn optimizer<B: AutodiffBackend, M: AutodiffModule<B>>(
             others: adam_w.with_weight_decay(0.0).build(),
         }),
         max_norm: config.grad_clip,
+        summed: config.accumulation * devices,
     }
 }
 
@@ -63,6 +65,8 @@ impl<B: Backend> SimpleOptimizer<B> for MatrixDecay {
 pub(super) struct ClippedToNorm<O> {
     inner: O,
     max_norm: f64,
+    /// Burn sums the gradients of this many equal parts of a batch; the update takes their mean.
+    summed: usize,
 }
 
 impl<B, M, O> Optimizer<M, B> for ClippedToNorm<O>
@@ -74,6 +78,13 @@ where
     type Record = O::Record;
 
     fn step(&mut self, lr: f64, module: M, mut grads: GradientsParams) -> M {
+        if self.summed > 1 {
+            let factor = 1.0 / self.summed as f32;
+            let device = module.devices().into_iter().next().unwrap_or_default();
+            let factor = Tensor::from_data([factor], &device);
+            let grads = &mut grads;
+            module.visit(&mut Scale::<B> { grads, factor });
+        }
         clip_to_norm(&module, &mut grads, self.max_norm);
         self.inner.step(lr, module, grads)
     }

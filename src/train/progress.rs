@@ -1,7 +1,9 @@
 //! Progress as plain lines, for logs and pipes. On a terminal Burn draws its own interface.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io::{self, Write};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use burn_train::metric::{MetricDefinition, MetricId, NumericEntry};
@@ -26,6 +28,27 @@ pub enum Progress {
     Quiet,
 }
 
+/// A step that a training has made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepReport {
+    /// The step, counted from 1; after a resumption from where the run stood.
+    pub step: usize,
+    /// Steps in all.
+    pub steps: usize,
+    /// Mean loss of the step's targets before it, in nats.
+    pub loss: f64,
+}
+
+/// Someone who is told of every step.
+#[derive(Clone)]
+pub(super) struct Observer(pub Arc<dyn Fn(StepReport) + Send + Sync>);
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Observer")
+    }
+}
+
 /// Prints a line every so often, and one after each validation.
 ///
 /// Burn's own renderer for anything but a terminal prints every iteration, and no metric.
@@ -33,6 +56,8 @@ pub(super) struct PlainRenderer<W> {
     output: W,
     steps: usize,
     tokens_per_step: usize,
+    /// Parts of a step that are told of one by one.
+    parts: usize,
     schedule: Schedule,
     interval: Duration,
     names: HashMap<MetricId, String>,
@@ -41,6 +66,8 @@ pub(super) struct PlainRenderer<W> {
     /// Since the last training step.
     valid: TokenLosses,
     learning_rate: f64,
+    loss: f64,
+    observer: Option<Observer>,
     started: Option<Point>,
     last: Option<Point>,
 }
@@ -53,25 +80,34 @@ struct Point {
 }
 
 impl<W: Write + Send + Sync> PlainRenderer<W> {
-    pub fn new(output: W, config: &TrainingConfig, interval: Duration) -> Self {
+    pub fn new(output: W, config: &TrainingConfig, parts: usize, interval: Duration) -> Self {
         Self {
             output,
             steps: config.steps,
             tokens_per_step: config.tokens_per_step(),
+            parts,
             schedule: Schedule::new(config),
             interval,
             names: HashMap::new(),
             train: TokenLosses::NONE,
             valid: TokenLosses::NONE,
             learning_rate: f64::NAN,
+            loss: f64::NAN,
+            observer: None,
             started: None,
             last: None,
         }
     }
 
+    /// Tells `observer` of every step.
+    pub fn with_observer(self, observer: Option<Observer>) -> Self {
+        Self { observer, ..self }
+    }
+
     fn step(&self, progress: &TrainingProgress) -> usize {
         let epoch = progress.global_progress.items_processed;
-        self.schedule.steps_until(epoch - 1) + progress.iteration.unwrap_or(0)
+        let part = progress.iteration.unwrap_or(0);
+        self.schedule.steps_until(epoch - 1) + part.div_ceil(self.parts)
     }
 
     fn metric(&self, state: MetricState) -> (&str, f64, usize) {
@@ -126,6 +162,7 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
             ("Loss", mean, tokens) => {
                 self.train = self.train.joined(TokenLosses { mean, tokens });
                 self.valid = TokenLosses::NONE;
+                self.loss = mean;
             }
             ("Learning Rate", rate, _) => self.learning_rate = rate,
             _ => {}
@@ -139,8 +176,19 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
     }
 
     fn render_train(&mut self, progress: TrainingProgress, _: Vec<ProgressType>) {
+        let part = progress.iteration.unwrap_or(0);
+        if !part.is_multiple_of(self.parts) {
+            return;
+        }
         let now = Instant::now();
         let step = self.step(&progress);
+        if let Some(Observer(observer)) = &self.observer {
+            observer(StepReport {
+                step,
+                steps: self.steps,
+                loss: self.loss,
+            });
+        }
         let here = Point { step, time: now };
         let started = self.started.is_some();
         if started && step < self.steps && self.last.is_some_and(|l| now - l.time < self.interval) {

@@ -6,27 +6,32 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataloader::{DataLoader, DataLoaderBuilder};
 use burn::lr_scheduler::LrScheduler;
-use burn::lr_scheduler::composed::{ComposedLrScheduler, ComposedLrSchedulerConfig};
-use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
-use burn::lr_scheduler::linear::LinearLrSchedulerConfig;
 use burn::module::Module;
 use burn::optim::Optimizer;
 use burn::record::{Record, Recorder};
-use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::backend::{AutodiffBackend, Backend, BackendTypes};
 use burn_train::metric::{LearningRateMetric, LossMetric};
-use burn_train::{Interrupter, Learner, SupervisedTraining};
+use burn_train::{
+    ExecutionStrategy, Interrupter, Learner, LearningComponentsTypes, MultiDeviceOptim,
+    SupervisedTraining, TrainingStrategy,
+};
 
 use super::checkpoint::{
-    CompleteFileRecorder, EpochLosses, History, KeepLastAndBest, RunDirectory,
+    CompleteFileRecorder, EpochLosses, History, KeepLastAndBest, Patience, RunDirectory,
 };
 use super::config::TrainingConfig;
-use super::data::{LanguageBatch, LanguageBatcher, Schedule, TokenWindows, TrainLoader};
+use super::data::{
+    LanguageBatch, LanguageBatcher, Schedule, TokenWindow, TokenWindows, TrainLoader, Windows,
+    check_vocabulary,
+};
 use super::error::TrainError;
+use super::learning_rate::{OncePerStep, learning_rates};
 use super::metrics::{PerplexityMetric, TokenRateMetric, perplexity};
 use super::optimizer::optimizer;
-use super::progress::{PlainRenderer, Progress};
+use super::progress::{Observer, PlainRenderer, Progress, StepReport};
 use super::step::window_losses;
 use crate::decoder::FusedKvDecoder;
 
@@ -39,6 +44,7 @@ pub struct Run {
     directory: PathBuf,
     resume: bool,
     progress: Progress,
+    observer: Option<Observer>,
 }
 
 impl Run {
@@ -49,6 +55,7 @@ impl Run {
             directory: directory.into(),
             resume: false,
             progress: Progress::Auto,
+            observer: None,
         }
     }
 
@@ -66,6 +73,16 @@ impl Run {
     #[must_use]
     pub fn with_progress(self, progress: Progress) -> Self {
         Self { progress, ..self }
+    }
+
+    /// Calls `observer` after every step, from another thread; not while Burn draws its own
+    /// interface.
+    #[must_use]
+    pub fn with_observer(self, observer: impl Fn(StepReport) + Send + Sync + 'static) -> Self {
+        Self {
+            observer: Some(Observer(Arc::new(observer))),
+            ..self
+        }
     }
 }
 
@@ -115,10 +132,9 @@ pub fn train<B: AutodiffBackend>(
     device: &B::Device,
 ) -> Result<Trained<B::InnerBackend>, TrainError> {
     config.validate()?;
-    B::seed(device, config.seed);
-    // Parameters draw their values when first used; a fork uses them all, in order.
-    let model = config.model.init::<B>(device)?.fork(device);
-    train_from(config, model, tokens, run, device)
+    let (train_windows, valid_windows) = split(config, tokens)?;
+    let devices = std::slice::from_ref(device);
+    run_training::<B>(config, None, train_windows, valid_windows, run, devices)
 }
 
 /// [`train`] that starts with a model: one that was [loaded](crate::checkpoint::load_checkpoint) or
@@ -138,7 +154,6 @@ pub fn train_from<B: AutodiffBackend>(
     run: &Run,
     device: &B::Device,
 ) -> Result<Trained<B::InnerBackend>, TrainError> {
-    let start = Instant::now();
     config.validate()?;
     if *model.config() != config.model {
         return Err(TrainError::OtherModel {
@@ -146,12 +161,96 @@ pub fn train_from<B: AutodiffBackend>(
             expected: Box::new(config.model.clone()),
         });
     }
+    let (train_windows, valid_windows) = split(config, tokens)?;
+    let (model, devices) = (Some(model), std::slice::from_ref(device));
+    run_training(config, model, train_windows, valid_windows, run, devices)
+}
+
+/// [`train`] on windows of any kind, validated on others, by one or several devices; the
+/// configuration's `valid_fraction` does not matter.
+///
+/// Several devices train data-parallel by Burn's multi-device strategy: each takes an equal share
+/// of every batch, and the first updates the weights by the mean of all gradients. The result is
+/// that of one device but for rounding. A device may be named more than once, which gives it as
+/// many threads of work.
+///
+/// # Errors
+/// As [`train`], and [`TrainError::Setting`] if the windows' length is not the configured context
+/// or a data set or the list of devices is empty, or `batch_size` cannot be divided among the devices.
+///
+/// # Panics
+/// As [`train`].
+pub fn train_on<B: AutodiffBackend>(
+    config: &TrainingConfig,
+    train_windows: impl Windows + 'static,
+    valid_windows: impl Windows + 'static,
+    run: &Run,
+    devices: &[B::Device],
+) -> Result<Trained<B::InnerBackend>, TrainError> {
+    run_training::<B>(config, None, train_windows, valid_windows, run, devices)
+}
+
+/// The windows of a text to train on, and those held out.
+fn split(
+    config: &TrainingConfig,
+    tokens: impl Into<Arc<[u32]>>,
+) -> Result<(TokenWindows, TokenWindows), TrainError> {
     let tokens = tokens.into();
     check_vocabulary(&tokens, config.model.vocab_size)?;
-    let (train_windows, valid_windows) =
-        TokenWindows::split(tokens, config.context, config.valid_fraction)?;
-    let optimizer = optimizer::<B, FusedKvDecoder<B>>(config);
-    let scheduler = learning_rates(config)?;
+    TokenWindows::split(tokens, config.context, config.valid_fraction)
+}
+
+/// Trains `model`, or one of random weights.
+fn run_training<B: AutodiffBackend>(
+    config: &TrainingConfig,
+    model: Option<FusedKvDecoder<B>>,
+    train_windows: impl Windows + 'static,
+    valid_windows: impl Windows + 'static,
+    run: &Run,
+    devices: &[B::Device],
+) -> Result<Trained<B::InnerBackend>, TrainError> {
+    let start = Instant::now();
+    config.validate()?;
+    let parts = devices.len() * config.accumulation;
+    let device = match devices {
+        [first, ..] if config.batch_size.is_multiple_of(parts) => first,
+        _ => {
+            return Err(TrainError::Setting {
+                field: "devices",
+                value: devices.len() as f64,
+                expected: "1 or more, among which batch_size can be divided, accumulation included",
+            });
+        }
+    };
+    for windows in [&train_windows as &dyn Windows, &valid_windows] {
+        windows.check_vocabulary(config.model.vocab_size)?;
+        for (field, value, fits, expected) in [
+            (
+                "context of the data",
+                windows.context(),
+                windows.context() == config.context,
+                "the configuration's context",
+            ),
+            ("windows", windows.len(), !windows.is_empty(), "1 or more"),
+        ] {
+            if !fits {
+                return Err(TrainError::Setting {
+                    field,
+                    value: value as f64,
+                    expected,
+                });
+            }
+        }
+    }
+
+    B::seed(device, config.seed);
+    let model = match model {
+        Some(model) => model,
+        // Parameters draw their values when first used; a fork uses them all, in order.
+        None => config.model.init::<B>(device)?.fork(device),
+    };
+    let optimizer = optimizer::<B, FusedKvDecoder<B>>(config, devices.len());
+    let scheduler = OncePerStep::new(learning_rates(config)?, config.accumulation);
 
     let (directory, done, losses) = if run.resume {
         let (directory, epoch, losses) = RunDirectory::resume(&run.directory, config)?;
@@ -162,6 +261,13 @@ pub fn train_from<B: AutodiffBackend>(
     };
 
     let history: History = Arc::new(Mutex::new(losses));
+    let patience = config.patience.map(|epochs| Patience {
+        history: history.clone(),
+        epochs,
+    });
+    // A run that ended early has nothing left to do.
+    let ended = patience.as_ref().is_some_and(Patience::is_over);
+    let last_epoch = if ended { done } else { config.epochs };
     let interrupter = Interrupter::new();
     let (train_report, train_losses) = channel();
     let (valid_report, valid_losses) = channel();
@@ -173,7 +279,7 @@ pub fn train_from<B: AutodiffBackend>(
         interrupter.clone(),
     );
     let schedule = Schedule::new(config);
-    let train_loader = TrainLoader::new(train_windows, schedule, done + 1, device);
+    let train_loader = TrainLoader::new(Arc::new(train_windows), schedule, done + 1, device);
     let valid_loader = valid_loader::<B::InnerBackend>(valid_windows, config.batch_size, device);
     let mut training =
         SupervisedTraining::new(directory.path(), Arc::new(train_loader), valid_loader)
@@ -187,16 +293,25 @@ pub fn train_from<B: AutodiffBackend>(
             .with_interrupter(interrupter.clone())
             // A library does not install a logger, nor a panic hook.
             .with_application_logger(None)
-            .num_epochs(config.epochs);
+            .with_training_strategy(strategy_of(devices))
+            .grads_accumulation(config.accumulation)
+            .num_epochs(last_epoch);
+    if let Some(patience) = patience {
+        training = training.early_stopping(patience);
+    }
     if done > 0 {
         training = training.checkpoint(done);
     }
     training = match run.progress {
         Progress::Auto if io::stdout().is_terminal() => training,
-        Progress::Auto | Progress::Plain => {
-            training.renderer(PlainRenderer::new(io::stdout(), config, LINE_INTERVAL))
-        }
-        Progress::Quiet => training.renderer(PlainRenderer::new(io::sink(), config, LINE_INTERVAL)),
+        Progress::Auto | Progress::Plain => training.renderer(
+            PlainRenderer::new(io::stdout(), config, parts, LINE_INTERVAL)
+                .with_observer(run.observer.clone()),
+        ),
+        Progress::Quiet => training.renderer(
+            PlainRenderer::new(io::sink(), config, parts, LINE_INTERVAL)
+                .with_observer(run.observer.clone()),
+        ),
     };
     let result = training.launch(Learner::new(model, optimizer, scheduler));
 
@@ -227,9 +342,18 @@ pub fn train_from<B: AutodiffBackend>(
         epochs,
         train_loss: last.train,
         valid_loss: last.valid,
-        tokens: config.steps * config.tokens_per_step(),
+        tokens: Schedule::new(config).steps_until(last.epoch) * config.tokens_per_step(),
         elapsed: start.elapsed(),
     })
+}
+
+/// One device by itself; several with the weights updated on the first. Burn's sharded optimizer
+/// could not clip by the norm of all gradients.
+fn strategy_of<LC: LearningComponentsTypes>(
+    devices: &[<LC::Backend as BackendTypes>::Device],
+) -> TrainingStrategy<LC> {
+    let main = MultiDeviceOptim::OptimMainDevice;
+    TrainingStrategy::Default(ExecutionStrategy::multi(devices.to_vec(), main))
 }
 
 /// Mean loss of a model on windows, in nats per token, `batch_size` windows at a time.
@@ -239,7 +363,7 @@ pub fn train_from<B: AutodiffBackend>(
 /// [`TrainError::OutOfVocabulary`] if the model cannot read the windows.
 pub fn evaluate<B: Backend>(
     model: &FusedKvDecoder<B>,
-    windows: &TokenWindows,
+    windows: &impl Windows,
     batch_size: usize,
 ) -> Result<f64, TrainError> {
     if batch_size == 0 {
@@ -256,12 +380,12 @@ pub fn evaluate<B: Backend>(
             max_positions: config.max_positions,
         });
     }
-    check_vocabulary(windows.tokens(), config.vocab_size)?;
+    windows.check_vocabulary(config.vocab_size)?;
     let device = model.embed_tokens.weight.val().device();
-    let loader = valid_loader::<B>(windows.clone(), batch_size, &device);
     let (mut sum, mut count) = (0.0, 0);
-    for batch in loader.iter() {
-        for loss in window_losses(model, batch).into_data().iter::<f64>() {
+    for batch in batches(windows, batch_size) {
+        let (losses, _) = window_losses(model, LanguageBatcher.batch(batch, &device));
+        for loss in losses.into_data().iter::<f64>() {
             sum += loss;
             count += 1;
         }
@@ -269,8 +393,20 @@ pub fn evaluate<B: Backend>(
     Ok(sum / f64::from(count))
 }
 
+/// The windows in order, `batch_size` at a time.
+pub(super) fn batches(
+    windows: &impl Windows,
+    batch_size: usize,
+) -> impl Iterator<Item = Vec<TokenWindow>> {
+    let starts = (0..windows.len()).step_by(batch_size.max(1));
+    starts.map(move |start| {
+        let end = windows.len().min(start + batch_size);
+        (start..end).filter_map(|i| windows.get(i)).collect()
+    })
+}
+
 fn valid_loader<B: Backend>(
-    windows: TokenWindows,
+    windows: impl Windows + 'static,
     batch_size: usize,
     device: &B::Device,
 ) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
@@ -278,40 +414,6 @@ fn valid_loader<B: Backend>(
         .batch_size(batch_size)
         .set_device(device.clone())
         .build(windows)
-}
-
-fn check_vocabulary(tokens: &[u32], vocab_size: usize) -> Result<(), TrainError> {
-    let unknown = |&token: &u32| token as usize >= vocab_size;
-    match tokens.iter().position(unknown) {
-        Some(position) => Err(TrainError::OutOfVocabulary {
-            position,
-            token: tokens[position],
-            vocab_size,
-        }),
-        None => Ok(()),
-    }
-}
-
-/// Linear warmup times cosine decay.
-fn learning_rates(config: &TrainingConfig) -> Result<ComposedLrScheduler, TrainError> {
-    let highest = config.learning_rate;
-    // The cosine's first step is step 0, and its last the last.
-    let cosine = CosineAnnealingLrSchedulerConfig::new(highest, (config.steps - 1).max(1))
-        .with_min_lr(highest * config.min_learning_rate_ratio);
-    let mut rates = ComposedLrSchedulerConfig::new().cosine(cosine);
-    if config.warmup_steps > 0 {
-        let first = 1.0 / (config.warmup_steps + 1) as f64;
-        rates = rates.linear(LinearLrSchedulerConfig::new(
-            first,
-            1.0,
-            config.warmup_steps,
-        ));
-    }
-    rates.init().map_err(|_| TrainError::Setting {
-        field: "learning_rate",
-        value: highest,
-        expected: "a rate that Burn's schedulers take",
-    })
 }
 
 /// Reads a checkpoint's files: Burn's learner panics where it cannot.

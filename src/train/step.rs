@@ -15,11 +15,12 @@ use crate::kernels::cross_entropy;
 pub struct LanguageOutput<B: Backend> {
     /// Mean negative log-likelihood of each window's targets in nats, `[batch]`.
     pub losses: Tensor<B, 1>,
-    /// Targets per window.
-    pub context: usize,
+    /// Targets per window that count.
+    pub targets: usize,
 }
 
-/// Mean negative log-likelihood, in nats, of the `targets` that follow `tokens`, `[batch]`.
+/// Mean negative log-likelihood, in nats, of each window's targets that count, `[batch]`, and how
+/// many of a window's do.
 ///
 /// # Panics
 /// Of what [`FusedKvDecoder::forward`] returns an error for: windows longer than the decoder's
@@ -27,17 +28,19 @@ pub struct LanguageOutput<B: Backend> {
 pub(super) fn window_losses<B: Backend>(
     model: &FusedKvDecoder<B>,
     batch: LanguageBatch<B>,
-) -> Tensor<B, 1> {
+) -> (Tensor<B, 1>, usize) {
     let logits = model
         .forward(batch.tokens)
         .expect("training checks the windows' length, and batches are never empty");
     let [rows, context, vocab_size] = logits.dims();
     let logits = logits.reshape([rows * context, vocab_size]);
     let targets = batch.targets.reshape([rows * context, 1]);
-    cross_entropy(logits, targets)
-        .reshape([rows, context])
-        .mean_dim(1)
-        .reshape([rows])
+    let mut losses = cross_entropy(logits, targets).reshape([rows, context]);
+    if let Some(answers) = batch.answers {
+        losses = losses.gather(1, answers);
+    }
+    let [_, counted] = losses.dims();
+    (losses.mean_dim(1).reshape([rows]), counted)
 }
 
 impl<B: AutodiffBackend> TrainStep for FusedKvDecoder<B> {
@@ -45,11 +48,10 @@ impl<B: AutodiffBackend> TrainStep for FusedKvDecoder<B> {
     type Output = LanguageOutput<B::InnerBackend>;
 
     fn step(&self, batch: Self::Input) -> TrainOutput<Self::Output> {
-        let [_, context] = batch.tokens.dims();
-        let losses = window_losses(self, batch);
+        let (losses, targets) = window_losses(self, batch);
         let output = LanguageOutput {
             losses: losses.clone().inner(),
-            context,
+            targets,
         };
         TrainOutput::new(self, losses.mean().backward(), output)
     }
@@ -60,11 +62,8 @@ impl<B: Backend> InferenceStep for FusedKvDecoder<B> {
     type Output = LanguageOutput<B>;
 
     fn step(&self, batch: Self::Input) -> Self::Output {
-        let [_, context] = batch.tokens.dims();
-        LanguageOutput {
-            losses: window_losses(self, batch),
-            context,
-        }
+        let (losses, targets) = window_losses(self, batch);
+        LanguageOutput { losses, targets }
     }
 }
 
@@ -87,7 +86,7 @@ impl<B: Backend> Adaptor<TokenLosses> for LanguageOutput<B> {
         let losses: Vec<f64> = self.losses.to_data().iter().collect();
         TokenLosses {
             mean: losses.iter().sum::<f64>() / losses.len() as f64,
-            tokens: losses.len() * self.context,
+            tokens: losses.len() * self.targets,
         }
     }
 }

@@ -14,8 +14,8 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::{ARCH, simd};
-use super::many::{self, Lanes, WIDE, add_values, scores_of, transposed};
-use super::{Hidden, Problem, Source, TILE, hidden};
+use super::many::{self, Lanes, TILE, WIDE, add_values, scores_of, transposed};
+use super::{Hidden, Problem, Source, hidden};
 use crate::decoder::attend::Visibility;
 
 /// Which keys are hidden, and the attention among the others.

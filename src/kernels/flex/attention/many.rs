@@ -13,7 +13,7 @@ use super::rows::Scratch;
 use super::{HIDDEN, Problem};
 
 /// Keys per tile: keys or values of a tile fit the first-level cache.
-const TILE: usize = 64;
+pub(super) const TILE: usize = 64;
 /// Vectors of queries side by side.
 pub(super) const WIDE: usize = 3;
 

@@ -1,0 +1,253 @@
+//! Trains every method alike and says what each costs and gives.
+//!
+//! ```sh
+//! cargo run --release --example compare -- --methods standard yoco fused-kv --seeds 1
+//! cargo run --release --example compare -- --data book.txt --methods standard fused-kv:n=2,kv-heads=2
+//! cargo run --release --example compare -- --task recall --plans plans.json
+//! ```
+//!
+//! Run the same command again after an interruption: finished runs are kept, the running one goes
+//! on from its last checkpoint.
+
+#[path = "../backend/mod.rs"]
+mod backend;
+#[path = "../corpus/mod.rs"]
+mod corpus;
+mod plots;
+mod text;
+mod watch;
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use burn::tensor::backend::Backend;
+use clap::{Parser, ValueEnum};
+use fusedkv::backend::Autodiff;
+use fusedkv::train::compare::{
+    Comparison, DEFAULT_METHODS, Method, RunResult, markdown, measure_speed,
+};
+use fusedkv::train::{AssociativeRecall, Needle, TrainingConfig, Windows};
+use fusedkv::{FusedKvDecoderConfig, KvPlan};
+
+use backend::{BackendName, Program};
+use watch::Watch;
+
+/// What is learned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Task {
+    /// The next token of a text
+    Text,
+    /// Multi-query associative recall
+    Recall,
+    /// One pair in a haystack
+    Needle,
+}
+
+/// Train methods alike and compare them.
+#[derive(Parser)]
+struct Args {
+    /// Methods, each a name with options such as `fused-kv:n=2,kv-heads=2,init=equal`
+    #[arg(long, num_args = 1.., default_values = DEFAULT_METHODS)]
+    methods: Vec<String>,
+    /// A JSON file of plans to compare as well: [{"name": …, "plan": …, "n_kv_heads": …}]
+    #[arg(long, value_name = "FILE")]
+    plans: Option<PathBuf>,
+    /// Runs per method
+    #[arg(long, default_value_t = 3)]
+    seeds: u64,
+    #[arg(long, value_enum, default_value = "text")]
+    task: Task,
+    /// Text file or folder; the sources of this crate if not given
+    #[arg(long, value_name = "PATH")]
+    data: Option<PathBuf>,
+    /// Where runs, table and plots are kept
+    #[arg(long, value_name = "DIR", default_value = "target/compare")]
+    out: PathBuf,
+    /// What to compute on
+    #[arg(long, value_enum, default_value = "flex")]
+    backend: BackendName,
+    #[arg(long, default_value_t = 6)]
+    layers: usize,
+    /// Width of the residual stream
+    #[arg(long, default_value_t = 128)]
+    hidden: usize,
+    /// Query heads
+    #[arg(long, default_value_t = 4)]
+    heads: usize,
+    /// Key/value heads; as many as query heads if not given
+    #[arg(long)]
+    kv_heads: Option<usize>,
+    /// Inner width of the SwiGLU blocks; 2.75 times the width if not given
+    #[arg(long)]
+    ffn: Option<usize>,
+    /// Size of the vocabulary: learned from a text, or that of a generated task
+    #[arg(long, default_value_t = 1024)]
+    vocab: usize,
+    /// A tokenizer.json to use instead of learning one
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Tokens per training window
+    #[arg(long, default_value_t = 128)]
+    context: usize,
+    /// Windows per step
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    /// Parts each step's windows are divided into to save memory
+    #[arg(long, default_value_t = 1)]
+    accumulation: usize,
+    /// Data-parallel workers, each with its share of every step's windows
+    #[arg(long, default_value_t = 1)]
+    devices: usize,
+    #[arg(long, default_value_t = 400)]
+    steps: usize,
+    /// Times a run is validated and checkpointed
+    #[arg(long, default_value_t = 8)]
+    validations: usize,
+    /// Highest learning rate
+    #[arg(long, default_value_t = 3e-3)]
+    lr: f64,
+    /// Share of a text, or of the windows trained on, that is held out
+    #[arg(long, default_value_t = 0.05)]
+    valid: f64,
+    /// Key-value pairs per window, for `--task recall`
+    #[arg(long, default_value_t = 8)]
+    pairs: usize,
+    /// Tokens of the prompt whose prefill is timed
+    #[arg(long, default_value_t = 512)]
+    prompt: usize,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match args.backend.run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Program for Args {
+    fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
+        match self.task {
+            Task::Text => {
+                let (tokenizer, train, valid) = text::windows(&self)?;
+                self.compare::<B>(tokenizer, &train, &valid, device)
+            }
+            Task::Recall => {
+                let [train, valid] = self.generated_windows().map(|(windows, seed)| {
+                    AssociativeRecall::new(self.vocab, self.context, self.pairs, windows)
+                        .with_seed(seed)
+                });
+                self.compare::<B>(self.vocab, &train, &valid, device)
+            }
+            Task::Needle => {
+                let [train, valid] = self.generated_windows().map(|(windows, seed)| {
+                    Needle::new(self.vocab, self.context, windows).with_seed(seed)
+                });
+                self.compare::<B>(self.vocab, &train, &valid, device)
+            }
+        }
+    }
+}
+
+impl Args {
+    /// How many windows of which seed: no window is trained on twice, none held out is trained on.
+    fn generated_windows(&self) -> [(usize, u64); 2] {
+        let train = self.steps * self.batch;
+        let valid = (train as f64 * self.valid).ceil() as usize;
+        [(train, 0), (valid, 1)]
+    }
+
+    fn compare<B: Backend>(
+        &self,
+        vocab_size: usize,
+        train: &(impl Windows + Clone + 'static),
+        valid: &(impl Windows + Clone + 'static),
+        device: &B::Device,
+    ) -> Result<(), Box<dyn Error>> {
+        let comparison = self.comparison(vocab_size)?;
+        let watch = Watch::new(&comparison);
+        let devices = vec![device.clone(); self.devices];
+        let results = comparison.run::<Autodiff<B>>(train, valid, &devices, move |event| {
+            watch.tell(event);
+        })?;
+        let methods = &comparison.methods;
+        let speeds = measure_speed::<B>(methods, self.prompt, 16, 5, device)?;
+        let table = markdown(&results, &speeds);
+        let write = |name: &str, text: String| {
+            let path = self.out.join(name);
+            fs::write(&path, text)
+                .map_err(|error| format!("cannot write {}: {error}", path.display()))
+        };
+        write("table.md", table.clone())?;
+        write("speed.json", serde_json::to_string_pretty(&speeds)?)?;
+        println!("{table}");
+        print_accuracy(&results);
+        plots::draw(&results, &self.out)?;
+        println!("Table, plots and runs are in {}", self.out.display());
+        Ok(())
+    }
+
+    fn comparison(&self, vocab_size: usize) -> Result<Comparison, Box<dyn Error>> {
+        let model = FusedKvDecoderConfig::new(
+            vocab_size,
+            self.hidden,
+            self.layers,
+            self.heads,
+            self.kv_heads.unwrap_or(self.heads),
+            self.hidden / self.heads.max(1),
+            self.ffn.unwrap_or(self.hidden * 11 / 4),
+            KvPlan::Standard,
+        )
+        .with_rope_theta(1e4)
+        .with_max_positions(self.context);
+        let mut methods = self
+            .methods
+            .iter()
+            .map(|name| Method::parse(name, &model))
+            .collect::<Result<Vec<_>, _>>()?;
+        if let Some(path) = &self.plans {
+            methods.extend(Method::from_plans(&text::read(path)?, &model)?);
+        }
+        Method::check_names(&methods)?;
+        let training = TrainingConfig::new(model, self.context, self.batch, self.steps)
+            .with_learning_rate(self.lr)
+            .with_accumulation(self.accumulation)
+            .with_epochs(self.validations.min(self.steps))
+            .with_warmup_steps(self.steps / 20)
+            .with_valid_fraction(self.valid);
+        Ok(Comparison {
+            training,
+            methods,
+            seeds: (0..self.seeds).collect(),
+            directory: self.out.clone(),
+        })
+    }
+
+    /// A file of the output directory, which is made if need be.
+    fn kept(&self, name: &str) -> Result<PathBuf, Box<dyn Error>> {
+        let directory: &Path = &self.out;
+        fs::create_dir_all(directory)
+            .map_err(|error| format!("cannot make {}: {error}", directory.display()))?;
+        Ok(directory.join(name))
+    }
+}
+
+/// Accuracy by distance, of the first seed of each method.
+fn print_accuracy(results: &[RunResult]) {
+    for result in results.iter().filter(|result| !result.accuracy.is_empty()) {
+        print!(
+            "{} seed {}, accuracy up to distance",
+            result.method, result.config.seed
+        );
+        for bucket in &result.accuracy {
+            let share = bucket.correct as f64 / bucket.total as f64;
+            print!("  {}: {share:.3}", bucket.up_to);
+        }
+        println!();
+    }
+}

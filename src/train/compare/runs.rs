@@ -1,0 +1,271 @@
+//! Running a comparison: every method with every seed, each finished run kept.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use burn::tensor::backend::AutodiffBackend;
+use serde::{Deserialize, Serialize};
+
+use super::method::Method;
+use crate::file;
+use crate::train::checkpoint::{EpochLosses, difference, read};
+use crate::train::config::TrainingConfig;
+use crate::train::data::Windows;
+use crate::train::error::TrainError;
+use crate::train::progress::{Progress, StepReport};
+use crate::train::recall::{DistanceAccuracy, accuracy_by_distance};
+use crate::train::run::{Run, train_on};
+
+const RESULT: &str = "result.json";
+const COMPARISON: &str = "comparison.json";
+
+/// Several methods to be trained alike, several seeds each.
+#[derive(Clone, Debug)]
+pub struct Comparison {
+    /// How all are trained; the decoder and the seed are those of each run.
+    pub training: TrainingConfig,
+    /// What is compared.
+    pub methods: Vec<Method>,
+    /// Each seeds one run of every method.
+    pub seeds: Vec<u64>,
+    /// Where the runs are kept.
+    pub directory: PathBuf,
+}
+
+/// What one run gave, as kept in its `result.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunResult {
+    /// The method's name.
+    pub method: String,
+    /// What was trained, and how.
+    pub config: TrainingConfig,
+    /// Learned parameters.
+    pub parameters: usize,
+    /// Bytes that one token takes in a cache of f32.
+    pub cache_bytes_per_token: usize,
+    /// Losses of every epoch.
+    pub epochs: Vec<EpochLosses>,
+    /// Mean loss of the held-out targets after the last step, in nats.
+    pub valid_loss: f64,
+    /// e to the validation loss.
+    pub perplexity: f64,
+    /// Tokens read in training.
+    pub tokens: usize,
+    /// Median over the steps of the tokens read per second; none if no step was timed, as when a
+    /// run died after its last one.
+    pub tokens_per_second: Option<f64>,
+    /// Share of held-out answers that are the most likely token, by distance; empty for text.
+    pub accuracy: Vec<DistanceAccuracy>,
+}
+
+/// What happens during a comparison.
+#[derive(Clone, Copy, Debug)]
+pub enum RunEvent<'a> {
+    /// A run begins, or goes on.
+    Started {
+        /// The method's name.
+        method: &'a str,
+        /// The seed.
+        seed: u64,
+    },
+    /// A run has made a step.
+    Step(StepReport),
+    /// A run is finished.
+    Finished {
+        /// Its result.
+        result: &'a RunResult,
+        /// Whether it was finished before, and only read.
+        kept: bool,
+    },
+}
+
+impl Comparison {
+    /// Trains what is not finished yet and returns all results, method by method, seed by seed.
+    ///
+    /// A run that was interrupted goes on from its last checkpoint and ends as it would have
+    /// without the interruption; the same holds for a comparison. Seeds take turns, so that the
+    /// first results show all methods.
+    ///
+    /// # Errors
+    /// [`TrainError::OtherRun`] if the directory holds a comparison of other data or settings, and
+    /// whatever [`train_on`] returns.
+    pub fn run<B: AutodiffBackend>(
+        &self,
+        train: &(impl Windows + Clone + 'static),
+        valid: &(impl Windows + Clone + 'static),
+        devices: &[B::Device],
+        watch: impl Fn(RunEvent<'_>) + Send + Sync + 'static,
+    ) -> Result<Vec<RunResult>, TrainError> {
+        for run in self.configs() {
+            run.1.validate()?;
+            train.check_vocabulary(run.1.model.vocab_size)?;
+            valid.check_vocabulary(run.1.model.vocab_size)?;
+        }
+        self.claim_directory(&[train.fingerprint(), valid.fingerprint()])?;
+        let watch = Arc::new(watch);
+        let mut results = Vec::new();
+        for (method, config) in self.configs() {
+            let directory = self.run_directory(method, config.seed);
+            let path = directory.join(RESULT);
+            if path.exists() {
+                let result: RunResult = read(&path)?;
+                check_same(&directory, &result.config, &config)?;
+                watch(RunEvent::Finished {
+                    result: &result,
+                    kept: true,
+                });
+                results.push(result);
+                continue;
+            }
+            watch(RunEvent::Started {
+                method: &method.name,
+                seed: config.seed,
+            });
+            let result = self.run_one::<B>(method, &config, train, valid, devices, &watch)?;
+            write_json(&path, &result)?;
+            watch(RunEvent::Finished {
+                result: &result,
+                kept: false,
+            });
+            results.push(result);
+        }
+        let place = |result: &RunResult| {
+            let method = |m: &Method| m.name == result.method;
+            (self.methods.iter().position(method), result.config.seed)
+        };
+        results.sort_by_key(place);
+        Ok(results)
+    }
+
+    fn run_one<B: AutodiffBackend>(
+        &self,
+        method: &Method,
+        config: &TrainingConfig,
+        train: &(impl Windows + Clone + 'static),
+        valid: &(impl Windows + Clone + 'static),
+        devices: &[B::Device],
+        watch: &Arc<impl Fn(RunEvent<'_>) + Send + Sync + 'static>,
+    ) -> Result<RunResult, TrainError> {
+        let times = Arc::new(Mutex::new(Vec::new()));
+        let run = Run::new(self.run_directory(method, config.seed)).with_progress(Progress::Quiet);
+        let run = {
+            let (watch, times) = (watch.clone(), times.clone());
+            run.with_observer(move |report| {
+                let mut times = times.lock().unwrap_or_else(PoisonError::into_inner);
+                times.push(Instant::now());
+                watch(RunEvent::Step(report));
+            })
+        };
+        let go = |resume| {
+            let run = run.clone().with_resume(resume);
+            train_on::<B>(config, train.clone(), valid.clone(), &run, devices)
+        };
+        let trained = match go(true) {
+            Err(TrainError::NoCheckpoint(_)) => go(false)?,
+            trained => trained?,
+        };
+        let costs = config.model.costs()?;
+        let times = times.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(RunResult {
+            method: method.name.clone(),
+            parameters: costs.parameters(),
+            cache_bytes_per_token: costs.cache_bytes_per_token(size_of::<f32>()),
+            valid_loss: trained.valid_loss,
+            perplexity: trained.perplexity(),
+            tokens: trained.tokens,
+            tokens_per_second: median_rate(&times, config.tokens_per_step()),
+            accuracy: accuracy_by_distance(&trained.model, valid, config.batch_size)?,
+            epochs: trained.epochs,
+            config: config.clone(),
+        })
+    }
+
+    fn configs(&self) -> impl Iterator<Item = (&Method, TrainingConfig)> {
+        self.seeds.iter().flat_map(move |&seed| {
+            self.methods.iter().map(move |method| {
+                let config = TrainingConfig {
+                    model: method.model.clone(),
+                    seed,
+                    ..self.training.clone()
+                };
+                (method, config)
+            })
+        })
+    }
+
+    fn run_directory(&self, method: &Method, seed: u64) -> PathBuf {
+        let name = format!("{}-seed-{seed}", method.slug());
+        self.directory.join("runs").join(name)
+    }
+
+    /// Marks the directory with what is compared, or checks that it is marked so.
+    ///
+    /// Methods and seeds may be added to a comparison; data and training stay.
+    fn claim_directory(&self, data: &[u64; 2]) -> Result<(), TrainError> {
+        let training = TrainingConfig {
+            model: self.training.model.clone(),
+            seed: 0,
+            ..self.training.clone()
+        };
+        let mark = serde_json::json!({ "training": training, "data": data });
+        let path = self.directory.join(COMPARISON);
+        if path.exists() {
+            return check_same(&self.directory, &read::<serde_json::Value>(&path)?, &mark);
+        }
+        fs::create_dir_all(&self.directory).map_err(|source| TrainError::Write {
+            path: self.directory.clone(),
+            source,
+        })?;
+        write_json(&path, &mark)
+    }
+}
+
+fn check_same(
+    directory: &Path,
+    found: &impl Serialize,
+    expected: &impl Serialize,
+) -> Result<(), TrainError> {
+    // Through text: numbers of less precision are written shorter.
+    let json = |value: &dyn Fn() -> serde_json::Result<String>| -> Result<serde_json::Value, _> {
+        value()
+            .and_then(|json| serde_json::from_str(&json))
+            .map_err(|error: serde_json::Error| TrainError::Unreadable {
+                path: directory.to_owned(),
+                reason: error.to_string(),
+            })
+    };
+    let found = json(&|| serde_json::to_string(found))?;
+    let expected = json(&|| serde_json::to_string(expected))?;
+    match difference(&found, &expected) {
+        Some((field, found, expected)) => Err(TrainError::OtherRun {
+            directory: directory.to_owned(),
+            field,
+            found,
+            expected,
+        }),
+        None => Ok(()),
+    }
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
+    serde_json::to_vec_pretty(value)
+        .map_err(Into::into)
+        .and_then(|json| file::replace(path, |partial| fs::write(partial, json)))
+        .map_err(|source| TrainError::Write {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+/// Tokens per second of the median step: validations between steps do not count.
+fn median_rate(times: &[Instant], tokens_per_step: usize) -> Option<f64> {
+    let mut steps: Vec<f64> = times
+        .windows(2)
+        .map(|pair| (pair[1] - pair[0]).as_secs_f64())
+        .collect();
+    steps.sort_by(f64::total_cmp);
+    let median = steps.get(steps.len() / 2)?;
+    Some(tokens_per_step as f64 / median)
+}
