@@ -28,15 +28,15 @@ struct CrossEntropy {
 }
 
 impl Operation<1> for CrossEntropy {
-    /// The logits, and the base-2 logarithms of the sums of their exponentials.
-    type State = (FlexTensor, Vec<f32>);
+    /// The logits and their sums, row by row.
+    type State = (FlexTensor, Vec<Sum>);
 
     fn forward(&self, [logits]: [FlexTensor; 1]) -> Option<(FlexTensor, Self::State)> {
         let rows = self.targets.len();
         let width = logits.layout().shape()[1];
         let logits = logits.to_contiguous();
         let numbers = logits.storage::<f32>();
-        let sums: Vec<f32> = numbers
+        let sums: Vec<Sum> = numbers
             .par_chunks(width)
             .map(|logits| ARCH.dispatch(LogSum { logits }))
             .collect();
@@ -44,7 +44,7 @@ impl Operation<1> for CrossEntropy {
             .chunks(width)
             .zip(&self.targets)
             .zip(&sums)
-            .map(|((logits, target), sum)| sum * std::f32::consts::LN_2 - logits[*target])
+            .map(|((logits, target), sum)| sum.log() - logits[*target])
             .collect();
         Some((flex(losses, [rows, 1]), (logits, sums)))
     }
@@ -70,7 +70,7 @@ impl Operation<1> for CrossEntropy {
             .for_each(|(((logits, target), sum), gradient)| {
                 ARCH.dispatch(Probabilities {
                     logits,
-                    log_sum: *sum,
+                    sum: *sum,
                     factor: *gradient,
                 });
                 logits[*target] -= gradient;
@@ -79,16 +79,31 @@ impl Operation<1> for CrossEntropy {
     }
 }
 
-/// log2 Σ e^logit.
+/// Σ e^logit as 2^(max + log). Apart, both keep their digits where logits are large.
+#[derive(Clone, Copy, Debug)]
+struct Sum {
+    /// The largest logit, times log2 e.
+    max: f32,
+    /// log2 Σ 2^(logit · log2 e − max).
+    log: f32,
+}
+
+impl Sum {
+    /// ln Σ e^logit.
+    fn log(self) -> f32 {
+        (self.max + self.log) * std::f32::consts::LN_2
+    }
+}
+
 struct LogSum<'a> {
     logits: &'a [f32],
 }
 
 impl WithSimd for LogSum<'_> {
-    type Output = f32;
+    type Output = Sum;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> f32 {
+    fn with_simd<S: Simd>(self, simd: S) -> Sum {
         let log2_e = std::f32::consts::LOG2_E;
         let (logits, tail) = S::as_simd_f32s(self.logits);
         let mut largest = [simd.splat_f32s(f32::NEG_INFINITY); 4];
@@ -115,14 +130,17 @@ impl WithSimd for LogSum<'_> {
         let [a, b, c, d] = sums;
         let all = simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d));
         let tail: f32 = tail.iter().map(|x| x.mul_add(log2_e, -max).exp2()).sum();
-        max + (simd.reduce_sum_f32s(all) + tail).log2()
+        Sum {
+            max,
+            log: (simd.reduce_sum_f32s(all) + tail).log2(),
+        }
     }
 }
 
 /// Turns logits into `factor · e^logit / Σ e^logit`.
 struct Probabilities<'a> {
     logits: &'a mut [f32],
-    log_sum: f32,
+    sum: Sum,
     factor: f32,
 }
 
@@ -133,14 +151,16 @@ impl WithSimd for Probabilities<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let log2_e = std::f32::consts::LOG2_E;
         let (logits, tail) = S::as_mut_simd_f32s(self.logits);
-        let (scale, shift) = (simd.splat_f32s(log2_e), simd.splat_f32s(-self.log_sum));
+        let Sum { max, log } = self.sum;
+        let (scale, shift) = (simd.splat_f32s(log2_e), simd.splat_f32s(-max));
+        let log_sum = simd.splat_f32s(log);
         let factor = simd.splat_f32s(self.factor);
         for x in logits {
-            let power = simd::exp2(simd, simd.mul_add_f32s(*x, scale, shift));
-            *x = simd.mul_f32s(power, factor);
+            let power = simd.sub_f32s(simd.mul_add_f32s(*x, scale, shift), log_sum);
+            *x = simd.mul_f32s(simd::exp2(simd, power), factor);
         }
         for x in tail {
-            *x = self.factor * x.mul_add(log2_e, -self.log_sum).exp2();
+            *x = self.factor * (x.mul_add(log2_e, -max) - log).exp2();
         }
     }
 }
