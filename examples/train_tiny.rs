@@ -26,6 +26,11 @@ use fusedkv::{
 
 use backend::{BackendName, Program};
 
+/// The system's allocator gives the large blocks that a step frees back to the kernel, and the next
+/// step faults them in again page by page; mimalloc keeps them for a while.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Length at which the caches are compared.
 const CACHE_TOKENS: usize = 1024;
 
