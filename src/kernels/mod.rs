@@ -158,3 +158,43 @@ pub(crate) fn cross_entropy<B: Backend>(
     let target = shifted.clone().gather(1, targets);
     shifted.exp().sum_dim(1).log() - target
 }
+
+/// The numbers of one AdamW step (arXiv 1711.05101) after `time` steps before it.
+#[cfg(feature = "train")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AdamWRates {
+    beta_1: f32,
+    beta_2: f32,
+    epsilon: f32,
+    /// What remains of the parameter: 1 − lr · decay.
+    keep: f32,
+    /// lr over the first moment's correction.
+    step: f32,
+    /// 1 over the root of the second moment's correction.
+    root: f32,
+}
+
+#[cfg(feature = "train")]
+impl AdamWRates {
+    pub fn new(lr: f64, [beta_1, beta_2]: [f32; 2], epsilon: f32, decay: f32, time: usize) -> Self {
+        let correction = |beta: f32| 1.0 - f64::from(beta).powf(time as f64 + 1.0);
+        Self {
+            beta_1,
+            beta_2,
+            epsilon,
+            keep: (1.0 - lr * f64::from(decay)) as f32,
+            step: (lr / correction(beta_1)) as f32,
+            root: correction(beta_2).sqrt().recip() as f32,
+        }
+    }
+}
+
+/// AdamW's update of a parameter by its gradient and both moments, to the parameter and both moments;
+/// where there is no kernel for it, what it was given.
+#[cfg(feature = "train")]
+pub(crate) fn adam_w<B: Backend, const D: usize>(
+    rates: &AdamWRates,
+    tensors: [Tensor<B, D>; 4],
+) -> Result<[Tensor<B, D>; 3], [Tensor<B, D>; 4]> {
+    flex::adam_w(rates, tensors)
+}

@@ -11,21 +11,19 @@ use burn::tensor::Tensor;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 
 use super::config::TrainingConfig;
+use crate::kernels::{self, AdamWRates};
+
+const EPSILON: f32 = 1e-8;
 
 /// The optimizer of a training.
 pub(super) fn optimizer<B: AutodiffBackend, M: AutodiffModule<B>>(
     config: &TrainingConfig,
     devices: usize,
 ) -> ClippedToNorm<OptimizerAdaptor<MatrixDecay, M, B>> {
-    let adam_w = AdamWConfig::new()
-        .with_beta_1(config.beta_1)
-        .with_beta_2(config.beta_2)
-        .with_epsilon(1e-8);
-    let decaying = adam_w.clone().with_weight_decay(config.weight_decay);
     ClippedToNorm {
         inner: OptimizerAdaptor::from(MatrixDecay {
-            matrices: decaying.build(),
-            others: adam_w.with_weight_decay(0.0).build(),
+            betas: [config.beta_1, config.beta_2],
+            weight_decay: config.weight_decay,
         }),
         max_norm: config.grad_clip,
         summed: config.accumulation * devices,
@@ -36,8 +34,25 @@ pub(super) fn optimizer<B: AutodiffBackend, M: AutodiffModule<B>>(
 /// regularises nothing.
 #[derive(Clone)]
 pub(super) struct MatrixDecay {
-    matrices: AdamW,
-    others: AdamW,
+    betas: [f32; 2],
+    weight_decay: f32,
+}
+
+impl MatrixDecay {
+    /// Of a parameter of `rank` dimensions.
+    fn decay(&self, rank: usize) -> f32 {
+        if rank == 2 { self.weight_decay } else { 0.0 }
+    }
+
+    /// Burn's own.
+    fn adam_w(&self, rank: usize) -> AdamW {
+        AdamWConfig::new()
+            .with_beta_1(self.betas[0])
+            .with_beta_2(self.betas[1])
+            .with_epsilon(EPSILON)
+            .with_weight_decay(self.decay(rank))
+            .build()
+    }
 }
 
 impl<B: Backend> SimpleOptimizer<B> for MatrixDecay {
@@ -50,8 +65,25 @@ impl<B: Backend> SimpleOptimizer<B> for MatrixDecay {
         grad: Tensor<B, D>,
         state: Option<Self::State<D>>,
     ) -> (Tensor<B, D>, Option<Self::State<D>>) {
-        let adam_w = if D == 2 { &self.matrices } else { &self.others };
-        adam_w.step(lr, tensor, grad, state)
+        let Some(AdamWState { mut momentum }) = state else {
+            return self.adam_w(D).step(lr, tensor, grad, None);
+        };
+        let rates = AdamWRates::new(lr, self.betas, EPSILON, self.decay(D), momentum.time);
+        let tensors = [tensor, grad, momentum.moment_1, momentum.moment_2];
+        match kernels::adam_w(&rates, tensors) {
+            Ok([tensor, moment_1, moment_2]) => {
+                momentum.moment_1 = moment_1;
+                momentum.moment_2 = moment_2;
+                momentum.time += 1;
+                (tensor, Some(AdamWState { momentum }))
+            }
+            Err([tensor, grad, moment_1, moment_2]) => {
+                momentum.moment_1 = moment_1;
+                momentum.moment_2 = moment_2;
+                let state = Some(AdamWState { momentum });
+                self.adam_w(D).step(lr, tensor, grad, state)
+            }
+        }
     }
 
     fn to_device<const D: usize>(state: Self::State<D>, device: &B::Device) -> Self::State<D> {
@@ -177,6 +209,43 @@ mod tests {
         };
         burn::module::Module::visit(&layer, &mut squares);
         squares.sum.unwrap().sqrt().into_scalar()
+    }
+
+    /// Three steps of the kernel, and of Burn's AdamW.
+    fn after_three_steps<const D: usize>(shape: [usize; D]) {
+        let random = || {
+            let spread = burn::tensor::Distribution::Normal(0.0, 1.0);
+            Tensor::<Flex, D>::random(shape, spread, &FlexDevice)
+        };
+        let optimizer = MatrixDecay {
+            betas: [0.9, 0.95],
+            weight_decay: 0.1,
+        };
+        let start = random();
+        let (mut found, mut expected) = ((start.clone(), None), (start.clone(), None));
+        for _ in 0..3 {
+            let grad = random();
+            let (tensor, state) = found;
+            found = optimizer.step(0.01, tensor, grad.clone(), state);
+            let (tensor, state) = expected;
+            expected = optimizer.adam_w(D).step(0.01, tensor, grad, state);
+        }
+        let [found, expected] = [found, expected].map(|(tensor, state)| {
+            let AdamWState { momentum } = state.unwrap();
+            assert_eq!(momentum.time, 3);
+            [tensor, momentum.moment_1, momentum.moment_2]
+        });
+        for (found, expected) in found.into_iter().zip(expected) {
+            let (found, expected) = (found.into_data(), expected.into_data());
+            found.assert_approx_eq::<f32>(&expected, burn::tensor::Tolerance::rel_abs(1e-5, 1e-6));
+        }
+    }
+
+    #[test]
+    fn the_kernel_steps_as_adam_w_does() {
+        after_three_steps([70, 301]);
+        after_three_steps([301]);
+        after_three_steps([2, 3, 5]);
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! What they have over Flex's own operations: threads for matrices with few rows, several steps in
 //! one pass over memory, and caches read where they lie.
 
+#[cfg(feature = "train")]
+mod adam_w;
 mod assign;
 mod attention;
 #[cfg(feature = "train")]
@@ -24,6 +26,8 @@ use burn_flex::{Flex, FlexTensor};
 use pulp::Arch;
 use rayon::prelude::*;
 
+#[cfg(feature = "train")]
+pub(super) use adam_w::adam_w;
 pub(super) use assign::assign_rows;
 pub(super) use attention::attention;
 pub(super) use heads::{rope, swap_heads};
