@@ -1,5 +1,7 @@
 //! Cross-entropy.
 
+use std::f32::consts::{LN_2, LOG2_E};
+
 use burn::tensor::{Int, Tensor, backend::Backend};
 use burn_flex::FlexTensor;
 use pulp::{Simd, WithSimd};
@@ -28,15 +30,15 @@ struct CrossEntropy {
 }
 
 impl Operation<1> for CrossEntropy {
-    /// The logits and their sums, row by row.
-    type State = (FlexTensor, Vec<Sum>);
+    /// The logits, and what [`LogSum`] returns for every row.
+    type State = (FlexTensor, Vec<(f32, f32)>);
 
     fn forward(&self, [logits]: [FlexTensor; 1]) -> Option<(FlexTensor, Self::State)> {
         let rows = self.targets.len();
         let width = logits.layout().shape()[1];
         let logits = logits.to_contiguous();
         let numbers = logits.storage::<f32>();
-        let sums: Vec<Sum> = numbers
+        let sums: Vec<_> = numbers
             .par_chunks(width)
             .map(|logits| ARCH.dispatch(LogSum { logits }))
             .collect();
@@ -44,7 +46,7 @@ impl Operation<1> for CrossEntropy {
             .chunks(width)
             .zip(&self.targets)
             .zip(&sums)
-            .map(|((logits, target), sum)| sum.log() - logits[*target])
+            .map(|((logits, target), (max, log_sum))| log_sum * LN_2 - (logits[*target] - max))
             .collect();
         Some((flex(losses, [rows, 1]), (logits, sums)))
     }
@@ -67,10 +69,11 @@ impl Operation<1> for CrossEntropy {
             .zip(&self.targets)
             .zip(&sums)
             .zip(gradient.storage::<f32>())
-            .for_each(|(((logits, target), sum), gradient)| {
+            .for_each(|(((logits, target), (max, log_sum)), gradient)| {
                 ARCH.dispatch(Probabilities {
                     logits,
-                    sum: *sum,
+                    max: *max,
+                    log_sum: *log_sum,
                     factor: *gradient,
                 });
                 logits[*target] -= gradient;
@@ -79,32 +82,17 @@ impl Operation<1> for CrossEntropy {
     }
 }
 
-/// Σ e^logit as 2^(max + log). Apart, both keep their digits where logits are large.
-#[derive(Clone, Copy, Debug)]
-struct Sum {
-    /// The largest logit, times log2 e.
-    max: f32,
-    /// log2 Σ 2^(logit · log2 e − max).
-    log: f32,
-}
-
-impl Sum {
-    /// ln Σ e^logit.
-    fn log(self) -> f32 {
-        (self.max + self.log) * std::f32::consts::LN_2
-    }
-}
-
+/// The largest logit, and log2 Σ e^(logit − largest): apart, for their sum would round off what
+/// small losses are.
 struct LogSum<'a> {
     logits: &'a [f32],
 }
 
 impl WithSimd for LogSum<'_> {
-    type Output = Sum;
+    type Output = (f32, f32);
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> Sum {
-        let log2_e = std::f32::consts::LOG2_E;
+    fn with_simd<S: Simd>(self, simd: S) -> (f32, f32) {
         let (logits, tail) = S::as_simd_f32s(self.logits);
         let mut largest = [simd.splat_f32s(f32::NEG_INFINITY); 4];
         for logits in logits.chunks(4) {
@@ -114,33 +102,28 @@ impl WithSimd for LogSum<'_> {
         }
         let [a, b, c, d] = largest;
         let all = simd.max_f32s(simd.max_f32s(a, b), simd.max_f32s(c, d));
-        let max = tail
-            .iter()
-            .copied()
-            .fold(simd.reduce_max_f32s(all), f32::max)
-            * log2_e;
-        let (factor, shift) = (simd.splat_f32s(log2_e), simd.splat_f32s(-max));
+        let all = simd.reduce_max_f32s(all);
+        let max = tail.iter().copied().fold(all, f32::max);
+        let (shift, log2_e) = (simd.splat_f32s(max), simd.splat_f32s(LOG2_E));
         let mut sums = [simd.splat_f32s(0.0); 4];
         for logits in logits.chunks(4) {
             for (sum, &x) in sums.iter_mut().zip(logits) {
-                let power = simd::exp2(simd, simd.mul_add_f32s(x, factor, shift));
-                *sum = simd.add_f32s(*sum, power);
+                let x = simd.mul_f32s(simd.sub_f32s(x, shift), log2_e);
+                *sum = simd.add_f32s(*sum, simd::exp2(simd, x));
             }
         }
         let [a, b, c, d] = sums;
         let all = simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d));
-        let tail: f32 = tail.iter().map(|x| x.mul_add(log2_e, -max).exp2()).sum();
-        Sum {
-            max,
-            log: (simd.reduce_sum_f32s(all) + tail).log2(),
-        }
+        let tail: f32 = tail.iter().map(|x| (x - max).exp()).sum();
+        (max, (simd.reduce_sum_f32s(all) + tail).log2())
     }
 }
 
 /// Turns logits into `factor · e^logit / Σ e^logit`.
 struct Probabilities<'a> {
     logits: &'a mut [f32],
-    sum: Sum,
+    max: f32,
+    log_sum: f32,
     factor: f32,
 }
 
@@ -149,18 +132,16 @@ impl WithSimd for Probabilities<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let log2_e = std::f32::consts::LOG2_E;
         let (logits, tail) = S::as_mut_simd_f32s(self.logits);
-        let Sum { max, log } = self.sum;
-        let (scale, shift) = (simd.splat_f32s(log2_e), simd.splat_f32s(-max));
-        let log_sum = simd.splat_f32s(log);
+        let (shift, log2_e) = (simd.splat_f32s(self.max), simd.splat_f32s(LOG2_E));
+        let minus_log_sum = simd.splat_f32s(-self.log_sum);
         let factor = simd.splat_f32s(self.factor);
         for x in logits {
-            let power = simd.sub_f32s(simd.mul_add_f32s(*x, scale, shift), log_sum);
+            let power = simd.mul_add_f32s(simd.sub_f32s(*x, shift), log2_e, minus_log_sum);
             *x = simd.mul_f32s(simd::exp2(simd, power), factor);
         }
         for x in tail {
-            *x = self.factor * (x.mul_add(log2_e, -max) - log).exp2();
+            *x = self.factor * ((*x - self.max) * LOG2_E - self.log_sum).exp2();
         }
     }
 }
