@@ -34,6 +34,10 @@ use fusedkv::{FusedKvDecoderConfig, KvPlan};
 use backend::{BackendName, Program};
 use watch::Watch;
 
+// Keeps freed blocks; the system's gives large ones back and faults them in again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// What is learned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Task {
