@@ -1,7 +1,6 @@
 //! Every operation's output and gradients against those of Burn's operations.
 
 use burn::backend::autodiff::checkpoint::strategy::{BalancedCheckpointing, CheckpointStrategy};
-use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::activation::silu;
 use burn::tensor::{Distribution, Int, Tolerance};
 use burn_flex::FlexDevice;
@@ -17,10 +16,6 @@ fn random<const D: usize>(shape: [usize; D]) -> Tensor<Flex, D> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), &FlexDevice)
 }
 
-fn leaf<const D: usize>(shape: [usize; D]) -> Tensor<Train, D> {
-    Tensor::from_inner(random(shape)).require_grad()
-}
-
 fn assert_near<const D: usize>(found: Tensor<Flex, D>, expected: Tensor<Flex, D>) {
     let tolerance = Tolerance::<f32>::rel_abs(2e-4, 2e-4);
     found
@@ -28,29 +23,36 @@ fn assert_near<const D: usize>(found: Tensor<Flex, D>, expected: Tensor<Flex, D>
         .assert_approx_eq(&expected.into_data(), tolerance);
 }
 
-/// Gradients of `inputs`, where the output's is `seed`.
-fn gradients<const D: usize, const E: usize>(
-    output: Tensor<Train, D>,
-    seed: &Tensor<Flex, D>,
-    inputs: &[Tensor<Train, E>],
-) -> Vec<Option<Tensor<Flex, E>>> {
-    let gradients = (output * Tensor::from_inner(seed.clone())).sum().backward();
-    inputs.iter().map(|x| x.grad(&gradients)).collect()
+/// The output of new leaves with these numbers, and their gradients where the output's is `seed`.
+/// The leaves are new because a backward pass forgets the graph, leaves included.
+fn run<const D: usize, const E: usize>(
+    inputs: &[Tensor<Flex, E>],
+    operation: impl FnOnce(&[Tensor<Train, E>]) -> Tensor<Train, D>,
+) -> (
+    Tensor<Flex, D>,
+    impl FnOnce(Tensor<Flex, D>) -> Vec<Option<Tensor<Flex, E>>>,
+) {
+    let leaf = |x: &Tensor<Flex, E>| Tensor::from_inner(x.clone()).require_grad();
+    let leaves: Vec<_> = inputs.iter().map(leaf).collect();
+    let output = operation(&leaves);
+    (output.clone().inner(), move |seed| {
+        let gradients = (output * Tensor::from_inner(seed)).sum().backward();
+        leaves.iter().map(|x| x.grad(&gradients)).collect()
+    })
 }
 
-/// Both ways give the same output, and the same gradients of the same inputs. What lies between
-/// inputs and operations belongs into both: a backward pass forgets it.
+/// Both ways give the same output, and the same gradients of the same inputs.
 fn assert_same<const D: usize, const E: usize>(
-    found: impl FnOnce() -> Option<Tensor<Train, D>>,
-    expected: impl FnOnce() -> Tensor<Train, D>,
-    inputs: &[Tensor<Train, E>],
+    inputs: &[Tensor<Flex, E>],
+    found: impl FnOnce(&[Tensor<Train, E>]) -> Option<Tensor<Train, D>>,
+    expected: impl FnOnce(&[Tensor<Train, E>]) -> Tensor<Train, D>,
 ) {
-    let (found, expected) = (found(), expected());
-    let found = found.expect("an operation for f32 on Flex");
-    assert_near(found.clone().inner(), expected.clone().inner());
-    let seed = random(expected.dims());
-    let found = gradients(found, &seed, inputs);
-    let expected = gradients(expected, &seed, inputs);
+    let (output, found) = run(inputs, |x| found(x).expect("an operation for f32 on Flex"));
+    let seed = random(output.dims());
+    let found = found(seed.clone());
+    let (expected_output, expected) = run(inputs, expected);
+    assert_near(output, expected_output);
+    let expected = expected(seed);
     for (found, expected) in found.into_iter().zip(expected) {
         match (found, expected) {
             (Some(found), Some(expected)) => assert_near(found, expected),
@@ -60,45 +62,30 @@ fn assert_same<const D: usize, const E: usize>(
     }
 }
 
-/// Queries, sources of keys and values, and weights.
-struct Case {
-    query: Tensor<Train, 4>,
-    keys: Vec<Term<Train>>,
-    values: Vec<Term<Train>>,
-    inputs: Vec<Tensor<Train, 4>>,
+/// Which weights a blend has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Weights {
+    /// None, if there is one source.
+    None,
+    Scalar,
+    PerChannel,
 }
 
-/// Sources 0 and 1 of the values are those of the keys, as where layers share them.
-fn case(dims: [usize; 5], more: usize, n_keys: usize, n_values: usize, weights: u8) -> Case {
-    let [batch, kv_heads, group, queries, width] = dims;
-    let query = leaf([batch, kv_heads * group, queries, width]);
-    let mut inputs = vec![query.clone()];
-    let sources: Vec<_> = (0..n_keys.max(n_values))
-        .map(|_| leaf([batch, kv_heads, queries + more, width]))
-        .collect();
-    inputs.extend(sources.clone());
-    let mut terms = |n: usize| -> Vec<_> {
-        let terms = sources[..n].iter().map(|source| {
-            let weight = match weights {
-                0 if n == 1 => None,
-                1 => Some(leaf([1, 1, 1, 1])),
-                _ => Some(leaf([1, kv_heads, 1, width])),
-            };
-            inputs.extend(weight.clone());
-            Term {
-                source: Stored::Float(source.clone()),
-                weight,
-            }
-        });
-        terms.collect()
-    };
-    let (keys, values) = (terms(n_keys), terms(n_values));
-    Case {
-        query,
-        keys,
-        values,
-        inputs,
-    }
+/// Terms of the first sources; takes their weights from `weights`.
+fn terms<'a>(
+    kind: Weights,
+    n: usize,
+    sources: &[Tensor<Train, 4>],
+    weights: &mut impl Iterator<Item = &'a Tensor<Train, 4>>,
+) -> Vec<Term<Train>> {
+    let terms = sources[..n].iter().map(|source| Term {
+        source: Stored::Float(source.clone()),
+        weight: match kind {
+            Weights::None if n == 1 => None,
+            _ => weights.next().cloned(),
+        },
+    });
+    terms.collect()
 }
 
 proptest! {
@@ -114,11 +101,26 @@ proptest! {
         width in prop_oneof![1usize..5, 8usize..12, 15usize..18, 31usize..34],
         n_keys in 1usize..6,
         n_values in 1usize..4,
-        weights in 0u8..3,
+        weights in prop::sample::select(vec![Weights::None, Weights::Scalar, Weights::PerChannel]),
         hidden in 0u8..3,
     ) {
-        let dims = [batch, kv_heads, group, queries, 2 * width];
-        let Case { query, keys, values, inputs } = case(dims, more, n_keys, n_values, weights);
+        let width = 2 * width;
+        let mut inputs = vec![random([batch, kv_heads * group, queries, width])];
+        // Keys and values share sources, as where layers do.
+        let n_sources = n_keys.max(n_values);
+        inputs.extend((0..n_sources).map(|_| random([batch, kv_heads, queries + more, width])));
+        let weight = || match weights {
+            Weights::Scalar => random([1, 1, 1, 1]),
+            Weights::None | Weights::PerChannel => random([1, kv_heads, 1, width]),
+        };
+        inputs.extend((0..n_keys + n_values).map(|_| weight()));
+        let case = |leaves: &[Tensor<Train, 4>]| {
+            let (sources, rest) = leaves[1..].split_at(n_sources);
+            let mut rest = rest.iter();
+            let keys = terms(weights, n_keys, sources, &mut rest);
+            let values = terms(weights, n_values, sources, &mut rest);
+            (leaves[0].clone(), keys, values)
+        };
         let visibility = match hidden {
             0 => Visibility::All,
             1 => Visibility::Causal,
@@ -130,10 +132,15 @@ proptest! {
                 Visibility::Except(Tensor::from_inner(all))
             }
         };
-        let found = || attention(&query, &keys, &values, &visibility);
-        let (q, k, v) = (query.clone(), keys.clone(), values.clone());
-        let expected = || attend_with_stock_operations(None, q, k, v, &visibility);
-        assert_same(found, expected, &inputs);
+        let found = |leaves: &[_]| {
+            let (query, keys, values) = case(leaves);
+            attention(&query, &keys, &values, &visibility)
+        };
+        let expected = |leaves: &[_]| {
+            let (query, keys, values) = case(leaves);
+            attend_with_stock_operations(None, query, keys, values, &visibility)
+        };
+        assert_same(&inputs, found, expected);
     }
 
     #[test]
@@ -144,44 +151,50 @@ proptest! {
         output in 1usize..70,
         transposed in any::<bool>(),
     ) {
-        let x = leaf([1, batch * seq, input]);
-        let stored = leaf(if transposed { [output, input] } else { [input, output] });
-        let inputs = || {
-            let weight = stored.clone();
+        let weight = random(if transposed { [1, output, input] } else { [1, input, output] });
+        let inputs = [random([1, batch * seq, input]), weight];
+        let case = |leaves: &[Tensor<Train, 3>]| {
+            let weight = leaves[1].clone().squeeze_dim::<2>(0);
             let weight = if transposed { weight.transpose() } else { weight };
-            (x.clone().reshape([batch, seq, input]), weight)
+            (leaves[0].clone().reshape([batch, seq, input]), weight)
         };
-        let found = || {
-            let (x, weight) = inputs();
+        let found = |leaves: &[_]| {
+            let (x, weight) = case(leaves);
             linear(&x, &weight)
         };
-        let expected = || {
-            let (x, weight) = inputs();
+        let expected = |leaves: &[_]| {
+            let (x, weight) = case(leaves);
             burn::tensor::module::linear(x, weight, None)
         };
-        assert_same(found, expected, std::slice::from_ref(&x));
-        assert_same(found, expected, std::slice::from_ref(&stored));
+        assert_same(&inputs, found, expected);
     }
 
     #[test]
     fn norms_have_their_gradients(rows in 1usize..200, width in 1usize..200) {
-        let mut norm: RmsNorm<Train> = RmsNormConfig::new(width).init(&FlexDevice);
-        norm.gamma = norm.gamma.map(|_| leaf([width]));
-        let (x, gamma) = (leaf([2, rows, width]), norm.gamma.val());
+        let inputs = [random([rows, width]), random([1, width])];
         let scale = (rows as f64).sqrt().recip();
-        let found = || rms_norm(&x, &gamma, norm.epsilon).map(|found| found * scale);
-        let expected = || norm.forward(x.clone()) * scale;
-        assert_same(found, expected, std::slice::from_ref(&x));
-        assert_same(found, expected, std::slice::from_ref(&gamma));
+        let found = |leaves: &[Tensor<Train, 2>]| {
+            let gamma = leaves[1].clone().squeeze_dim::<1>(0);
+            rms_norm(&leaves[0], &gamma, 1e-5).map(|normed| normed * scale)
+        };
+        let expected = |leaves: &[Tensor<Train, 2>]| {
+            let x = leaves[0].clone();
+            let mean = x.clone().powf_scalar(2.0).mean_dim(1);
+            x / (mean + 1e-5).sqrt() * leaves[1].clone() * scale
+        };
+        assert_same(&inputs, found, expected);
     }
 
     #[test]
     fn swiglu_has_its_gradients(seq in 1usize..200, width in 1usize..200) {
-        let inputs = [leaf([1, seq, width]), leaf([1, seq, width])];
-        let [gate, up] = &inputs;
+        let inputs = [random([1, seq, width]), random([1, seq, width])];
         // Gates of which e to their power overflows f32.
-        let gate = || gate.clone() * 40.0;
-        assert_same(|| swiglu(&gate(), up), || silu(gate()) * up.clone(), &inputs);
+        let gate = |leaves: &[Tensor<Train, 3>]| leaves[0].clone() * 40.0;
+        assert_same(
+            &inputs,
+            |leaves| swiglu(&gate(leaves), &leaves[1]),
+            |leaves| silu(gate(leaves)) * leaves[1].clone(),
+        );
     }
 
     #[test]
@@ -192,23 +205,22 @@ proptest! {
         pairs in 1usize..40,
         per_row in any::<bool>(),
     ) {
-        let inputs = [leaf([batch, seq, heads, 2 * pairs])];
-        let x = inputs[0].clone();
-        assert_same(|| swap_heads(&x), || x.clone().swap_dims(1, 2), &inputs);
+        let inputs = [random([batch, seq, heads, 2 * pairs])];
+        let swap = |leaves: &[Tensor<Train, 4>]| leaves[0].clone().swap_dims(1, 2);
+        assert_same(&inputs, |leaves| swap_heads(&leaves[0]), swap);
         let rows = if per_row { batch } else { 1 };
         let table = || Tensor::<Train, 4>::from_inner(random([rows, 1, seq, pairs]));
         let (cos, sin) = (table(), table());
-        let x = || x.clone().swap_dims(1, 2);
-        let expected = || {
-            let low = x().narrow(3, 0, pairs);
-            let high = x().narrow(3, pairs, pairs);
+        let expected = |leaves: &[Tensor<Train, 4>]| {
+            let low = swap(leaves).narrow(3, 0, pairs);
+            let high = swap(leaves).narrow(3, pairs, pairs);
             let turned = vec![
                 low.clone() * cos.clone() - high.clone() * sin.clone(),
                 high * cos.clone() + low * sin.clone(),
             ];
             Tensor::cat(turned, 3)
         };
-        assert_same(|| rope(&x(), &cos, &sin), expected, &inputs);
+        assert_same(&inputs, |leaves| rope(&swap(leaves), &cos, &sin), expected);
     }
 
     #[test]
@@ -216,16 +228,16 @@ proptest! {
         targets in prop::collection::vec(0usize..150, 1..60),
         more in 0usize..40,
     ) {
-        let inputs = [leaf([targets.len(), 150 + more])];
+        let inputs = [random([targets.len(), 150 + more])];
         let ids: Vec<i64> = targets.iter().map(|id| *id as i64).collect();
         let ids = Tensor::<Train, 1, Int>::from_data(&ids[..], &FlexDevice).unsqueeze_dim(1);
         // Far apart: exponentials of some overflow.
-        let logits = || inputs[0].clone() * 50.0;
-        let expected = || {
-            let log_softmax = burn::tensor::activation::log_softmax(logits(), 1);
+        let logits = |leaves: &[Tensor<Train, 2>]| leaves[0].clone() * 50.0;
+        let expected = |leaves: &[_]| {
+            let log_softmax = burn::tensor::activation::log_softmax(logits(leaves), 1);
             log_softmax.gather(1, ids.clone()).neg()
         };
-        assert_same(|| cross_entropy(&logits(), &ids), expected, &inputs);
+        assert_same(&inputs, |leaves| cross_entropy(&logits(leaves), &ids), expected);
     }
 }
 
@@ -251,7 +263,7 @@ fn the_strategy_changes_no_gradient() {
 #[test]
 fn inputs_that_are_not_tracked_get_none() {
     let x = Tensor::<Train, 3>::from_inner(random([1, 4, 8]));
-    let weight = leaf([8, 8]);
+    let weight = Tensor::<Train, 2>::from_inner(random([8, 8])).require_grad();
     let output = linear(&x, &weight).expect("an operation for f32 on Flex");
     let gradients = output.sum().backward();
     assert!(x.grad(&gradients).is_none());
