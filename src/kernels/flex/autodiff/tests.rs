@@ -12,6 +12,9 @@ use crate::decoder::kv::Stored;
 
 type Train = Autodiff<Flex>;
 
+/// A gradient per input, where there is one.
+type Found<const E: usize> = Vec<Option<Tensor<Flex, E>>>;
+
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<Flex, D> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), &FlexDevice)
 }
@@ -28,10 +31,7 @@ fn assert_near<const D: usize>(found: Tensor<Flex, D>, expected: Tensor<Flex, D>
 fn run<const D: usize, const E: usize>(
     inputs: &[Tensor<Flex, E>],
     operation: impl FnOnce(&[Tensor<Train, E>]) -> Tensor<Train, D>,
-) -> (
-    Tensor<Flex, D>,
-    impl FnOnce(Tensor<Flex, D>) -> Vec<Option<Tensor<Flex, E>>>,
-) {
+) -> (Tensor<Flex, D>, impl FnOnce(Tensor<Flex, D>) -> Found<E>) {
     let leaf = |x: &Tensor<Flex, E>| Tensor::from_inner(x.clone()).require_grad();
     let leaves: Vec<_> = inputs.iter().map(leaf).collect();
     let output = operation(&leaves);
