@@ -87,7 +87,7 @@ where
         .configure_mesh()
         .x_desc("tokens")
         .y_desc("validation loss, nats per target")
-        .x_label_formatter(&|tokens| format!("{:.1} M", tokens / 1e6))
+        .x_label_formatter(&|tokens| format!("{:.0} k", tokens / 1e3))
         .label_style(("sans-serif", 17))
         .draw()?;
     for (i, (method, points)) in curves.into_iter().enumerate() {

@@ -20,7 +20,12 @@ pub fn windows(args: &Args) -> Result<(usize, TokenWindows, TokenWindows), Box<d
     let tokenizer = match &args.tokenizer {
         Some(path) => Tokenizer::load(path)?,
         None if kept.exists() => Tokenizer::load(&kept)?,
-        None => Tokenizer::train_bpe(&text, args.vocab)?,
+        None => {
+            // Of what is trained on alone.
+            let trained_on = text.len() as f64 * (1.0 - args.valid.clamp(0.0, 1.0));
+            let end = text.floor_char_boundary(trained_on as usize);
+            Tokenizer::train_bpe(&text[..end], args.vocab)?
+        }
     };
     tokenizer.save(&kept)?;
     let tokens = tokenizer.encode(&text)?;
