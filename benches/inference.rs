@@ -26,7 +26,7 @@ use burn::tensor::backend::Backend;
 use clap::Parser;
 use fusedkv::{CacheDtype, FusedKvDecoder, Logits, TokenBatch};
 
-use backend::{BackendName, Program};
+use backend::{BackendName, Program, exit_code};
 use bandwidth::read_bandwidth;
 use figures::{median, write_json};
 use memory::PeakMemory;
@@ -80,13 +80,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match args.backend.run(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code(args.backend.run(args))
 }
 
 impl Program for Args {

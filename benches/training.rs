@@ -32,7 +32,7 @@ use fusedkv::backend::Autodiff;
 use fusedkv::train::LanguageBatch;
 use serde::Serialize;
 
-use backend::{BackendName, Program};
+use backend::{BackendName, Program, exit_code};
 use figures::{MIB, median, write_json};
 use memory::PeakMemory;
 use shape::Shape;
@@ -97,13 +97,7 @@ struct Turn {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match args.backend.run(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code(args.backend.run(args))
 }
 
 impl Program for Args {

@@ -19,7 +19,7 @@ use clap::Parser;
 use fusedkv::checkpoint::{LoadedCheckpoint, SaveOptions, load_checkpoint, save_checkpoint};
 use fusedkv::convert::{LayerFit, convert, convert_fitted};
 
-use backend::{BackendName, DtypeName, Program};
+use backend::{BackendName, DtypeName, Program, exit_code};
 use plan::PlanArgs;
 
 // Keeps freed blocks; the system's gives large ones back and faults them in again.
@@ -56,13 +56,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match args.backend.run(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code(args.backend.run(args))
 }
 
 impl Program for Args {

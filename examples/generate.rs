@@ -21,7 +21,7 @@ use fusedkv::checkpoint::load_checkpoint;
 use fusedkv::tokenizer::{TextStream, Tokenizer};
 use fusedkv::{CacheDtype, GenerationConfig, generate};
 
-use backend::{BackendName, DtypeName, Program};
+use backend::{BackendName, DtypeName, Program, exit_code};
 
 // Keeps freed blocks; the system's gives large ones back and faults them in again.
 #[global_allocator]
@@ -70,13 +70,9 @@ struct Args {
 fn main() -> ExitCode {
     let args = Args::parse();
     match args.backend.run(args) {
-        Ok(()) => ExitCode::SUCCESS,
         // Whoever reads the output has seen enough.
         Err(error) if is_broken_pipe(&*error) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
+        result => exit_code(result),
     }
 }
 

@@ -19,7 +19,7 @@ use fusedkv::flow::LayerFlow;
 use fusedkv::information_flow;
 use plotters::prelude::*;
 
-use backend::{BackendName, Program};
+use backend::{BackendName, Program, exit_code};
 
 // Keeps freed blocks; the system's gives large ones back and faults them in again.
 #[global_allocator]
@@ -41,13 +41,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match args.backend.run(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code(args.backend.run(args))
 }
 
 impl Program for Args {

@@ -20,7 +20,7 @@ use fusedkv::checkpoint::{RowWriter, load_checkpoint};
 use fusedkv::tokenizer::Tokenizer;
 use fusedkv::{CacheDtype, ScoreConfig, score_with};
 
-use backend::{BackendName, DtypeName, Program};
+use backend::{BackendName, DtypeName, Program, exit_code};
 
 /// Tokens per window unless told otherwise: logits take this times the vocabulary's size.
 const CONTEXT: usize = 4096;
@@ -72,13 +72,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match args.backend.run(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code(args.backend.run(args))
 }
 
 impl Program for Args {

@@ -28,7 +28,7 @@ use fusedkv::{
     ConfigError, FusedKvDecoder, FusedKvDecoderConfig, GenerationConfig, KvPlan, generate,
 };
 
-use backend::{BackendName, Program};
+use backend::{BackendName, Program, exit_code};
 use plan::PlanArgs;
 
 /// Length at which the caches are compared.
@@ -105,13 +105,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match args.backend.run(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code(args.backend.run(args))
 }
 
 impl Program for Args {

@@ -1,6 +1,7 @@
 //! Choosing a Burn backend and a float type by name, shared by the examples.
 
 use std::error::Error;
+use std::process::ExitCode;
 
 use burn::tensor::backend::Backend;
 use clap::ValueEnum;
@@ -53,6 +54,17 @@ impl BackendName {
             }
             #[cfg(not(feature = "cuda"))]
             Self::Cuda | Self::CudaBf16 => Err(NotCompiledIn { name: "cuda" }.into()),
+        }
+    }
+}
+
+/// What a program returns to the shell; an error is printed.
+pub fn exit_code(result: Result<(), Box<dyn Error>>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
         }
     }
 }

@@ -31,7 +31,7 @@ use fusedkv::train::compare::{
 use fusedkv::train::{AssociativeRecall, Needle, TrainingConfig, Windows};
 use fusedkv::{FusedKvDecoderConfig, KvPlan};
 
-use backend::{BackendName, Program};
+use backend::{BackendName, Program, exit_code};
 use watch::Watch;
 
 // Keeps freed blocks; the system's gives large ones back and faults them in again.
@@ -125,13 +125,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match args.backend.run(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code(args.backend.run(args))
 }
 
 impl Program for Args {
