@@ -5,14 +5,18 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// Writes a file through `write`, which is given a temporary name beside `path`, then renames it.
+/// Nothing is left of one that could not be written.
 pub(crate) fn replace<E: From<io::Error>>(
     path: &Path,
     write: impl FnOnce(&Path) -> Result<(), E>,
 ) -> Result<(), E> {
     let partial = partial(path);
-    write(&partial)?;
-    fs::rename(partial, path)?;
-    Ok(())
+    let written = write(&partial).and_then(|()| Ok(fs::rename(&partial, path)?));
+    if written.is_err() {
+        // It may never have been made; the error that counts is the first.
+        let _ = fs::remove_file(&partial);
+    }
+    written
 }
 
 /// The temporary name, with the extension of `path`: some writers choose a format by it.

@@ -43,6 +43,14 @@ impl Tokenizer {
     /// # Errors
     /// [`TokenizerError::VocabTooSmall`] below 257 tokens.
     pub fn train_bpe(text: &str, vocab_size: usize) -> Result<Self, TokenizerError> {
+        Self::train_bpe_on(std::iter::once(text), vocab_size)
+    }
+
+    /// [`train_bpe`](Self::train_bpe) of a text in pieces.
+    pub(crate) fn train_bpe_on<S: AsRef<str> + Send>(
+        text: impl Iterator<Item = S> + Send,
+        vocab_size: usize,
+    ) -> Result<Self, TokenizerError> {
         if vocab_size < MIN_VOCAB {
             return Err(TokenizerError::VocabTooSmall {
                 found: vocab_size,
@@ -61,10 +69,7 @@ impl Tokenizer {
             .show_progress(false)
             .build();
         inner
-            .train(
-                &mut TrainerWrapper::BpeTrainer(trainer),
-                std::iter::once(text),
-            )
+            .train(&mut TrainerWrapper::BpeTrainer(trainer), text)
             .map_err(failed)?;
         Ok(Self { inner })
     }

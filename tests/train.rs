@@ -444,11 +444,10 @@ proptest! {
         let tokens: Vec<u32> = (0..len as u32).collect();
         let split = TokenWindows::split(tokens, context, fraction);
         if len < 2 * context + 1 {
-            let needed = 2 * context + 1;
             let refused = matches!(
                 split,
-                Err(TrainError::TooFewTokens { found, needed: n, context: c })
-                    if found == len && n == needed && c == context
+                Err(TrainError::TooFewTokens { found, windows: 2, context: c })
+                    if found == len && c == context
             );
             prop_assert!(refused);
             return Ok(());

@@ -66,6 +66,9 @@ struct Args {
     /// Text file or folder; the sources of this crate if not given
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
+    /// Token files to train on and to validate with, of --vocab tokens, instead of text
+    #[arg(long, num_args = 2, value_names = ["TRAIN", "VALID"], conflicts_with_all = ["data", "tokenizer"])]
+    tokens: Vec<PathBuf>,
     /// Where runs, table and plots are kept
     #[arg(long, value_name = "DIR", default_value = "target/compare")]
     out: PathBuf,

@@ -1,5 +1,6 @@
 //! Packed token windows, their split, and the order training reads them in.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,6 +15,7 @@ use rand::seq::SliceRandom;
 
 use super::config::TrainingConfig;
 use super::error::TrainError;
+use super::token_file::TokenFile;
 
 /// `context` tokens to read and, for each, the token that follows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,7 +46,7 @@ pub trait Windows: Dataset<TokenWindow> {
     /// Checks that every token is below the vocabulary's size.
     ///
     /// # Errors
-    /// [`TrainError::OutOfVocabulary`] for the first that is not.
+    /// [`TrainError::OutOfVocabulary`] for one that is not.
     fn check_vocabulary(&self, vocab_size: usize) -> Result<(), TrainError>;
 
     /// A number that other data most likely do not have.
@@ -57,9 +59,15 @@ pub trait Windows: Dataset<TokenWindow> {
 /// A clone shares the tokens.
 #[derive(Clone, Debug)]
 pub struct TokenWindows {
-    tokens: Arc<[u32]>,
+    tokens: Tokens,
     context: usize,
     windows: Range<usize>,
+}
+
+#[derive(Clone, Debug)]
+enum Tokens {
+    Memory(Arc<[u32]>),
+    File(TokenFile),
 }
 
 impl TokenWindows {
@@ -74,30 +82,9 @@ impl TokenWindows {
         context: usize,
         valid_fraction: f64,
     ) -> Result<(Self, Self), TrainError> {
-        let tokens = tokens.into();
-        if context == 0 {
-            return Err(TrainError::Setting {
-                field: "context",
-                value: 0.0,
-                expected: "1 or more",
-            });
-        }
-        if !(valid_fraction > 0.0 && valid_fraction < 1.0) {
-            return Err(TrainError::Setting {
-                field: "valid_fraction",
-                value: valid_fraction,
-                expected: "above 0 and below 1",
-            });
-        }
-        let needed = 2 * context + 1;
-        if tokens.len() < needed {
-            return Err(TrainError::TooFewTokens {
-                found: tokens.len(),
-                needed,
-                context,
-            });
-        }
-        let windows = (tokens.len() - 1) / context;
+        let tokens = Tokens::Memory(tokens.into());
+        let windows = count_windows(tokens.len(), context, 2)?;
+        check_fraction(valid_fraction)?;
         let valid = ((windows as f64 * valid_fraction).round() as usize).clamp(1, windows - 1);
         let part = |windows| Self {
             tokens: tokens.clone(),
@@ -107,9 +94,70 @@ impl TokenWindows {
         Ok((part(0..windows - valid), part(windows - valid..windows)))
     }
 
-    /// The tokens of these windows, one after the other.
-    fn tokens(&self) -> &[u32] {
-        &self.tokens[self.windows.start * self.context..=self.windows.end * self.context]
+    /// Cuts all tokens of a file into windows.
+    ///
+    /// # Errors
+    /// [`TrainError::Setting`] if `context` is 0, [`TrainError::TooFewTokens`] if there are fewer
+    /// than `context + 1`.
+    pub fn of_file(file: TokenFile, context: usize) -> Result<Self, TrainError> {
+        let windows = 0..count_windows(file.len(), context, 1)?;
+        Ok(Self {
+            tokens: Tokens::File(file),
+            context,
+            windows,
+        })
+    }
+
+    /// Where the tokens of these windows are.
+    fn range(&self) -> Range<usize> {
+        self.windows.start * self.context..self.windows.end * self.context + 1
+    }
+}
+
+/// How many windows there are in `tokens`, at least `needed`.
+fn count_windows(tokens: usize, context: usize, needed: usize) -> Result<usize, TrainError> {
+    if context == 0 {
+        return Err(TrainError::Setting {
+            field: "context",
+            value: 0.0,
+            expected: "1 or more",
+        });
+    }
+    if tokens < needed * context + 1 {
+        return Err(TrainError::TooFewTokens {
+            found: tokens,
+            windows: needed,
+            context,
+        });
+    }
+    Ok((tokens - 1) / context)
+}
+
+/// Checks that a share to hold out leaves some to train on.
+pub(super) fn check_fraction(valid_fraction: f64) -> Result<(), TrainError> {
+    if valid_fraction > 0.0 && valid_fraction < 1.0 {
+        return Ok(());
+    }
+    Err(TrainError::Setting {
+        field: "valid_fraction",
+        value: valid_fraction,
+        expected: "above 0 and below 1",
+    })
+}
+
+impl Tokens {
+    fn len(&self) -> usize {
+        match self {
+            Self::Memory(tokens) => tokens.len(),
+            Self::File(file) => file.len(),
+        }
+    }
+
+    fn read(&self, range: Range<usize>) -> Cow<'_, [u32]> {
+        match self {
+            Self::Memory(tokens) => Cow::Borrowed(&tokens[range]),
+            Self::File(file) => Cow::Owned(file.read(range)),
+        }
     }
 }
 
@@ -117,7 +165,7 @@ impl Dataset<TokenWindow> for TokenWindows {
     fn get(&self, index: usize) -> Option<TokenWindow> {
         let window = self.windows.clone().nth(index)?;
         let start = window * self.context;
-        let tokens = &self.tokens[start..=start + self.context];
+        let tokens = self.tokens.read(start..start + self.context + 1);
         Some(TokenWindow {
             inputs: tokens[..self.context].to_vec(),
             targets: tokens[1..].to_vec(),
@@ -136,11 +184,20 @@ impl Windows for TokenWindows {
     }
 
     fn check_vocabulary(&self, vocab_size: usize) -> Result<(), TrainError> {
-        check_vocabulary(self.tokens(), vocab_size)
+        match &self.tokens {
+            Tokens::Memory(tokens) => check_vocabulary(&tokens[self.range()], vocab_size),
+            Tokens::File(file) => file.check_vocabulary(vocab_size),
+        }
     }
 
     fn fingerprint(&self) -> u64 {
-        fnv_1a(self.tokens().iter().flat_map(|token| token.to_le_bytes()))
+        match &self.tokens {
+            Tokens::Memory(tokens) => {
+                let bytes = tokens[self.range()].iter().flat_map(|t| t.to_le_bytes());
+                fnv_1a(FNV_BASIS, bytes)
+            }
+            Tokens::File(file) => file.fingerprint(),
+        }
     }
 }
 
@@ -156,9 +213,13 @@ pub(super) fn check_vocabulary(tokens: &[u32], vocab_size: usize) -> Result<(), 
     }
 }
 
-/// The 64-bit FNV-1a hash, which unlike the standard library's is the same in every release.
-pub(super) fn fnv_1a(bytes: impl Iterator<Item = u8>) -> u64 {
-    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+/// The hash of nothing, to start [`fnv_1a`] with.
+pub(super) const FNV_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// The 64-bit FNV-1a hash, which unlike the standard library's is the same in every release, of
+/// what was hashed to `hash` and `bytes` after it.
+pub(super) fn fnv_1a(hash: u64, bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(hash, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     })
 }

@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use crate::config::FusedKvDecoderConfig;
 use crate::error::ConfigError;
+use crate::tokenizer::TokenizerError;
 
 /// A training that cannot start, or did not finish.
 #[derive(Debug, Error)]
@@ -41,19 +42,25 @@ pub enum TrainError {
         /// What the decoder is configured for.
         max_positions: usize,
     },
-    /// Not enough text for a window to train on and one to validate on.
+    /// Not enough text for the windows it takes.
     #[error(
-        "{found} tokens to train on, expected at least {needed}: two windows of {context} tokens \
-         and one more"
+        "{found} tokens, expected at least {}: {windows} window(s) of {context} and one more",
+        windows * context + 1
     )]
     TooFewTokens {
         /// Tokens given.
         found: usize,
-        /// Tokens it takes.
-        needed: usize,
+        /// Windows it takes: one, and one to validate on where they are of one text.
+        windows: usize,
         /// Tokens per window.
         context: usize,
     },
+    /// A folder without text.
+    #[error("no text in {}, expected files of UTF-8 that are not empty", .0.display())]
+    NoText(PathBuf),
+    /// A tokenizer that cannot take the text.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// A token the decoder has no embedding for.
     #[error("token {token} at {position}, expected ids below the vocabulary's size, {vocab_size}")]
     OutOfVocabulary {

@@ -32,6 +32,7 @@
 mod checkpoint;
 pub mod compare;
 mod config;
+mod corpus;
 mod data;
 mod error;
 mod learning_rate;
@@ -41,9 +42,11 @@ mod progress;
 mod recall;
 mod run;
 mod step;
+mod token_file;
 
 pub use checkpoint::EpochLosses;
 pub use config::TrainingConfig;
+pub use corpus::{Corpus, Part};
 pub use data::{Answer, LanguageBatch, LanguageBatcher, TokenWindow, TokenWindows, Windows};
 pub use error::TrainError;
 pub use metrics::{PerplexityMetric, TokenLosses, TokenRateMetric, perplexity};
@@ -51,3 +54,4 @@ pub use progress::{Progress, StepReport};
 pub use recall::{AssociativeRecall, DistanceAccuracy, Needle, accuracy_by_distance};
 pub use run::{Run, Trained, evaluate, train, train_from, train_on};
 pub use step::LanguageOutput;
+pub use token_file::TokenFile;

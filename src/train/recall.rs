@@ -10,7 +10,7 @@ use rand::seq::index::sample;
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-use super::data::{Answer, LanguageBatcher, TokenWindow, Windows, fnv_1a};
+use super::data::{Answer, FNV_BASIS, LanguageBatcher, TokenWindow, Windows, fnv_1a};
 use super::error::TrainError;
 use super::run::batches;
 use crate::decoder::FusedKvDecoder;
@@ -229,7 +229,7 @@ macro_rules! generated {
             }
 
             fn fingerprint(&self) -> u64 {
-                fnv_1a(self.to_string().into_bytes().into_iter())
+                fnv_1a(FNV_BASIS, self.to_string().into_bytes().into_iter())
             }
         }
     };

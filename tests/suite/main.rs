@@ -5,6 +5,7 @@ mod cache;
 mod cache_dtype;
 mod configuration;
 mod conversion;
+mod data;
 mod equivalence;
 mod generation;
 mod golden;
