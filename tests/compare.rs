@@ -136,14 +136,43 @@ fn summaries_are_over_seeds() {
     }
     let speeds = measure_speed::<Flex>(&comparison.methods, 8, 2, 1, &FlexDevice).unwrap();
     assert!(speeds.iter().all(|s| s.ttft > 0.0 && s.tpot > 0.0));
-    let table = markdown(&results, &speeds);
-    let rows: Vec<Vec<&str>> = table
-        .lines()
-        .map(|line| line.split('|').map(str::trim).collect())
+    let tables = markdown(&results, &speeds);
+    let tables: Vec<Vec<Vec<&str>>> = tables
+        .split("\n\n")
+        .map(|table| {
+            let lines = table.lines();
+            lines
+                .map(|line| line.split('|').map(str::trim).collect())
+                .collect()
+        })
         .collect();
-    assert_eq!(rows.len(), 2 + 3);
-    assert!(rows.iter().all(|row| row.len() == rows[0].len()));
-    assert_eq!(rows[4][1], "fused-kv");
+    let [table, distances] = &tables[..] else {
+        panic!("expected a table and one by distance");
+    };
+    for rows in [table, distances] {
+        assert_eq!(rows.len(), 2 + 3);
+        assert!(rows.iter().all(|row| row.len() == rows[0].len()));
+        assert_eq!(rows[4][1], "fused-kv");
+    }
+    for (column, distance) in distances[0].iter().enumerate() {
+        let Ok(distance) = distance.parse::<usize>() else {
+            continue;
+        };
+        let shares: Vec<f64> = results[..3]
+            .iter()
+            .flat_map(|result| &result.accuracy)
+            .filter(|bucket| bucket.up_to == distance)
+            .map(|bucket| bucket.correct as f64 / bucket.total as f64)
+            .collect();
+        let mean = shares.iter().sum::<f64>() / shares.len() as f64;
+        let shown: f64 = distances[2][column]
+            .split(' ')
+            .next()
+            .unwrap()
+            .parse()
+            .unwrap();
+        assert!((shown - mean).abs() <= 0.000_51, "{shown} {mean}");
+    }
 }
 
 #[test]

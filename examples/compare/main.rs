@@ -25,9 +25,7 @@ use std::process::ExitCode;
 use burn::tensor::backend::Backend;
 use clap::{Parser, ValueEnum};
 use fusedkv::backend::Autodiff;
-use fusedkv::train::compare::{
-    Comparison, DEFAULT_METHODS, Method, RunResult, markdown, measure_speed,
-};
+use fusedkv::train::compare::{Comparison, DEFAULT_METHODS, Method, markdown, measure_speed};
 use fusedkv::train::{AssociativeRecall, Needle, TrainingConfig, Windows};
 use fusedkv::{FusedKvDecoderConfig, KvPlan};
 
@@ -187,7 +185,6 @@ impl Args {
         write("table.md", table.clone())?;
         write("speed.json", serde_json::to_string_pretty(&speeds)?)?;
         println!("{table}");
-        print_accuracy(&results);
         plots::draw(&results, &self.out)?;
         println!("Table, plots and runs are in {}", self.out.display());
         Ok(())
@@ -235,20 +232,5 @@ impl Args {
         fs::create_dir_all(directory)
             .map_err(|error| format!("cannot make {}: {error}", directory.display()))?;
         Ok(directory.join(name))
-    }
-}
-
-/// Accuracy by distance, of the first seed of each method.
-fn print_accuracy(results: &[RunResult]) {
-    for result in results.iter().filter(|result| !result.accuracy.is_empty()) {
-        print!(
-            "{} seed {}, accuracy up to distance",
-            result.method, result.config.seed
-        );
-        for bucket in &result.accuracy {
-            let share = bucket.correct as f64 / bucket.total as f64;
-            print!("  {}: {share:.3}", bucket.up_to);
-        }
-        println!();
     }
 }

@@ -1,21 +1,30 @@
-//! Loss curves, and quality against cache, as SVG and PNG.
+//! Loss curves, and quality and recall against cache, as SVG and PNG.
 
 use std::error::Error;
 use std::path::Path;
 
 use epaint_default_fonts::UBUNTU_LIGHT;
-use fusedkv::train::compare::{MeanDeviation, RunResult, summarise};
+use fusedkv::train::compare::{MeanDeviation, MethodSummary, RunResult, summarise};
 use plotters::coord::Shift;
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, register_font};
 
 const SIZE: (u32, u32) = (1000, 620);
 
-/// Writes `loss.{svg,png}`, and `quality.{svg,png}`, to the directory.
+/// Writes `loss.{svg,png}`, `quality.{svg,png}` and, where answers were recalled,
+/// `recall.{svg,png}` to the directory.
 pub fn draw(results: &[RunResult], directory: &Path) -> Result<(), Box<dyn Error>> {
     register_font("sans-serif", FontStyle::Normal, UBUNTU_LIGHT)
         .map_err(|_| "the embedded font cannot be read")?;
-    for (name, plot) in [("loss", Plot::Loss), ("quality", Plot::Quality)] {
+    let mut plots = vec![("loss", Plot::Loss), ("quality", Plot::Quality)];
+    if summarise(results)
+        .iter()
+        .any(|summary| summary.accuracy.is_some())
+    {
+        plots.push(("recall", Plot::Recall));
+    }
+    for (name, plot) in plots {
         let svg = directory.join(format!("{name}.svg"));
         plot.draw(results, SVGBackend::new(&svg, SIZE).into_drawing_area())?;
         let png = directory.join(format!("{name}.png"));
@@ -28,6 +37,7 @@ pub fn draw(results: &[RunResult], directory: &Path) -> Result<(), Box<dyn Error
 enum Plot {
     Loss,
     Quality,
+    Recall,
 }
 
 impl Plot {
@@ -42,7 +52,14 @@ impl Plot {
         area.fill(&WHITE)?;
         match self {
             Self::Loss => loss(results, &area)?,
-            Self::Quality => quality(results, &area)?,
+            Self::Quality => {
+                let loss = |summary: &MethodSummary| Some(summary.valid_loss);
+                against_cache(results, &area, "validation loss, nats per target", loss)?;
+            }
+            Self::Recall => {
+                let accuracy = |summary: &MethodSummary| summary.accuracy;
+                against_cache(results, &area, "share of right answers", accuracy)?;
+            }
         }
         area.present()?;
         Ok(())
@@ -106,50 +123,64 @@ where
     Ok(())
 }
 
-/// Mean validation loss against cache bytes per token, with a standard deviation to either side.
-fn quality<D: DrawingBackend>(
+/// A mean of every method against cache bytes per token, with a standard deviation to either side.
+fn against_cache<D: DrawingBackend>(
     results: &[RunResult],
     area: &DrawingArea<D, Shift>,
+    name: &str,
+    value: impl Fn(&MethodSummary) -> Option<MeanDeviation>,
 ) -> Result<(), Box<dyn Error>>
 where
     D::ErrorType: 'static,
 {
-    let summaries = summarise(results);
-    let ends = summaries.iter().flat_map(|summary| {
-        let MeanDeviation { mean, deviation } = summary.valid_loss;
+    let mut points: Vec<(f64, MeanDeviation, String)> = summarise(results)
+        .into_iter()
+        .filter_map(|summary| {
+            let value = value(&summary)?;
+            Some((summary.cache_bytes_per_token as f64, value, summary.method))
+        })
+        .collect();
+    let ends = points.iter().flat_map(|(_, value, _)| {
+        let MeanDeviation { mean, deviation } = *value;
         [mean - deviation, mean + deviation]
     });
     let (low, high) = range(ends);
-    let bytes = |summary: &fusedkv::train::compare::MethodSummary| summary.cache_bytes_per_token;
-    let largest = summaries.iter().map(bytes).max().unwrap_or(1) as f64;
+    let (fewest, most) = points.iter().fold((f64::MAX, 1f64), |(few, most), point| {
+        (few.min(point.0), most.max(point.0))
+    });
     let mut chart = ChartBuilder::on(area)
         .margin(16)
         .x_label_area_size(44)
         .y_label_area_size(64)
-        .build_cartesian_2d(0.0..largest * 1.3, low..high)?;
+        .build_cartesian_2d((fewest / 1.2..most * 2.4).log_scale().base(2.0), low..high)?;
     chart
         .configure_mesh()
-        .x_desc("cache bytes per token")
-        .y_desc("validation loss, nats per target")
+        .x_desc("cache bytes per token, f32")
+        .y_desc(name)
+        .x_label_formatter(&|bytes| format!("{bytes:.0}"))
         .label_style(("sans-serif", 17))
         .draw()?;
-    for (i, summary) in summaries.into_iter().enumerate() {
+    // Names beside the points, from the top of a column down, none over another.
+    points.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.mean.total_cmp(&a.1.mean)));
+    let apart = (high - low) / 30.0;
+    let mut above: Option<(f64, f64)> = None;
+    for (i, (bytes, value, method)) in points.into_iter().enumerate() {
         let color = Palette99::pick(i).stroke_width(2);
-        let at = summary.cache_bytes_per_token as f64;
-        let MeanDeviation { mean, deviation } = summary.valid_loss;
-        let bar = [(at, mean - deviation), (at, mean + deviation)];
+        let MeanDeviation { mean, deviation } = value;
+        let y = match above {
+            Some((column, y)) if column == bytes => mean.min(y - apart),
+            _ => mean,
+        };
+        above = Some((bytes, y));
+        let bar = [(bytes, mean - deviation), (bytes, mean + deviation)];
+        let pointer = [(bytes, mean), (bytes * 1.06, y)];
         chart.draw_series([PathElement::new(bar, color)])?;
-        chart
-            .draw_series([Circle::new((at, mean), 5, color.filled())])?
-            .label(summary.method)
-            .legend(move |(x, y)| Circle::new((x + 9, y), 5, color.filled()));
+        chart.draw_series([PathElement::new(pointer, BLACK.mix(0.3))])?;
+        chart.draw_series([Circle::new((bytes, mean), 5, color.filled())])?;
+        let style = ("sans-serif", 15).into_font().color(&BLACK);
+        let style = style.pos(Pos::new(HPos::Left, VPos::Center));
+        chart.draw_series([Text::new(method, (bytes * 1.07, y), style)])?;
     }
-    chart
-        .configure_series_labels()
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK.mix(0.3))
-        .label_font(("sans-serif", 17))
-        .draw()?;
     Ok(())
 }
 

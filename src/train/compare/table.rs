@@ -1,5 +1,6 @@
 //! Results over seeds, and their table.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use super::runs::RunResult;
@@ -61,6 +62,13 @@ pub struct MethodSummary {
 
 /// The runs of each method together, in the order in which methods first appear.
 pub fn summarise(results: &[RunResult]) -> Vec<MethodSummary> {
+    by_method(results)
+        .iter()
+        .map(|runs| summary(runs))
+        .collect()
+}
+
+fn by_method(results: &[RunResult]) -> Vec<Vec<&RunResult>> {
     let mut groups: Vec<Vec<&RunResult>> = Vec::new();
     for result in results {
         match groups.iter_mut().find(|g| g[0].method == result.method) {
@@ -68,7 +76,7 @@ pub fn summarise(results: &[RunResult]) -> Vec<MethodSummary> {
             None => groups.push(vec![result]),
         }
     }
-    groups.iter().map(|group| summary(group)).collect()
+    groups
 }
 
 fn summary(runs: &[&RunResult]) -> MethodSummary {
@@ -96,6 +104,7 @@ fn summary(runs: &[&RunResult]) -> MethodSummary {
 }
 
 /// A Markdown table of the methods: means ± standard deviations over seeds, speeds as measured.
+/// Where answers were recalled, a second one with the share of right ones by distance.
 pub fn markdown(results: &[RunResult], speeds: &[Speed]) -> String {
     let summaries = summarise(results);
     let recall = summaries.iter().any(|summary| summary.accuracy.is_some());
@@ -137,8 +146,43 @@ pub fn markdown(results: &[RunResult], speeds: &[Speed]) -> String {
             speed.map_or_else(dash, |speed| format!("{:.1}", speed.ttft * 1e3)),
             speed.map_or_else(dash, |speed| format!("{:.2}", speed.tpot * 1e3)),
         ]);
-        // Writing to a string does not fail.
-        let _ = writeln!(table, "| {} |", cells.join(" | "));
+        row(&mut table, &cells);
+    }
+    if recall {
+        table.push_str(&by_distance(results));
     }
     table
+}
+
+/// The share of right answers by distance: means ± standard deviations over seeds.
+fn by_distance(results: &[RunResult]) -> String {
+    let buckets = results.iter().flat_map(|run| &run.accuracy);
+    let distances: BTreeSet<usize> = buckets.map(|bucket| bucket.up_to).collect();
+    let mut table = format!(
+        "\n| accuracy up to distance | {} |\n|{}\n",
+        distances
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(" | "),
+        "---|".repeat(distances.len() + 1)
+    );
+    for runs in by_method(results) {
+        let mut cells = vec![runs[0].method.clone()];
+        cells.extend(distances.iter().map(|&distance| {
+            let here = runs.iter().flat_map(|run| &run.accuracy);
+            let shares: Vec<f64> = here
+                .filter(|bucket| bucket.up_to == distance)
+                .map(|bucket| bucket.correct as f64 / bucket.total as f64)
+                .collect();
+            MeanDeviation::of(&shares).show(shares.len(), 3)
+        }));
+        row(&mut table, &cells);
+    }
+    table
+}
+
+fn row(table: &mut String, cells: &[String]) {
+    // Writing to a string does not fail.
+    let _ = writeln!(table, "| {} |", cells.join(" | "));
 }
