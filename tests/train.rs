@@ -90,6 +90,32 @@ fn every_method_learns_a_repetitive_text() {
 }
 
 #[test]
+fn fusion_weights_have_a_learning_rate_and_a_decay_of_their_own() {
+    let n = 2;
+    let losses = |plan, ratio, decay| {
+        let directory = tempdir().unwrap();
+        let config = TrainingConfig {
+            model: decoder(plan),
+            ..config()
+        };
+        // The norm of all gradients, by which others are clipped, counts those of fusion weights.
+        let config = config
+            .with_grad_clip(1e9)
+            .with_fusion_learning_rate_ratio(ratio)
+            .with_fusion_weight_decay(decay);
+        run(&config, directory.path(), false).unwrap().valid_loss
+    };
+    let lite = losses(KvPlan::FusedKvLite { storage_layers: n }, 1.0, 0.0);
+    let fused = |ratio, decay| losses(KvPlan::FusedKv { storage_layers: n }, ratio, decay);
+    // Where they do not learn, they stay where they start: at Lite.
+    assert!((fused(0.0, 0.5) - lite).abs() < 1e-4 * lite);
+    let learned = fused(1.0, 0.0);
+    assert!((learned - lite).abs() > 1e-3 * lite);
+    assert!((fused(2.0, 0.0) - learned).abs() > 1e-4 * learned);
+    assert!((fused(1.0, 0.5) - learned).abs() > 1e-4 * learned);
+}
+
+#[test]
 fn results_agree_with_each_other() {
     let directory = tempdir().unwrap();
     let config = config();
@@ -285,6 +311,11 @@ fn settings_out_of_range_are_named() {
         ),
         (base().with_warmup_steps(40), "warmup_steps"),
         (base().with_weight_decay(-0.1), "weight_decay"),
+        (base().with_fusion_weight_decay(-0.1), "fusion_weight_decay"),
+        (
+            base().with_fusion_learning_rate_ratio(f64::NAN),
+            "fusion_learning_rate_ratio",
+        ),
         (base().with_beta_1(1.0), "beta_1"),
         (base().with_beta_2(-0.1), "beta_2"),
         (base().with_grad_clip(0.0), "grad_clip"),

@@ -113,6 +113,12 @@ struct Args {
     /// Highest learning rate
     #[arg(long, default_value_t = 3e-3)]
     lr: f64,
+    /// Learning rate of fusion weights, as a multiple of that of the others
+    #[arg(long, default_value_t = 1.0)]
+    fusion_lr_ratio: f64,
+    /// Decay of fusion weights per unit of their learning rate
+    #[arg(long, default_value_t = 0.0)]
+    fusion_weight_decay: f32,
     /// Share of a text, or of the windows trained on, that is held out
     #[arg(long, default_value_t = 0.05)]
     valid: f64,
@@ -214,6 +220,8 @@ impl Args {
         Method::check_names(&methods)?;
         let training = TrainingConfig::new(model, self.context, self.batch, self.steps)
             .with_learning_rate(self.lr)
+            .with_fusion_learning_rate_ratio(self.fusion_lr_ratio)
+            .with_fusion_weight_decay(self.fusion_weight_decay)
             .with_accumulation(self.accumulation)
             .with_epochs(self.validations.min(self.steps))
             .with_warmup_steps(self.steps / 20)

@@ -47,10 +47,15 @@ pub struct TrainingConfig {
     /// Steps over which the learning rate rises linearly.
     #[config(default = 0)]
     pub warmup_steps: usize,
-    /// Decay of matrices per unit of learning rate (AdamW, arXiv 1711.05101); norms and fusion
-    /// weights do not decay.
+    /// Decay of matrices per unit of learning rate (AdamW, arXiv 1711.05101); norms do not decay.
     #[config(default = 0.1)]
     pub weight_decay: f32,
+    /// Decay of fusion weights per unit of their learning rate.
+    #[config(default = 0.0)]
+    pub fusion_weight_decay: f32,
+    /// Learning rate of fusion weights, as a multiple of that of the others.
+    #[config(default = 1.0)]
+    pub fusion_learning_rate_ratio: f64,
     /// Decay of AdamW's first moment.
     #[config(default = 0.9)]
     pub beta_1: f32,
@@ -132,6 +137,19 @@ impl TrainingConfig {
                 "weight_decay",
                 self.weight_decay.into(),
                 self.weight_decay >= 0.0 && self.weight_decay.is_finite(),
+                "0 or more",
+            ),
+            (
+                "fusion_weight_decay",
+                self.fusion_weight_decay.into(),
+                self.fusion_weight_decay >= 0.0 && self.fusion_weight_decay.is_finite(),
+                "0 or more",
+            ),
+            (
+                "fusion_learning_rate_ratio",
+                self.fusion_learning_rate_ratio,
+                self.fusion_learning_rate_ratio >= 0.0
+                    && self.fusion_learning_rate_ratio.is_finite(),
                 "0 or more",
             ),
             (

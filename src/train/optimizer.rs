@@ -1,5 +1,5 @@
-//! AdamW as language models are trained with it: matrices alone decay, and the norm of all
-//! gradients together is clipped.
+//! AdamW as language models are trained with it: matrices decay, fusion weights have a learning rate
+//! and a decay of their own, and the norm of all gradients together is clipped.
 
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
 use burn::optim::adaptor::OptimizerAdaptor;
@@ -19,29 +19,47 @@ const EPSILON: f32 = 1e-8;
 pub(super) fn optimizer<B: AutodiffBackend, M: AutodiffModule<B>>(
     config: &TrainingConfig,
     devices: usize,
-) -> ClippedToNorm<OptimizerAdaptor<MatrixDecay, M, B>> {
+) -> ClippedToNorm<OptimizerAdaptor<DecoderAdamW, M, B>> {
     ClippedToNorm {
-        inner: OptimizerAdaptor::from(MatrixDecay {
+        inner: OptimizerAdaptor::from(DecoderAdamW {
             betas: [config.beta_1, config.beta_2],
             weight_decay: config.weight_decay,
+            fusion_weight_decay: config.fusion_weight_decay,
+            fusion_learning_rate_ratio: config.fusion_learning_rate_ratio,
         }),
         max_norm: config.grad_clip,
         summed: config.accumulation * devices,
     }
 }
 
-/// AdamW that decays matrices only: pulling a norm's gain or a fusion weight towards zero
-/// regularises nothing.
+/// AdamW whose rates depend on what a parameter is. An optimizer of Burn's sees a tensor alone; in a
+/// decoder its dimensions tell: norms have one, matrices two, and fusion weights three.
 #[derive(Clone)]
-pub(super) struct MatrixDecay {
+pub(super) struct DecoderAdamW {
     betas: [f32; 2],
     weight_decay: f32,
+    fusion_weight_decay: f32,
+    fusion_learning_rate_ratio: f64,
 }
 
-impl MatrixDecay {
-    /// Of a parameter of `rank` dimensions.
+impl DecoderAdamW {
+    /// Learning rate of a parameter of `rank` dimensions.
+    fn learning_rate(&self, lr: f64, rank: usize) -> f64 {
+        if rank == 3 {
+            lr * self.fusion_learning_rate_ratio
+        } else {
+            lr
+        }
+    }
+
+    /// Decay of a parameter of `rank` dimensions: pulling a norm's gain towards zero regularises
+    /// nothing.
     fn decay(&self, rank: usize) -> f32 {
-        if rank == 2 { self.weight_decay } else { 0.0 }
+        match rank {
+            2 => self.weight_decay,
+            3 => self.fusion_weight_decay,
+            _ => 0.0,
+        }
     }
 
     /// Burn's own.
@@ -55,7 +73,7 @@ impl MatrixDecay {
     }
 }
 
-impl<B: Backend> SimpleOptimizer<B> for MatrixDecay {
+impl<B: Backend> SimpleOptimizer<B> for DecoderAdamW {
     type State<const D: usize> = AdamWState<B, D>;
 
     fn step<const D: usize>(
@@ -65,6 +83,7 @@ impl<B: Backend> SimpleOptimizer<B> for MatrixDecay {
         grad: Tensor<B, D>,
         state: Option<Self::State<D>>,
     ) -> (Tensor<B, D>, Option<Self::State<D>>) {
+        let lr = self.learning_rate(lr, D);
         let Some(AdamWState { mut momentum }) = state else {
             return self.adam_w(D).step(lr, tensor, grad, None);
         };
@@ -217,10 +236,22 @@ mod tests {
             let spread = burn::tensor::Distribution::Normal(0.0, 1.0);
             Tensor::<Flex, D>::random(shape, spread, &FlexDevice)
         };
-        let optimizer = MatrixDecay {
+        let optimizer = DecoderAdamW {
             betas: [0.9, 0.95],
             weight_decay: 0.1,
+            fusion_weight_decay: 0.3,
+            fusion_learning_rate_ratio: 0.5,
         };
+        let (lr, decay) = match D {
+            1 => (0.01, 0.0),
+            2 => (0.01, 0.1),
+            _ => (0.005, 0.3),
+        };
+        let adam_w = AdamWConfig::new()
+            .with_beta_2(0.95)
+            .with_epsilon(EPSILON)
+            .with_weight_decay(decay)
+            .build();
         let start = random();
         let (mut found, mut expected) = ((start.clone(), None), (start.clone(), None));
         for _ in 0..3 {
@@ -228,7 +259,7 @@ mod tests {
             let (tensor, state) = found;
             found = optimizer.step(0.01, tensor, grad.clone(), state);
             let (tensor, state) = expected;
-            expected = optimizer.adam_w(D).step(0.01, tensor, grad, state);
+            expected = adam_w.step(lr, tensor, grad, state);
         }
         let [found, expected] = [found, expected].map(|(tensor, state)| {
             let AdamWState { momentum } = state.unwrap();
