@@ -11,8 +11,8 @@ use fusedkv::backend::{Autodiff, Flex, FlexDevice};
 use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
 use fusedkv::tokenizer::{END_OF_TEXT, Tokenizer, TokenizerError};
 use fusedkv::train::{
-    Progress, Run, TokenWindows, TrainError, Trained, TrainingConfig, evaluate, perplexity, train,
-    train_from,
+    LogLine, Progress, Run, TokenWindows, TrainError, Trained, TrainingConfig, evaluate,
+    perplexity, train, train_from,
 };
 use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
 use proptest::prelude::*;
@@ -76,7 +76,7 @@ fn every_method_learns_a_repetitive_text() {
         let mut config = config();
         config.model.plan = KvPlan::from_method(method, 4).unwrap();
         let trained = run(&config, directory.path(), false).unwrap();
-        let (first, last) = (trained.epochs[0], trained.epochs[3]);
+        let (first, last) = (&trained.epochs[0], &trained.epochs[3]);
         assert!(
             last.train < 0.5 * first.train,
             "{method}: {first:?} {last:?}"
@@ -159,6 +159,125 @@ fn a_resumed_run_ends_like_one_that_was_not_interrupted() {
         logits(&again.model, &device),
         logits(&resumed.model, &device)
     );
+}
+
+/// The lines of a run's log, without what depends on the time.
+fn log(directory: &Path) -> Vec<LogLine> {
+    let log = fs::read_to_string(directory.join("metrics.jsonl")).unwrap();
+    let lines = log.lines().map(|line| serde_json::from_str(line).unwrap());
+    lines
+        .map(|mut line| {
+            if let LogLine::Train {
+                tokens_per_second,
+                memory_mib,
+                ..
+            } = &mut line
+            {
+                assert!(*tokens_per_second > 0.0);
+                *tokens_per_second = 0.0;
+                *memory_mib = None;
+            }
+            line
+        })
+        .collect()
+}
+
+#[test]
+fn the_log_has_every_step_once() {
+    let directory = tempdir().unwrap();
+    let directory = directory.path();
+    let config = config();
+    let trained = run(&config, directory, false).unwrap();
+    let lines = log(directory);
+    assert_eq!(lines.len(), 40 + 4);
+    let mut steps = Vec::new();
+    for epoch in &trained.epochs {
+        let mut losses = Vec::new();
+        let mut norms = Vec::new();
+        for line in &lines {
+            match line {
+                LogLine::Train {
+                    epoch: of,
+                    step,
+                    tokens,
+                    loss,
+                    gradient_norms,
+                    ..
+                } if *of == epoch.epoch => {
+                    assert_eq!(*tokens, step * config.tokens_per_step());
+                    steps.push(*step);
+                    losses.push(*loss);
+                    norms.push(gradient_norms.clone().unwrap());
+                }
+                LogLine::Valid {
+                    epoch: of,
+                    loss,
+                    perplexity,
+                    ..
+                } if *of == epoch.epoch => {
+                    assert!((loss - epoch.valid).abs() < 1e-5, "{loss} {epoch:?}");
+                    assert_eq!(*perplexity, loss.exp());
+                }
+                _ => {}
+            }
+        }
+        let mean = |values: Vec<f64>| values.iter().sum::<f64>() / values.len() as f64;
+        assert!((mean(losses) - epoch.train).abs() < 1e-5);
+        let found = epoch.gradient_norms.as_ref().unwrap();
+        assert_eq!(found.layers.len(), 4);
+        assert!((mean(norms.iter().map(|n| n.all).collect()) - found.all).abs() < 1e-9);
+        for layer in 0..4 {
+            let expected = mean(norms.iter().map(|n| n.layers[layer]).collect());
+            assert!((expected - found.layers[layer]).abs() < 1e-9);
+            assert!(found.layers[layer] < found.all);
+        }
+    }
+    assert_eq!(steps, (1..=40).collect::<Vec<_>>());
+
+    // Killed in the middle of a line, after the third epoch was saved.
+    fs::remove_file(directory.join("checkpoint/optim-4.mpk")).unwrap();
+    let path = directory.join("metrics.jsonl");
+    let whole = fs::read_to_string(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() - 30]).unwrap();
+    run(&config, directory, true).unwrap();
+    assert_eq!(log(directory), lines);
+}
+
+#[test]
+fn accumulated_gradients_have_the_norms_of_those_of_the_whole_batch() {
+    let norms = |accumulation| {
+        let directory = tempdir().unwrap();
+        let config = short().with_accumulation(accumulation).with_epochs(1);
+        let trained = run(&config, directory.path(), false).unwrap();
+        assert_eq!(log(directory.path()).len(), 4 + 1);
+        trained.epochs[0].gradient_norms.clone().unwrap()
+    };
+    let (whole, parts) = (norms(1), norms(4));
+    for (a, b) in whole.layers.iter().zip(&parts.layers) {
+        assert!((a - b).abs() < 1e-3 * a, "{whole:?} {parts:?}");
+    }
+}
+
+#[test]
+fn the_best_epochs_model_can_be_loaded() {
+    let directory = tempdir().unwrap();
+    let best = || Run::new(directory.path()).best::<Flex>(&FlexDevice);
+    let error = best().unwrap_err();
+    assert!(matches!(error, TrainError::NoCheckpoint(_)), "{error}");
+    // A learning rate at which losses go up again and again.
+    let config = config()
+        .with_epochs(20)
+        .with_learning_rate(0.3)
+        .with_min_learning_rate_ratio(1.0);
+    let trained = run(&config, directory.path(), false).unwrap();
+    let lowest = trained.epochs.iter().map(|losses| losses.valid);
+    let lowest = lowest.fold(f64::MAX, f64::min);
+    assert!(lowest < trained.valid_loss);
+    let (model, losses) = best().unwrap();
+    assert_eq!(losses.valid, lowest);
+    let (_, valid) = TokenWindows::split(tokens(), config.context, 0.2).unwrap();
+    let loss = evaluate(&model, &valid, 4).unwrap();
+    assert!((loss - lowest).abs() < 1e-4 * lowest, "{loss} {lowest}");
 }
 
 #[test]
@@ -360,7 +479,7 @@ fn what_does_not_fit_the_decoder_is_refused() {
     let error = train::<Autodiff<Flex>>(&config(), vec![0; 32], &quiet, &device).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "32 tokens to train on, expected at least 33: two windows of 16 tokens and one more"
+        "32 tokens, expected at least 33: 2 windows of 16 and one more"
     );
     let error = train::<Autodiff<Flex>>(&config(), vec![0, 3, 16], &quiet, &device).unwrap_err();
     assert_eq!(

@@ -1,4 +1,4 @@
-//! Loss curves, and quality and recall against cache, as SVG and PNG.
+//! Loss curves, gradient norms, and quality and recall against cache, as SVG and PNG.
 
 use std::error::Error;
 use std::path::Path;
@@ -12,12 +12,18 @@ use plotters::style::{FontStyle, register_font};
 
 const SIZE: (u32, u32) = (1000, 620);
 
-/// Writes `loss.{svg,png}`, `quality.{svg,png}` and, where answers were recalled,
-/// `recall.{svg,png}` to the directory.
+/// Writes `loss.{svg,png}`, `gradients.{svg,png}`, `quality.{svg,png}` and, where answers were
+/// recalled, `recall.{svg,png}` to the directory.
 pub fn draw(results: &[RunResult], directory: &Path) -> Result<(), Box<dyn Error>> {
     register_font("sans-serif", FontStyle::Normal, UBUNTU_LIGHT)
         .map_err(|_| "the embedded font cannot be read")?;
     let mut plots = vec![("loss", Plot::Loss), ("quality", Plot::Quality)];
+    if gradients(results)
+        .iter()
+        .any(|(_, points)| !points.is_empty())
+    {
+        plots.push(("gradients", Plot::Gradients));
+    }
     if summarise(results)
         .iter()
         .any(|summary| summary.accuracy.is_some())
@@ -36,6 +42,7 @@ pub fn draw(results: &[RunResult], directory: &Path) -> Result<(), Box<dyn Error
 #[derive(Clone, Copy)]
 enum Plot {
     Loss,
+    Gradients,
     Quality,
     Recall,
 }
@@ -51,7 +58,14 @@ impl Plot {
     {
         area.fill(&WHITE)?;
         match self {
-            Self::Loss => loss(results, &area)?,
+            Self::Loss => {
+                let names = ["tokens, thousands", "validation loss, nats per target"];
+                curves(&area, names, losses(results))?;
+            }
+            Self::Gradients => {
+                let names = ["layer", "mean gradient norm"];
+                curves(&area, names, gradients(results))?;
+            }
             Self::Quality => {
                 let loss = |summary: &MethodSummary| Some(summary.valid_loss);
                 against_cache(results, &area, "validation loss, nats per target", loss)?;
@@ -66,32 +80,57 @@ impl Plot {
     }
 }
 
-/// Mean validation loss of every method over the tokens read.
-fn loss<D: DrawingBackend>(
-    results: &[RunResult],
+/// A method's name and its points.
+type Curve = (String, Vec<(f64, f64)>);
+
+/// The runs of every method.
+fn by_method(results: &[RunResult]) -> impl Iterator<Item = (String, Vec<&RunResult>)> {
+    summarise(results).into_iter().map(|summary| {
+        let runs = results.iter().filter(|run| run.method == summary.method);
+        (summary.method.clone(), runs.collect())
+    })
+}
+
+/// Mean validation loss over the tokens read.
+fn losses(results: &[RunResult]) -> Vec<Curve> {
+    let curve = |(method, runs): (String, Vec<&RunResult>)| {
+        let epochs = runs.iter().map(|run| run.epochs.len()).min().unwrap_or(0);
+        let points = (0..epochs).map(|epoch| {
+            let config = &runs[0].config;
+            let steps = config.steps * (epoch + 1) / config.epochs;
+            let losses: Vec<f64> = runs.iter().map(|run| run.epochs[epoch].valid).collect();
+            let tokens = (steps * config.tokens_per_step()) as f64;
+            (tokens / 1e3, MeanDeviation::of(&losses).mean)
+        });
+        (method, points.collect())
+    };
+    by_method(results).map(curve).collect()
+}
+
+/// Mean norm of the gradients of each layer, counted from 1, over epochs and seeds.
+fn gradients(results: &[RunResult]) -> Vec<Curve> {
+    let curve = |(method, runs): (String, Vec<&RunResult>)| {
+        let epochs = runs.iter().flat_map(|run| &run.epochs);
+        let norms: Vec<_> = epochs.filter_map(|e| e.gradient_norms.as_ref()).collect();
+        let points = (0..runs[0].config.model.n_layers).filter_map(|layer| {
+            let of_layer = norms.iter().filter_map(|norms| norms.layers.get(layer));
+            let of_layer: Vec<f64> = of_layer.copied().collect();
+            let mean = MeanDeviation::of(&of_layer).mean;
+            (!of_layer.is_empty()).then_some((layer as f64 + 1.0, mean))
+        });
+        (method, points.collect())
+    };
+    by_method(results).map(curve).collect()
+}
+
+fn curves<D: DrawingBackend>(
     area: &DrawingArea<D, Shift>,
+    [x, y]: [&str; 2],
+    curves: Vec<Curve>,
 ) -> Result<(), Box<dyn Error>>
 where
     D::ErrorType: 'static,
 {
-    let curves: Vec<(String, Vec<(f64, f64)>)> = summarise(results)
-        .into_iter()
-        .map(|summary| {
-            let runs: Vec<_> = results
-                .iter()
-                .filter(|run| run.method == summary.method)
-                .collect();
-            let epochs = runs.iter().map(|run| run.epochs.len()).min().unwrap_or(0);
-            let points = (0..epochs).map(|epoch| {
-                let config = &runs[0].config;
-                let steps = config.steps * (epoch + 1) / config.epochs;
-                let losses: Vec<f64> = runs.iter().map(|run| run.epochs[epoch].valid).collect();
-                let tokens = (steps * config.tokens_per_step()) as f64;
-                (tokens, MeanDeviation::of(&losses).mean)
-            });
-            (summary.method, points.collect())
-        })
-        .collect();
     let points = || curves.iter().flat_map(|(_, points)| points);
     let (low, high) = range(points().map(|point| point.1));
     let (_, longest) = range(points().map(|point| point.0));
@@ -102,9 +141,9 @@ where
         .build_cartesian_2d(0.0..longest, low..high)?;
     chart
         .configure_mesh()
-        .x_desc("tokens")
-        .y_desc("validation loss, nats per target")
-        .x_label_formatter(&|tokens| format!("{:.0} k", tokens / 1e3))
+        .x_desc(x)
+        .y_desc(y)
+        .x_label_formatter(&|x| format!("{x:.0}"))
         .label_style(("sans-serif", 17))
         .draw()?;
     for (i, (method, points)) in curves.into_iter().enumerate() {

@@ -20,18 +20,19 @@ use serde::{Deserialize, Serialize};
 
 use super::config::TrainingConfig;
 use super::error::TrainError;
+use super::gradients::GradientNorms;
+use super::log;
 use crate::file;
 
 const CONFIG: &str = "training.json";
 const LOSSES: &str = "losses.json";
 const CHECKPOINTS: &str = "checkpoint";
-/// What Burn writes beside the checkpoints: a log per metric and epoch.
-const METRIC_LOGS: [&str; 2] = ["train", "valid"];
+const LOG: &str = "metrics.jsonl";
 /// The files of a checkpoint, as Burn names them.
 const PARTS: [&str; 3] = ["model", "optim", "scheduler"];
 
 /// The losses of an epoch.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EpochLosses {
     /// The epoch, counted from 1.
     pub epoch: usize,
@@ -39,6 +40,9 @@ pub struct EpochLosses {
     pub train: f64,
     /// Mean loss of the held-out windows after the epoch, in nats per token.
     pub valid: f64,
+    /// Mean over the epoch's steps of the gradients' norms before they are clipped.
+    #[serde(default)]
+    pub gradient_norms: Option<GradientNorms>,
 }
 
 /// Losses shared between the run and the thread that checkpoints.
@@ -65,11 +69,12 @@ impl RunDirectory {
                 return Err(TrainError::NotARun(path.to_owned()));
             }
         }
-        for directory in METRIC_LOGS.into_iter().chain([CHECKPOINTS]) {
-            let directory = path.join(directory);
-            if directory.exists() {
-                fs::remove_dir_all(&directory).map_err(write(&directory))?;
-            }
+        let checkpoints = path.join(CHECKPOINTS);
+        if checkpoints.exists() {
+            fs::remove_dir_all(&checkpoints).map_err(write(&checkpoints))?;
+        }
+        if run.log().exists() {
+            fs::remove_file(run.log()).map_err(write(&run.log()))?;
         }
         run.save_losses(&[]).map_err(write(&path.join(LOSSES)))?;
         file::replace(&config_path, |partial| config.save(partial)).map_err(write(&config_path))?;
@@ -106,11 +111,34 @@ impl RunDirectory {
         let epoch = epoch.ok_or_else(|| TrainError::NoCheckpoint(path.to_owned()))?;
         let mut losses: Vec<EpochLosses> = read(&path.join(LOSSES))?;
         losses.retain(|losses| losses.epoch <= epoch);
+        let log = run.log();
+        log::keep_until(&log, epoch).map_err(|source| TrainError::Write { path: log, source })?;
         Ok((run, epoch, losses))
+    }
+
+    /// Opens the directory of any run: it, its configuration, and the losses of its best epoch.
+    pub fn best(path: &Path) -> Result<(Self, TrainingConfig, EpochLosses), TrainError> {
+        let run = Self(path.to_owned());
+        let none = || TrainError::NoCheckpoint(path.to_owned());
+        if !path.join(CONFIG).exists() {
+            return Err(none());
+        }
+        let losses: Vec<EpochLosses> = read(&path.join(LOSSES))?;
+        let saved = run.checkpoints();
+        let best = losses
+            .into_iter()
+            .filter(|losses| saved.contains(&losses.epoch))
+            .min_by(|a, b| a.valid.total_cmp(&b.valid));
+        Ok((run, read(&path.join(CONFIG))?, best.ok_or_else(none)?))
     }
 
     pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// Where steps and validations are logged.
+    pub fn log(&self) -> PathBuf {
+        self.0.join(LOG)
     }
 
     /// A part of a checkpoint, without extension, as recorders take it.
@@ -230,6 +258,7 @@ pub(super) struct KeepLastAndBest {
     /// The mean losses of each epoch, as it ends.
     pub train: Receiver<f64>,
     pub valid: Receiver<f64>,
+    pub gradient_norms: Receiver<Option<GradientNorms>>,
     pub interrupter: Interrupter,
     kept: BTreeSet<usize>,
 }
@@ -240,6 +269,7 @@ impl KeepLastAndBest {
         history: History,
         train: Receiver<f64>,
         valid: Receiver<f64>,
+        gradient_norms: Receiver<Option<GradientNorms>>,
         interrupter: Interrupter,
     ) -> Self {
         let kept = run.checkpoints();
@@ -248,6 +278,7 @@ impl KeepLastAndBest {
             history,
             train,
             valid,
+            gradient_norms,
             interrupter,
             kept,
         }
@@ -261,10 +292,12 @@ impl CheckpointingStrategy for KeepLastAndBest {
             epoch,
             train: self.train.recv().unwrap_or(f64::NAN),
             valid: self.valid.recv().unwrap_or(f64::NAN),
+            gradient_norms: self.gradient_norms.recv().ok().flatten(),
         };
         let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let finite = losses.train.is_finite() && losses.valid.is_finite();
         history.push(losses);
-        if !(losses.train.is_finite() && losses.valid.is_finite()) {
+        if !finite {
             self.interrupter.stop(Some("the loss is not a number"));
             return Vec::new();
         }

@@ -44,7 +44,7 @@ pub enum TrainError {
     },
     /// Not enough text for the windows it takes.
     #[error(
-        "{found} tokens, expected at least {}: {windows} window(s) of {context} and one more",
+        "{found} tokens, expected at least {}: {windows} windows of {context} and one more",
         windows * context + 1
     )]
     TooFewTokens {

@@ -1,14 +1,18 @@
 //! Metrics Burn does not have, or computes from all logits.
 
-use std::sync::Arc;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
+
+use burn::tensor::backend::Backend;
 
 use burn_train::metric::state::{FormatOptions, NumericMetricState};
 use burn_train::metric::{
     Metric, MetricAttributes, MetricMetadata, MetricName, Numeric, NumericAttributes, NumericEntry,
     SerializedEntry, format_float,
 };
+
+use super::gradients::{GradientNorms, Squares};
 
 /// The loss of some tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -150,39 +154,41 @@ impl Numeric for PerplexityMetric {
 pub struct TokenRateMetric {
     name: MetricName,
     state: NumericMetricState,
+    step: StepEnds,
+    tokens_per_step: usize,
     last: Instant,
 }
 
 impl TokenRateMetric {
-    /// The metric.
-    pub fn new() -> Self {
+    /// Of steps that read so many tokens in so many parts: those of accumulated gradients, times
+    /// devices. A metric is told of every part.
+    pub fn new(tokens_per_step: usize, parts: usize) -> Self {
         Self {
             name: Arc::new("Tokens per second".to_owned()),
             state: NumericMetricState::default(),
+            step: StepEnds::new(parts),
+            tokens_per_step,
             last: Instant::now(),
         }
     }
 }
 
-impl Default for TokenRateMetric {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Metric for TokenRateMetric {
-    type Input = TokenLosses;
+    type Input = ();
 
     fn name(&self) -> MetricName {
         self.name.clone()
     }
 
-    fn update(&mut self, losses: &TokenLosses, _metadata: &MetricMetadata) -> SerializedEntry {
-        let now = Instant::now();
-        let rate = losses.tokens as f64 / (now - self.last).as_secs_f64();
-        self.last = now;
-        let format = FormatOptions::new(self.name()).precision(0);
-        self.state.update(rate, 1, format)
+    fn update(&mut self, (): &(), _metadata: &MetricMetadata) -> SerializedEntry {
+        if self.step.ends() {
+            let now = Instant::now();
+            let rate = self.tokens_per_step as f64 / (now - self.last).as_secs_f64();
+            self.last = now;
+            let format = FormatOptions::new(self.name()).precision(0);
+            return self.state.update(rate, 1, format);
+        }
+        unchanged(&self.state)
     }
 
     fn clear(&mut self) {
@@ -198,6 +204,182 @@ impl Numeric for TokenRateMetric {
     fn running_value(&self) -> NumericEntry {
         self.state.running_value()
     }
+}
+
+/// Tells the last part of a step from those before it.
+#[derive(Clone, Debug)]
+struct StepEnds {
+    parts: usize,
+    seen: usize,
+}
+
+impl StepEnds {
+    fn new(parts: usize) -> Self {
+        Self { parts, seen: 0 }
+    }
+
+    /// Whether the part that is told of now is a step's last.
+    fn ends(&mut self) -> bool {
+        self.seen += 1;
+        self.seen.is_multiple_of(self.parts)
+    }
+}
+
+/// The entry of a part that changes nothing.
+fn unchanged(state: &NumericMetricState) -> SerializedEntry {
+    let value = state.current_value();
+    SerializedEntry::new(format_float(value.current(), 2), value.serialize())
+}
+
+/// Norm of all gradients before they are clipped; its serialised form is that of [`GradientNorms`],
+/// layer by layer.
+#[derive(Clone)]
+pub(super) struct GradientNormMetric<B: Backend> {
+    name: MetricName,
+    state: NumericMetricState,
+    step: StepEnds,
+    /// One of every step, sent before the metrics are told of its last part.
+    squares: Arc<Mutex<Receiver<Squares<B>>>>,
+    /// Sum over the epoch's steps, and their number.
+    sum: Option<GradientNorms>,
+    steps: usize,
+    report: Sender<Option<GradientNorms>>,
+}
+
+impl<B: Backend> GradientNormMetric<B> {
+    /// Reports the mean over an epoch's steps when it has ended.
+    pub fn new(
+        squares: Receiver<Squares<B>>,
+        parts: usize,
+        report: Sender<Option<GradientNorms>>,
+    ) -> Self {
+        Self {
+            name: Arc::new("Gradient norm".to_owned()),
+            state: NumericMetricState::default(),
+            step: StepEnds::new(parts),
+            squares: Arc::new(Mutex::new(squares)),
+            sum: None,
+            steps: 0,
+            report,
+        }
+    }
+
+    fn receive(&self) -> Option<GradientNorms> {
+        let squares = self.squares.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(squares.try_recv().ok()?.norms())
+    }
+}
+
+impl<B: Backend> Metric for GradientNormMetric<B> {
+    type Input = ();
+
+    fn name(&self) -> MetricName {
+        self.name.clone()
+    }
+
+    fn attributes(&self) -> MetricAttributes {
+        lower_is_better()
+    }
+
+    fn update(&mut self, (): &(), _metadata: &MetricMetadata) -> SerializedEntry {
+        if !self.step.ends() {
+            return unchanged(&self.state);
+        }
+        let Some(norms) = self.receive() else {
+            return unchanged(&self.state);
+        };
+        let format = FormatOptions::new(self.name()).precision(3);
+        let entry = self.state.update(norms.all, 1, format);
+        let serialized = serde_json::to_string(&norms).unwrap_or_default();
+        self.steps += 1;
+        self.sum = Some(match self.sum.take() {
+            Some(sum) => sum.plus(&norms),
+            None => norms,
+        });
+        SerializedEntry::new(entry.formatted, serialized)
+    }
+
+    fn clear(&mut self) {
+        let steps = std::mem::take(&mut self.steps);
+        let mean = self.sum.take().map(|sum| sum.divided_by(steps as f64));
+        // Nobody listens once training is over.
+        let _ = self.report.send(mean);
+        self.state.reset();
+    }
+}
+
+impl<B: Backend> Numeric for GradientNormMetric<B> {
+    fn value(&self) -> NumericEntry {
+        self.state.current_value()
+    }
+
+    fn running_value(&self) -> NumericEntry {
+        self.state.running_value()
+    }
+}
+
+/// Memory of the process in MiB, where the system tells it.
+#[derive(Clone)]
+pub(super) struct MemoryMetric {
+    name: MetricName,
+    state: NumericMetricState,
+}
+
+impl MemoryMetric {
+    /// None where the system does not tell: anywhere but on Linux.
+    pub fn new() -> Option<Self> {
+        resident_mib()?;
+        Some(Self {
+            name: Arc::new("Memory".to_owned()),
+            state: NumericMetricState::default(),
+        })
+    }
+}
+
+impl Metric for MemoryMetric {
+    type Input = ();
+
+    fn name(&self) -> MetricName {
+        self.name.clone()
+    }
+
+    fn attributes(&self) -> MetricAttributes {
+        NumericAttributes {
+            unit: Some("MiB".to_owned()),
+            higher_is_better: false,
+        }
+        .into()
+    }
+
+    fn update(&mut self, (): &(), _metadata: &MetricMetadata) -> SerializedEntry {
+        let mib = resident_mib().unwrap_or(f64::NAN);
+        let format = FormatOptions::new(self.name()).unit("MiB").precision(0);
+        self.state.update(mib, 1, format)
+    }
+
+    fn clear(&mut self) {
+        self.state.reset();
+    }
+}
+
+impl Numeric for MemoryMetric {
+    fn value(&self) -> NumericEntry {
+        self.state.current_value()
+    }
+
+    fn running_value(&self) -> NumericEntry {
+        self.state.running_value()
+    }
+}
+
+/// What of the process's memory is resident; the kernel's KiB.
+fn resident_mib() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: f64 = line.trim().strip_suffix("kB")?.trim_end().parse().ok()?;
+    Some(kib / 1024.0)
 }
 
 fn lower_is_better() -> MetricAttributes {

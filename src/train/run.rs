@@ -29,7 +29,10 @@ use super::data::{
 };
 use super::error::TrainError;
 use super::learning_rate::{OncePerStep, learning_rates};
-use super::metrics::{PerplexityMetric, TokenRateMetric, perplexity};
+use super::log::JsonLines;
+use super::metrics::{
+    GradientNormMetric, MemoryMetric, PerplexityMetric, TokenRateMetric, perplexity,
+};
 use super::optimizer::optimizer;
 use super::progress::{Observer, PlainRenderer, Progress, StepReport};
 use super::step::window_losses;
@@ -86,6 +89,32 @@ impl Run {
     }
 }
 
+impl Run {
+    /// The model of the epoch with the lowest validation loss, and the losses of that epoch. Its
+    /// checkpoint is kept whatever comes after it.
+    ///
+    /// ```no_run
+    /// use fusedkv::backend::{Flex, FlexDevice};
+    /// use fusedkv::train::Run;
+    ///
+    /// let (model, losses) = Run::new("target/run").best::<Flex>(&FlexDevice)?;
+    /// # Ok::<(), fusedkv::train::TrainError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`TrainError::NoCheckpoint`] if no epoch is finished, [`TrainError::Unreadable`] if a file
+    /// of the run is damaged.
+    pub fn best<B: Backend>(
+        &self,
+        device: &B::Device,
+    ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
+        let (directory, config, losses) = RunDirectory::best(&self.directory)?;
+        let model = config.model.init::<B>(device)?;
+        let record = read_part(&directory, "model", losses.epoch, device)?;
+        Ok((model.load_record(record), losses))
+    }
+}
+
 /// What a training gives.
 #[derive(Clone, Debug)]
 pub struct Trained<B: Backend> {
@@ -122,9 +151,6 @@ impl<B: Backend> Trained<B> {
 /// # Errors
 /// [`TrainError`] for a configuration, tokens or a directory that do not fit, before anything is
 /// trained, and for a training that is stopped, loses its files or diverges.
-///
-/// # Panics
-/// If metric logs cannot be written in the run's directory, as Burn's logger does.
 pub fn train<B: AutodiffBackend>(
     config: &TrainingConfig,
     tokens: impl Into<Arc<[u32]>>,
@@ -144,9 +170,6 @@ pub fn train<B: AutodiffBackend>(
 ///
 /// # Errors
 /// As [`train`], and [`TrainError::OtherModel`] if the model has another configuration.
-///
-/// # Panics
-/// As [`train`].
 pub fn train_from<B: AutodiffBackend>(
     config: &TrainingConfig,
     model: FusedKvDecoder<B>,
@@ -177,9 +200,6 @@ pub fn train_from<B: AutodiffBackend>(
 /// # Errors
 /// As [`train`], and [`TrainError::Setting`] if the windows' length is not the configured context
 /// or a data set or the list of devices is empty, or `batch_size` cannot be divided among the devices.
-///
-/// # Panics
-/// As [`train`].
 pub fn train_on<B: AutodiffBackend>(
     config: &TrainingConfig,
     train_windows: impl Windows + 'static,
@@ -249,7 +269,8 @@ fn run_training<B: AutodiffBackend>(
         // Parameters draw their values when first used; a fork uses them all, in order.
         None => config.model.init::<B>(device)?.fork(device),
     };
-    let optimizer = optimizer::<B, FusedKvDecoder<B>>(config, devices.len());
+    let (squares, squares_of_steps) = channel();
+    let optimizer = optimizer::<B, FusedKvDecoder<B>>(config, devices.len(), squares);
     let scheduler = OncePerStep::new(learning_rates(config)?, config.accumulation);
 
     let (directory, done, losses) = if run.resume {
@@ -271,13 +292,20 @@ fn run_training<B: AutodiffBackend>(
     let interrupter = Interrupter::new();
     let (train_report, train_losses) = channel();
     let (valid_report, valid_losses) = channel();
+    let (norm_report, gradient_norms) = channel();
     let strategy = KeepLastAndBest::new(
         directory.clone(),
         history.clone(),
         train_losses,
         valid_losses,
+        gradient_norms,
         interrupter.clone(),
     );
+    let log = JsonLines::open(&directory.log(), config, done, parts, interrupter.clone());
+    let log = log.map_err(|source| TrainError::Write {
+        path: directory.log(),
+        source,
+    })?;
     let schedule = Schedule::new(config);
     let train_loader = TrainLoader::new(Arc::new(train_windows), schedule, done + 1, device);
     let valid_loader = valid_loader::<B::InnerBackend>(valid_windows, config.batch_size, device);
@@ -287,7 +315,13 @@ fn run_training<B: AutodiffBackend>(
             .metric_train_numeric(PerplexityMetric::reporting(train_report))
             .metric_valid_numeric(PerplexityMetric::reporting(valid_report))
             .metric_train_numeric(LearningRateMetric::new())
-            .metric_train_numeric(TokenRateMetric::new())
+            .metric_train_numeric(TokenRateMetric::new(config.tokens_per_step(), parts))
+            .metric_train_numeric(GradientNormMetric::new(
+                squares_of_steps,
+                parts,
+                norm_report,
+            ))
+            .with_metric_logger(log)
             .with_file_checkpointer(CompleteFileRecorder::default())
             .with_checkpointing_strategy(strategy)
             .with_interrupter(interrupter.clone())
@@ -296,6 +330,9 @@ fn run_training<B: AutodiffBackend>(
             .with_training_strategy(strategy_of(devices))
             .grads_accumulation(config.accumulation)
             .num_epochs(last_epoch);
+    if let Some(memory) = MemoryMetric::new() {
+        training = training.metric_train_numeric(memory);
+    }
     if let Some(patience) = patience {
         training = training.early_stopping(patience);
     }
@@ -336,13 +373,13 @@ fn run_training<B: AutodiffBackend>(
     if interrupter.should_stop() {
         return Err(interrupted());
     }
-    let last = *epochs.last().ok_or_else(interrupted)?;
+    let last = epochs.last().ok_or_else(interrupted)?;
     Ok(Trained {
         model: result.model,
-        epochs,
         train_loss: last.train,
         valid_loss: last.valid,
         tokens: Schedule::new(config).steps_until(last.epoch) * config.tokens_per_step(),
+        epochs,
         elapsed: start.elapsed(),
     })
 }
@@ -428,24 +465,22 @@ where
     O: Optimizer<FusedKvDecoder<B>, B>,
 {
     type ModelRecord<B> = <FusedKvDecoder<B> as Module<B>>::Record;
-    check_part::<B, ModelRecord<B>>(directory, "model", epoch, device)?;
-    check_part::<B, O::Record>(directory, "optim", epoch, device)?;
-    check_part::<B, S::Record<B>>(directory, "scheduler", epoch, device)
+    read_part::<B, ModelRecord<B>>(directory, "model", epoch, device)?;
+    read_part::<B, O::Record>(directory, "optim", epoch, device)?;
+    read_part::<B, S::Record<B>>(directory, "scheduler", epoch, device)?;
+    Ok(())
 }
 
-fn check_part<B: Backend, R: Record<B>>(
+fn read_part<B: Backend, R: Record<B>>(
     directory: &RunDirectory,
     part: &str,
     epoch: usize,
     device: &B::Device,
-) -> Result<(), TrainError> {
+) -> Result<R, TrainError> {
     let path = directory.part(part, epoch);
     let recorder = CompleteFileRecorder::default();
-    Recorder::<B>::load::<R>(&recorder, path.clone(), device).map_err(|error| {
-        TrainError::Unreadable {
-            path: path.with_extension("mpk"),
-            reason: error.to_string(),
-        }
-    })?;
-    Ok(())
+    Recorder::<B>::load(&recorder, path.clone(), device).map_err(|error| TrainError::Unreadable {
+        path: path.with_extension("mpk"),
+        reason: error.to_string(),
+    })
 }

@@ -1,0 +1,218 @@
+//! A run's log: one JSON object a line, which other programs read.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, LineWriter, Write};
+use std::path::Path;
+
+use burn_train::Interrupter;
+use burn_train::logger::MetricLogger;
+use burn_train::metric::store::{EpochSummary, MetricsUpdate, NumericMetricUpdate, Split};
+use burn_train::metric::{MetricDefinition, MetricId, NumericEntry};
+use serde::{Deserialize, Serialize};
+
+use super::config::TrainingConfig;
+use super::data::Schedule;
+use super::gradients::GradientNorms;
+use super::metrics::{TokenLosses, perplexity};
+use crate::file;
+
+/// A line of a run's `metrics.jsonl`: a training step, or a validation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "split", rename_all = "lowercase")]
+pub enum LogLine {
+    /// After a step.
+    Train {
+        /// The epoch, counted from 1.
+        epoch: usize,
+        /// The step, counted from 1 over all epochs.
+        step: usize,
+        /// Tokens read since the first step.
+        tokens: usize,
+        /// Mean loss of the step's targets before it, in nats.
+        loss: f64,
+        /// What the step's update was made with.
+        learning_rate: f64,
+        /// Since the step before; an epoch's first one includes the validation before it.
+        tokens_per_second: f64,
+        /// Before they are clipped.
+        gradient_norms: Option<GradientNorms>,
+        /// Resident memory of the process in MiB, where the system tells it.
+        memory_mib: Option<f64>,
+    },
+    /// After an epoch.
+    Valid {
+        /// The epoch, counted from 1.
+        epoch: usize,
+        /// Steps until then.
+        step: usize,
+        /// Tokens read since the first step.
+        tokens: usize,
+        /// Mean loss of the held-out targets, in nats.
+        loss: f64,
+        /// e to the loss.
+        perplexity: f64,
+    },
+}
+
+impl LogLine {
+    fn epoch(&self) -> usize {
+        match self {
+            Self::Train { epoch, .. } | Self::Valid { epoch, .. } => *epoch,
+        }
+    }
+}
+
+/// Drops what a resumed run writes again: the lines after `epoch`, and one cut short by a kill.
+pub(super) fn keep_until(path: &Path, epoch: usize) -> io::Result<()> {
+    let log = match fs::read_to_string(path) {
+        Ok(log) => log,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let kept =
+        |line: &&str| serde_json::from_str::<LogLine>(line).is_ok_and(|line| line.epoch() <= epoch);
+    let kept: String = log.split_inclusive('\n').filter(kept).collect();
+    file::replace(path, |partial| fs::write(partial, kept))
+}
+
+/// Writes a [`LogLine`] per step and validation.
+pub(super) struct JsonLines {
+    file: LineWriter<File>,
+    names: HashMap<MetricId, String>,
+    schedule: Schedule,
+    tokens_per_step: usize,
+    /// Parts of a step that metrics are told of, one by one.
+    parts: usize,
+    /// The epoch under way: Burn's count starts over when a run is resumed.
+    epoch: usize,
+    /// How many parts of it there were.
+    seen: usize,
+    train: TokenLosses,
+    valid: TokenLosses,
+    interrupter: Interrupter,
+}
+
+impl JsonLines {
+    /// Appends to the file of a run of which `done` epochs are finished.
+    pub fn open(
+        path: &Path,
+        config: &TrainingConfig,
+        done: usize,
+        parts: usize,
+        interrupter: Interrupter,
+    ) -> io::Result<Self> {
+        let file = OpenOptions::new().create(true).append(true).open(path)?;
+        Ok(Self {
+            file: LineWriter::new(file),
+            names: HashMap::new(),
+            schedule: Schedule::new(config),
+            tokens_per_step: config.tokens_per_step(),
+            parts,
+            epoch: done + 1,
+            seen: 0,
+            train: TokenLosses::NONE,
+            valid: TokenLosses::NONE,
+            interrupter,
+        })
+    }
+
+    fn metric<'u>(&self, update: &'u MetricsUpdate, name: &str) -> Option<&'u NumericMetricUpdate> {
+        let mut numbers = update.entries_numeric.iter();
+        numbers.find(|number| {
+            let found = self.names.get(&number.entry.metric_id);
+            found.is_some_and(|found| found == name)
+        })
+    }
+
+    fn loss(&self, update: &MetricsUpdate) -> TokenLosses {
+        let loss = self.metric(update, "Loss");
+        loss.map_or(TokenLosses::NONE, |loss| TokenLosses {
+            mean: loss.numeric_entry.current(),
+            tokens: match loss.numeric_entry {
+                NumericEntry::Value(_) => 1,
+                NumericEntry::Aggregated { count, .. } => count,
+            },
+        })
+    }
+
+    fn train_line(&mut self, update: &MetricsUpdate) -> LogLine {
+        let step = self.schedule.steps_until(self.epoch - 1) + self.seen / self.parts;
+        let number = |name| {
+            let found = self.metric(update, name);
+            found.map(|found| found.numeric_entry.current())
+        };
+        let line = LogLine::Train {
+            epoch: self.epoch,
+            step,
+            tokens: step * self.tokens_per_step,
+            loss: self.train.mean,
+            learning_rate: number("Learning Rate").unwrap_or(f64::NAN),
+            tokens_per_second: number("Tokens per second").unwrap_or(f64::NAN),
+            gradient_norms: self.metric(update, "Gradient norm").and_then(|norm| {
+                serde_json::from_str(&norm.entry.serialized_entry.serialized).ok()
+            }),
+            memory_mib: number("Memory"),
+        };
+        self.train = TokenLosses::NONE;
+        line
+    }
+
+    fn write(&mut self, line: &LogLine) {
+        let written = serde_json::to_string(line)
+            .map_err(io::Error::from)
+            .and_then(|json| writeln!(self.file, "{json}"));
+        if let Err(error) = written {
+            self.interrupter
+                .stop(Some(&format!("the log cannot be written: {error}")));
+        }
+    }
+}
+
+impl MetricLogger for JsonLines {
+    fn log(&mut self, update: MetricsUpdate, _epoch: usize, split: &Split) {
+        let loss = self.loss(&update);
+        if *split == Split::Valid {
+            self.valid = self.valid.joined(loss);
+            return;
+        }
+        self.seen += 1;
+        self.train = self.train.joined(loss);
+        if self.seen.is_multiple_of(self.parts) {
+            let line = self.train_line(&update);
+            self.write(&line);
+        }
+    }
+
+    /// Nothing reads the log back: best epochs and early stopping go by the run's losses.
+    fn read_numeric(
+        &mut self,
+        _name: &str,
+        _epoch: usize,
+        _split: &Split,
+    ) -> Result<Vec<NumericEntry>, String> {
+        Ok(Vec::new())
+    }
+
+    fn log_metric_definition(&mut self, definition: MetricDefinition) {
+        self.names.insert(definition.metric_id, definition.name);
+    }
+
+    fn log_epoch_summary(&mut self, summary: EpochSummary) {
+        if summary.split != Split::Valid {
+            return;
+        }
+        let step = self.schedule.steps_until(self.epoch);
+        let loss = self.valid.mean;
+        self.valid = TokenLosses::NONE;
+        self.write(&LogLine::Valid {
+            epoch: self.epoch,
+            step,
+            tokens: step * self.tokens_per_step,
+            loss,
+            perplexity: perplexity(loss),
+        });
+        self.epoch += 1;
+        self.seen = 0;
+    }
+}
