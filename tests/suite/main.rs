@@ -12,4 +12,5 @@ mod golden;
 mod gradients;
 mod models;
 mod positions;
+mod tokenizer;
 mod unfused;
