@@ -6,6 +6,7 @@
 //! ```
 
 mod backend;
+mod font;
 
 use std::error::Error;
 use std::fs;
@@ -52,6 +53,7 @@ impl Program for Args {
             return Err("every layer of the model has keys and values of its own".into());
         }
         fs::create_dir_all(&self.out)?;
+        font::register()?;
         let json = self.out.join("information_flow.json");
         fs::write(&json, serde_json::to_string_pretty(&flow)? + "\n")?;
         println!("{}", json.display());

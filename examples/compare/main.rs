@@ -13,6 +13,8 @@
 mod backend;
 #[path = "../corpus/mod.rs"]
 mod corpus;
+#[path = "../font/mod.rs"]
+mod font;
 mod plots;
 mod text;
 mod watch;

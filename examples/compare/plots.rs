@@ -3,20 +3,19 @@
 use std::error::Error;
 use std::path::Path;
 
-use epaint_default_fonts::UBUNTU_LIGHT;
 use fusedkv::train::compare::{MeanDeviation, MethodSummary, RunResult, summarise};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{FontStyle, register_font};
+
+use super::font;
 
 const SIZE: (u32, u32) = (1000, 620);
 
 /// Writes `loss.{svg,png}`, `gradients.{svg,png}`, `quality.{svg,png}` and, where answers were
 /// recalled, `recall.{svg,png}` to the directory.
 pub fn draw(results: &[RunResult], directory: &Path) -> Result<(), Box<dyn Error>> {
-    register_font("sans-serif", FontStyle::Normal, UBUNTU_LIGHT)
-        .map_err(|_| "the embedded font cannot be read")?;
+    font::register()?;
     let mut plots = vec![("loss", Plot::Loss), ("quality", Plot::Quality)];
     if gradients(results)
         .iter()
