@@ -4,6 +4,7 @@
 //! the rows' lengths. A slot that holds no token of a row (left padding, a rejected draft) is a
 //! *hole* of that row: nothing attends to it and it takes no position.
 
+use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -24,8 +25,8 @@ pub(crate) struct CacheShape {
     pub head_dim: usize,
 }
 
-impl std::fmt::Display for CacheShape {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for CacheShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
             "{} kv heads of {} channels and layers {:?}",
@@ -66,6 +67,40 @@ impl CacheDtype {
         ("bf16", Self::Bf16),
         ("int8", Self::Int8),
     ];
+
+    /// The type of the numbers kept for a decoder of floats `model`.
+    fn numbers(self, model: DType) -> DType {
+        match self {
+            Self::Model => model,
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+            Self::Int8 => DType::I8,
+        }
+    }
+
+    /// That a backend whose decoders are of floats `model` can keep such numbers.
+    pub(crate) fn check<B: Backend>(
+        self,
+        model: DType,
+        device: &B::Device,
+    ) -> Result<DType, CacheError> {
+        let numbers = self.numbers(model);
+        if B::supports_dtype(device, numbers) {
+            return Ok(numbers);
+        }
+        Err(CacheError::UnsupportedDtype {
+            dtype: self,
+            backend: B::name(device),
+        })
+    }
+}
+
+impl fmt::Display for CacheDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known = Self::NAMES.iter().find(|(_, dtype)| dtype == self);
+        f.pad(known.map_or("unnamed", |(name, _)| name))
+    }
 }
 
 impl FromStr for CacheDtype {
@@ -142,19 +177,7 @@ impl<B: Backend> FusedKvCache<B> {
                 return Err(CacheError::Zero { field });
             }
         }
-        let numbers = match dtype {
-            CacheDtype::Model => float,
-            CacheDtype::F32 => DType::F32,
-            CacheDtype::F16 => DType::F16,
-            CacheDtype::Bf16 => DType::BF16,
-            CacheDtype::Int8 => DType::I8,
-        };
-        if !B::supports_dtype(device, numbers) {
-            return Err(CacheError::UnsupportedDtype {
-                dtype,
-                backend: B::name(device),
-            });
-        }
+        let numbers = dtype.check::<B>(float, device)?;
         let dims = [batch, shape.n_kv_heads, capacity, shape.head_dim];
         let zeros = || Some(Stored::zeros(dims, numbers, device));
         let slots = (0..shape.layout.n_stores())

@@ -11,8 +11,8 @@ use fusedkv::train::compare::{
     measure_speed, summarise,
 };
 use fusedkv::train::{
-    AssociativeRecall, Needle, Progress, Run, TrainError, TrainingConfig, Windows,
-    accuracy_by_distance, evaluate, train_on,
+    AssociativeRecall, Needle, Progress, Run, TrainError, TrainingConfig, Windows, evaluate,
+    train_on,
 };
 use fusedkv::{FusedKvDecoderConfig, FusionInit, KvPlan, LayerKv};
 use proptest::prelude::*;
@@ -39,6 +39,7 @@ fn comparison(directory: &Path, methods: &[&str], seeds: u64) -> Comparison {
             .collect(),
         seeds: (0..seeds).collect(),
         directory: directory.to_owned(),
+        cache_dtypes: Vec::new(),
     }
 }
 
@@ -248,15 +249,18 @@ fn a_model_that_reads_the_task_learns_to_recall() {
         .with_learning_rate(1e-2);
     let run = Run::new(directory.path()).with_progress(Progress::Quiet);
     let trained = train_on::<Train>(&config, train, valid.clone(), &run, &[FlexDevice]).unwrap();
-    let buckets = accuracy_by_distance(&trained.model, &valid, 64).unwrap();
+    let found = evaluate(&trained.model, &valid, 64, None).unwrap();
+    let buckets = &found.accuracy;
     let total: usize = buckets.iter().map(|bucket| bucket.total).sum();
     let correct: usize = buckets.iter().map(|bucket| bucket.correct).sum();
     assert_eq!(total, 200);
     // Guessing one of seven tokens is right in 29 of 200.
     assert!(correct > 60, "{buckets:?}");
-    let loss = evaluate(&trained.model, &valid, 7).unwrap();
-    assert!((loss - trained.valid_loss).abs() < 1e-5);
-    assert!(loss < 7f64.ln());
+    assert!((found.loss - trained.valid_loss).abs() < 1e-5);
+    assert!(found.loss < 7f64.ln());
+    let few = evaluate(&trained.model, &valid, 7, None).unwrap();
+    assert!((few.loss - found.loss).abs() < 1e-5);
+    assert_eq!(few.accuracy, found.accuracy);
 }
 
 #[test]

@@ -125,7 +125,9 @@ fn results_agree_with_each_other() {
     assert_eq!(trained.train_loss, trained.epochs[3].train);
     let (_, valid) = TokenWindows::split(tokens(), config.context, 0.2).unwrap();
     for batch_size in [1, 5, 100] {
-        let loss = evaluate(&trained.model, &valid, batch_size).unwrap();
+        let loss = evaluate(&trained.model, &valid, batch_size, None)
+            .unwrap()
+            .loss;
         assert!((loss - trained.valid_loss).abs() < 1e-5);
     }
 }
@@ -280,7 +282,7 @@ fn the_best_epochs_model_can_be_loaded() {
     let (model, losses) = best().unwrap();
     assert_eq!(losses.valid, lowest);
     let (_, valid) = TokenWindows::split(tokens, config.context, 0.2).unwrap();
-    let loss = evaluate(&model, &valid, 4).unwrap();
+    let loss = evaluate(&model, &valid, 4, None).unwrap().loss;
     assert!((loss - lowest).abs() < 1e-4 * lowest, "{loss} {lowest}");
 }
 
@@ -498,12 +500,12 @@ fn what_does_not_fit_the_decoder_is_refused() {
 
     let model = decoder(KvPlan::Standard).init::<Flex>(&device).unwrap();
     let (windows, _) = TokenWindows::split(vec![0; 200], 65, 0.5).unwrap();
-    let error = evaluate(&model, &windows, 1).unwrap_err();
+    let error = evaluate(&model, &windows, 1, None).unwrap_err();
     assert!(
         matches!(error, TrainError::ContextTooLong { .. }),
         "{error}"
     );
-    let error = evaluate(&model, &windows, 0).unwrap_err();
+    let error = evaluate(&model, &windows, 0, None).unwrap_err();
     assert!(matches!(error, TrainError::Setting { .. }), "{error}");
 }
 

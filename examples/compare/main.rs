@@ -29,7 +29,7 @@ use clap::{Parser, ValueEnum};
 use fusedkv::backend::Autodiff;
 use fusedkv::train::compare::{Comparison, DEFAULT_METHODS, Method, markdown, measure_speed};
 use fusedkv::train::{AssociativeRecall, Needle, TrainingConfig, Windows};
-use fusedkv::{FusedKvDecoderConfig, KvPlan};
+use fusedkv::{CacheDtype, FusedKvDecoderConfig, KvPlan};
 
 use backend::{BackendName, Program, exit_code};
 use watch::Watch;
@@ -127,6 +127,9 @@ struct Args {
     /// Key-value pairs per window, for `--task recall`
     #[arg(long, default_value_t = 8)]
     pairs: usize,
+    /// Caches through which every trained model is evaluated as well: f32, f16, bf16 or int8
+    #[arg(long, num_args = 1.., value_name = "DTYPE")]
+    cache_dtypes: Vec<CacheDtype>,
     /// Tokens of the prompt whose prefill is timed
     #[arg(long, default_value_t = 512)]
     prompt: usize,
@@ -185,15 +188,13 @@ impl Args {
         let methods = &comparison.methods;
         let speeds = measure_speed::<B>(methods, self.prompt, 16, 5, device)?;
         let table = markdown(&results, &speeds);
-        let write = |name: &str, text: String| {
-            let path = self.out.join(name);
-            fs::write(&path, text)
-                .map_err(|error| format!("cannot write {}: {error}", path.display()))
-        };
-        write("table.md", table.clone())?;
-        write("speed.json", serde_json::to_string_pretty(&speeds)?)?;
+        self.publish(|directory| {
+            fs::write(directory.join("table.md"), &table)?;
+            let speeds = serde_json::to_string_pretty(&speeds)?;
+            fs::write(directory.join("speed.json"), speeds)?;
+            plots::draw(&results, directory)
+        })?;
         println!("{table}");
-        plots::draw(&results, &self.out)?;
         println!("Table, plots and runs are in {}", self.out.display());
         Ok(())
     }
@@ -233,6 +234,27 @@ impl Args {
             methods,
             seeds: (0..self.seeds).collect(),
             directory: self.out.clone(),
+            cache_dtypes: self.cache_dtypes.clone(),
+        })
+    }
+
+    /// Moves the files that `write` makes in a directory of its own to the output directory, so
+    /// that none there is half-written.
+    fn publish(
+        &self,
+        write: impl FnOnce(&Path) -> Result<(), Box<dyn Error>>,
+    ) -> Result<(), Box<dyn Error>> {
+        let publish = || {
+            let partial = tempfile::tempdir_in(&self.out)?;
+            write(partial.path())?;
+            for entry in fs::read_dir(partial.path())? {
+                let entry = entry?;
+                fs::rename(entry.path(), self.out.join(entry.file_name()))?;
+            }
+            Ok(())
+        };
+        publish().map_err(|error: Box<dyn Error>| {
+            format!("cannot write results to {}: {error}", self.out.display()).into()
         })
     }
 

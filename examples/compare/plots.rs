@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::path::Path;
 
+use fusedkv::CacheDtype;
 use fusedkv::train::compare::{MeanDeviation, MethodSummary, RunResult, summarise};
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -66,12 +67,12 @@ impl Plot {
                 curves(&area, names, gradients(results))?;
             }
             Self::Quality => {
-                let loss = |summary: &MethodSummary| Some(summary.valid_loss);
-                against_cache(results, &area, "validation loss, nats per target", loss)?;
+                let trails = trails(results, |_, loss| Some(loss));
+                against_cache(trails, &area, "validation loss, nats per target")?;
             }
             Self::Recall => {
-                let accuracy = |summary: &MethodSummary| summary.accuracy;
-                against_cache(results, &area, "share of right answers", accuracy)?;
+                let trails = trails(results, |accuracy, _| accuracy);
+                against_cache(trails, &area, "share of right answers")?;
             }
         }
         area.present()?;
@@ -161,24 +162,49 @@ where
     Ok(())
 }
 
-/// A mean of every method against cache bytes per token, with a standard deviation to either side.
-fn against_cache<D: DrawingBackend>(
+/// A method's name, and a mean of it by cache bytes per token: in f32, then through other caches.
+struct Trail {
+    method: String,
+    plain: (f64, MeanDeviation),
+    cached: Vec<(CacheDtype, f64, MeanDeviation)>,
+}
+
+/// The trails of every method, of what `value` makes of accuracy and loss.
+fn trails(
     results: &[RunResult],
+    value: impl Fn(Option<MeanDeviation>, MeanDeviation) -> Option<MeanDeviation>,
+) -> Vec<Trail> {
+    let trail = |summary: MethodSummary| {
+        let plain = value(summary.accuracy, summary.valid_loss)?;
+        let cached = summary.cached.iter().filter_map(|cached| {
+            let value = value(cached.accuracy, cached.valid_loss)?;
+            Some((cached.dtype, cached.cache_bytes_per_token as f64, value))
+        });
+        Some(Trail {
+            plain: (summary.cache_bytes_per_token as f64, plain),
+            cached: cached.collect(),
+            method: summary.method,
+        })
+    };
+    summarise(results).into_iter().filter_map(trail).collect()
+}
+
+/// A mean of every method against cache bytes per token, with a standard deviation to either side,
+/// and from it a line to the same models through other caches.
+fn against_cache<D: DrawingBackend>(
+    trails: Vec<Trail>,
     area: &DrawingArea<D, Shift>,
     name: &str,
-    value: impl Fn(&MethodSummary) -> Option<MeanDeviation>,
 ) -> Result<(), Box<dyn Error>>
 where
     D::ErrorType: 'static,
 {
-    let mut points: Vec<(f64, MeanDeviation, String)> = summarise(results)
-        .into_iter()
-        .filter_map(|summary| {
-            let value = value(&summary)?;
-            Some((summary.cache_bytes_per_token as f64, value, summary.method))
-        })
+    let plain = trails.iter().map(|trail| trail.plain);
+    let cached = trails.iter().flat_map(|trail| &trail.cached);
+    let points: Vec<_> = plain
+        .chain(cached.map(|point| (point.1, point.2)))
         .collect();
-    let ends = points.iter().flat_map(|(_, value, _)| {
+    let ends = points.iter().flat_map(|(_, value)| {
         let MeanDeviation { mean, deviation } = *value;
         [mean - deviation, mean + deviation]
     });
@@ -193,31 +219,69 @@ where
         .build_cartesian_2d((fewest / 1.2..most * 2.4).log_scale().base(2.0), low..high)?;
     chart
         .configure_mesh()
-        .x_desc("cache bytes per token, f32")
+        .x_desc("cache bytes per token")
         .y_desc(name)
         .x_label_formatter(&|bytes| format!("{bytes:.0}"))
         .label_style(("sans-serif", 17))
         .draw()?;
-    // Names beside the points, from the top of a column down, none over another.
-    points.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.mean.total_cmp(&a.1.mean)));
-    let apart = (high - low) / 30.0;
-    let mut above: Option<(f64, f64)> = None;
-    for (i, (bytes, value, method)) in points.into_iter().enumerate() {
+    let mut labels = Vec::new();
+    for (i, trail) in trails.into_iter().enumerate() {
         let color = Palette99::pick(i).stroke_width(2);
-        let MeanDeviation { mean, deviation } = value;
-        let y = match above {
-            Some((column, y)) if column == bytes => mean.min(y - apart),
-            _ => mean,
-        };
-        above = Some((bytes, y));
+        let (bytes, MeanDeviation { mean, deviation }) = trail.plain;
         let bar = [(bytes, mean - deviation), (bytes, mean + deviation)];
-        let pointer = [(bytes, mean), (bytes * 1.06, y)];
         chart.draw_series([PathElement::new(bar, color)])?;
-        chart.draw_series([PathElement::new(pointer, BLACK.mix(0.3))])?;
         chart.draw_series([Circle::new((bytes, mean), 5, color.filled())])?;
+        labels.push((chart.backend_coord(&(bytes, mean)), trail.method));
+        let steps = trail
+            .cached
+            .iter()
+            .map(|(_, bytes, value)| (*bytes, value.mean));
+        let line: Vec<_> = std::iter::once((bytes, mean))
+            .chain(steps.clone())
+            .collect();
+        if line.len() > 1 {
+            chart.draw_series([PathElement::new(line, color.stroke_width(1))])?;
+        }
+        chart.draw_series(steps.map(|at| Circle::new(at, 3, color.filled())))?;
+        for (dtype, bytes, value) in trail.cached {
+            labels.push((chart.backend_coord(&(bytes, value.mean)), dtype.to_string()));
+        }
+    }
+    drop(chart);
+    place(area, labels)
+}
+
+/// Writes names beside points, in pixels: from the top down, none over another.
+fn place<D: DrawingBackend>(
+    area: &DrawingArea<D, Shift>,
+    mut labels: Vec<((i32, i32), String)>,
+) -> Result<(), Box<dyn Error>>
+where
+    D::ErrorType: 'static,
+{
+    /// Of the letters, about.
+    const WIDTH: i32 = 8;
+    const HEIGHT: i32 = 15;
+
+    labels.sort_by_key(|((x, y), _)| (*y, *x));
+    let mut taken: Vec<(i32, i32, i32)> = Vec::new();
+    for ((x, y), label) in labels {
+        let left = x + 10;
+        let right = left + WIDTH * label.chars().count() as i32;
+        let mut top = y;
+        // Those above were placed first: further down there is room.
+        while let Some(hit) = taken
+            .iter()
+            .find(|(from, to, other)| left < *to && *from < right && (top - other).abs() < HEIGHT)
+        {
+            top = hit.2 + HEIGHT;
+        }
+        taken.push((left, right, top));
         let style = ("sans-serif", 15).into_font().color(&BLACK);
         let style = style.pos(Pos::new(HPos::Left, VPos::Center));
-        chart.draw_series([Text::new(method, (bytes * 1.07, y), style)])?;
+        let pointer = vec![(x, y), (left - 2, top)];
+        area.draw(&PathElement::new(pointer, BLACK.mix(0.3)))?;
+        area.draw(&Text::new(label, (left, top), style))?;
     }
     Ok(())
 }

@@ -116,20 +116,17 @@ impl RunDirectory {
         Ok((run, epoch, losses))
     }
 
-    /// Opens the directory of any run: it, its configuration, and the losses of its best epoch.
-    pub fn best(path: &Path) -> Result<(Self, TrainingConfig, EpochLosses), TrainError> {
+    /// Opens the directory of any run: it, its configuration, and the losses of the epochs that have
+    /// a complete checkpoint, in order.
+    pub fn saved(path: &Path) -> Result<(Self, TrainingConfig, Vec<EpochLosses>), TrainError> {
         let run = Self(path.to_owned());
-        let none = || TrainError::NoCheckpoint(path.to_owned());
-        if !path.join(CONFIG).exists() {
-            return Err(none());
+        if !path.join(CONFIG).exists() || !path.join(LOSSES).exists() {
+            return Err(TrainError::NoCheckpoint(path.to_owned()));
         }
-        let losses: Vec<EpochLosses> = read(&path.join(LOSSES))?;
+        let mut losses: Vec<EpochLosses> = read(&path.join(LOSSES))?;
         let saved = run.checkpoints();
-        let best = losses
-            .into_iter()
-            .filter(|losses| saved.contains(&losses.epoch))
-            .min_by(|a, b| a.valid.total_cmp(&b.valid));
-        Ok((run, read(&path.join(CONFIG))?, best.ok_or_else(none)?))
+        losses.retain(|losses| saved.contains(&losses.epoch));
+        Ok((run, read(&path.join(CONFIG))?, losses))
     }
 
     pub fn path(&self) -> &Path {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::config::FusedKvDecoderConfig;
-use crate::error::ConfigError;
+use crate::error::{CacheError, ConfigError};
 use crate::tokenizer::TokenizerError;
 
 /// A training that cannot start, or did not finish.
@@ -61,6 +61,9 @@ pub enum TrainError {
     /// A tokenizer that cannot take the text.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A cache that the backend cannot keep.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// A token the decoder has no embedding for.
     #[error("token {token} at {position}, expected ids below the vocabulary's size, {vocab_size}")]
     OutOfVocabulary {

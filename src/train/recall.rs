@@ -2,18 +2,14 @@
 //! might cost.
 
 use burn::config::Config;
-use burn::data::dataloader::batcher::Batcher;
-use burn::tensor::{ElementConversion, backend::Backend};
 use burn_dataset::Dataset;
 use rand::rngs::ChaCha8Rng;
 use rand::seq::index::sample;
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-use super::data::{Answer, FNV_BASIS, LanguageBatcher, TokenWindow, Windows, fnv_1a};
+use super::data::{Answer, FNV_BASIS, TokenWindow, Windows, fnv_1a};
 use super::error::TrainError;
-use super::run::batches;
-use crate::decoder::FusedKvDecoder;
 
 /// Multi-query associative recall: key-value pairs, then some of the keys again among random
 /// tokens, each to be answered by its value (Zoology, arXiv 2312.04927, §4 and appendix E).
@@ -249,64 +245,25 @@ pub struct DistanceAccuracy {
     pub total: usize,
 }
 
-/// Share of right answers by the distance they recall over, nearest first; empty if the windows
-/// have no answers.
-///
-/// # Errors
-/// [`TrainError::OutOfVocabulary`] or another of [`Windows::check_vocabulary`],
-/// [`TrainError::ContextTooLong`] if the model cannot read the windows.
-pub fn accuracy_by_distance<B: Backend>(
-    model: &FusedKvDecoder<B>,
-    windows: &impl Windows,
-    batch_size: usize,
-) -> Result<Vec<DistanceAccuracy>, TrainError> {
-    let config = model.config();
-    windows.check_vocabulary(config.vocab_size)?;
-    if windows.context() > config.max_positions {
-        return Err(TrainError::ContextTooLong {
-            context: windows.context(),
-            max_positions: config.max_positions,
-        });
+impl DistanceAccuracy {
+    /// Counts an answer among others, which are kept nearest first.
+    pub(super) fn count(all: &mut Vec<Self>, distance: usize, right: bool) {
+        let up_to = distance.next_power_of_two();
+        let place = all
+            .binary_search_by_key(&up_to, |bucket| bucket.up_to)
+            .unwrap_or_else(|place| {
+                let (correct, total) = (0, 0);
+                all.insert(
+                    place,
+                    Self {
+                        up_to,
+                        correct,
+                        total,
+                    },
+                );
+                place
+            });
+        all[place].total += 1;
+        all[place].correct += usize::from(right);
     }
-    let mut buckets: Vec<DistanceAccuracy> = Vec::new();
-    if windows.get(0).is_none_or(|window| window.answers.is_none()) {
-        return Ok(buckets);
-    }
-    let device = model.embed_tokens.weight.val().device();
-    for items in batches(windows, batch_size) {
-        let tokens = LanguageBatcher.batch(items.clone(), &device).tokens;
-        let context = windows.context();
-        let logits = model
-            .forward(tokens)
-            .expect("the length was checked, and batches are never empty");
-        let likeliest: Vec<u32> = logits
-            .argmax(2)
-            .into_data()
-            .iter::<i64>()
-            .map(|id| id.elem::<u32>())
-            .collect();
-        for (row, item) in items.iter().enumerate() {
-            for answer in item.answers.iter().flatten() {
-                let up_to = answer.distance.next_power_of_two();
-                let right =
-                    likeliest[row * context + answer.position] == item.targets[answer.position];
-                let place = match buckets.binary_search_by_key(&up_to, |b| b.up_to) {
-                    Ok(place) => place,
-                    Err(place) => {
-                        let (correct, total) = (0, 0);
-                        let bucket = DistanceAccuracy {
-                            up_to,
-                            correct,
-                            total,
-                        };
-                        buckets.insert(place, bucket);
-                        place
-                    }
-                };
-                buckets[place].total += 1;
-                buckets[place].correct += usize::from(right);
-            }
-        }
-    }
-    Ok(buckets)
 }

@@ -6,7 +6,6 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataloader::{DataLoader, DataLoaderBuilder};
 use burn::lr_scheduler::LrScheduler;
 use burn::module::Module;
@@ -24,8 +23,7 @@ use super::checkpoint::{
 };
 use super::config::TrainingConfig;
 use super::data::{
-    LanguageBatch, LanguageBatcher, Schedule, TokenWindow, TokenWindows, TrainLoader, Windows,
-    check_vocabulary,
+    LanguageBatch, LanguageBatcher, Schedule, TokenWindows, TrainLoader, Windows, check_vocabulary,
 };
 use super::error::TrainError;
 use super::learning_rate::{OncePerStep, learning_rates};
@@ -35,7 +33,6 @@ use super::metrics::{
 };
 use super::optimizer::optimizer;
 use super::progress::{Observer, PlainRenderer, Progress, StepReport};
-use super::step::window_losses;
 use crate::decoder::FusedKvDecoder;
 
 /// How often plain progress is printed.
@@ -108,7 +105,30 @@ impl Run {
         &self,
         device: &B::Device,
     ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
-        let (directory, config, losses) = RunDirectory::best(&self.directory)?;
+        let lowest = |a: &EpochLosses, b: &EpochLosses| a.valid.total_cmp(&b.valid);
+        self.model(|epochs| epochs.into_iter().min_by(lowest), device)
+    }
+
+    /// The model of the last epoch that was finished, and its losses.
+    ///
+    /// # Errors
+    /// As [`best`](Self::best).
+    pub fn last<B: Backend>(
+        &self,
+        device: &B::Device,
+    ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
+        self.model(|mut epochs| epochs.pop(), device)
+    }
+
+    /// The model of an epoch chosen among those with a checkpoint, in order.
+    fn model<B: Backend>(
+        &self,
+        choose: impl FnOnce(Vec<EpochLosses>) -> Option<EpochLosses>,
+        device: &B::Device,
+    ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
+        let (directory, config, epochs) = RunDirectory::saved(&self.directory)?;
+        let none = || TrainError::NoCheckpoint(self.directory.clone());
+        let losses = choose(epochs).ok_or_else(none)?;
         let model = config.model.init::<B>(device)?;
         let record = read_part(&directory, "model", losses.epoch, device)?;
         Ok((model.load_record(record), losses))
@@ -391,55 +411,6 @@ fn strategy_of<LC: LearningComponentsTypes>(
 ) -> TrainingStrategy<LC> {
     let main = MultiDeviceOptim::OptimMainDevice;
     TrainingStrategy::Default(ExecutionStrategy::multi(devices.to_vec(), main))
-}
-
-/// Mean loss of a model on windows, in nats per token, `batch_size` windows at a time.
-///
-/// # Errors
-/// [`TrainError::Setting`] if `batch_size` is 0, [`TrainError::ContextTooLong`] or
-/// [`TrainError::OutOfVocabulary`] if the model cannot read the windows.
-pub fn evaluate<B: Backend>(
-    model: &FusedKvDecoder<B>,
-    windows: &impl Windows,
-    batch_size: usize,
-) -> Result<f64, TrainError> {
-    if batch_size == 0 {
-        return Err(TrainError::Setting {
-            field: "batch_size",
-            value: 0.0,
-            expected: "1 or more",
-        });
-    }
-    let config = model.config();
-    if windows.context() > config.max_positions {
-        return Err(TrainError::ContextTooLong {
-            context: windows.context(),
-            max_positions: config.max_positions,
-        });
-    }
-    windows.check_vocabulary(config.vocab_size)?;
-    let device = model.embed_tokens.weight.val().device();
-    let (mut sum, mut count) = (0.0, 0);
-    for batch in batches(windows, batch_size) {
-        let (losses, _) = window_losses(model, LanguageBatcher.batch(batch, &device));
-        for loss in losses.into_data().iter::<f64>() {
-            sum += loss;
-            count += 1;
-        }
-    }
-    Ok(sum / f64::from(count))
-}
-
-/// The windows in order, `batch_size` at a time.
-pub(super) fn batches(
-    windows: &impl Windows,
-    batch_size: usize,
-) -> impl Iterator<Item = Vec<TokenWindow>> {
-    let starts = (0..windows.len()).step_by(batch_size.max(1));
-    starts.map(move |start| {
-        let end = windows.len().min(start + batch_size);
-        (start..end).filter_map(|i| windows.get(i)).collect()
-    })
 }
 
 fn valid_loader<B: Backend>(

@@ -1,7 +1,7 @@
 //! One step of training or validation: logits, cross-entropy, gradients.
 
-use burn::tensor::Tensor;
 use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::{Int, Tensor};
 use burn_train::metric::{Adaptor, ItemLazy, LossInput};
 use burn_train::{InferenceStep, TrainOutput, TrainStep};
 
@@ -25,18 +25,28 @@ pub struct LanguageOutput<B: Backend> {
 /// # Panics
 /// Of what [`FusedKvDecoder::forward`] returns an error for: windows longer than the decoder's
 /// `max_positions`, or none.
-pub(super) fn window_losses<B: Backend>(
+fn window_losses<B: Backend>(
     model: &FusedKvDecoder<B>,
     batch: LanguageBatch<B>,
 ) -> (Tensor<B, 1>, usize) {
     let logits = model
         .forward(batch.tokens)
         .expect("training checks the windows' length, and batches are never empty");
+    losses_of(logits, batch.targets, batch.answers)
+}
+
+/// [`window_losses`] of logits `[batch, context, vocab_size]`, targets `[batch, context]` and the
+/// positions that count, `[batch, answers]`.
+pub(super) fn losses_of<B: Backend>(
+    logits: Tensor<B, 3>,
+    targets: Tensor<B, 2, Int>,
+    answers: Option<Tensor<B, 2, Int>>,
+) -> (Tensor<B, 1>, usize) {
     let [rows, context, vocab_size] = logits.dims();
     let logits = logits.reshape([rows * context, vocab_size]);
-    let targets = batch.targets.reshape([rows * context, 1]);
+    let targets = targets.reshape([rows * context, 1]);
     let mut losses = cross_entropy(logits, targets).reshape([rows, context]);
-    if let Some(answers) = batch.answers {
+    if let Some(answers) = answers {
         losses = losses.gather(1, answers);
     }
     let [_, counted] = losses.dims();
@@ -93,7 +103,6 @@ impl<B: Backend> Adaptor<TokenLosses> for LanguageOutput<B> {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Int;
     use burn_flex::{Flex, FlexDevice};
 
     use super::*;

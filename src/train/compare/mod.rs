@@ -9,6 +9,6 @@ mod speed;
 mod table;
 
 pub use method::{DEFAULT_METHODS, Method, MethodError};
-pub use runs::{Comparison, RunEvent, RunResult};
+pub use runs::{CachedResult, Comparison, RunEvent, RunResult};
 pub use speed::{Speed, measure_speed};
-pub use table::{MeanDeviation, MethodSummary, markdown, summarise};
+pub use table::{CachedSummary, MeanDeviation, MethodSummary, markdown, summarise};

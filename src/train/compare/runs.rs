@@ -5,17 +5,21 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use burn::tensor::backend::AutodiffBackend;
+use burn::tensor::Element;
+use burn::tensor::backend::{AutodiffBackend, Backend};
 use serde::{Deserialize, Serialize};
 
 use super::method::Method;
+use crate::cache::CacheDtype;
+use crate::decoder::FusedKvDecoder;
 use crate::file;
 use crate::train::checkpoint::{EpochLosses, difference, read};
 use crate::train::config::TrainingConfig;
 use crate::train::data::Windows;
 use crate::train::error::TrainError;
+use crate::train::evaluate::{Evaluation, evaluate};
 use crate::train::progress::{Progress, StepReport};
-use crate::train::recall::{DistanceAccuracy, accuracy_by_distance};
+use crate::train::recall::DistanceAccuracy;
 use crate::train::run::{Run, train_on};
 
 const RESULT: &str = "result.json";
@@ -30,6 +34,8 @@ pub struct Comparison {
     pub methods: Vec<Method>,
     /// Each seeds one run of every method.
     pub seeds: Vec<u64>,
+    /// Numbers of caches through which every trained model is evaluated as well.
+    pub cache_dtypes: Vec<CacheDtype>,
     /// Where the runs are kept.
     pub directory: PathBuf,
 }
@@ -58,6 +64,20 @@ pub struct RunResult {
     pub tokens_per_second: Option<f64>,
     /// Share of held-out answers that are the most likely token, by distance; empty for text.
     pub accuracy: Vec<DistanceAccuracy>,
+    /// The same model through caches of other numbers.
+    #[serde(default)]
+    pub cached: Vec<CachedResult>,
+}
+
+/// What a trained model gives through a cache that keeps other numbers than the model's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CachedResult {
+    /// What the cache keeps.
+    pub dtype: CacheDtype,
+    /// Bytes that one token takes, scales included.
+    pub cache_bytes_per_token: usize,
+    /// Loss and recall on the held-out windows.
+    pub evaluation: Evaluation,
 }
 
 /// What happens during a comparison.
@@ -88,9 +108,12 @@ impl Comparison {
     /// without the interruption; the same holds for a comparison. Seeds take turns, so that the
     /// first results show all methods.
     ///
+    /// Methods, seeds and cache types may be added later: only what is missing is computed.
+    ///
     /// # Errors
-    /// [`TrainError::OtherRun`] if the directory holds a comparison of other data or settings, and
-    /// whatever [`train_on`] returns.
+    /// [`TrainError::OtherRun`] if the directory holds a comparison of other data or settings,
+    /// [`TrainError::Cache`] if the backend cannot keep a cache of `cache_dtypes`, and whatever
+    /// [`train_on`] returns.
     pub fn run<B: AutodiffBackend>(
         &self,
         train: &(impl Windows + Clone + 'static),
@@ -103,31 +126,38 @@ impl Comparison {
             train.check_vocabulary(run.1.model.vocab_size)?;
             valid.check_vocabulary(run.1.model.vocab_size)?;
         }
+        if let Some(device) = devices.first() {
+            for dtype in &self.cache_dtypes {
+                dtype.check::<B::InnerBackend>(B::FloatElem::dtype(), device)?;
+            }
+        }
         self.claim_directory(&[train.fingerprint(), valid.fingerprint()])?;
         let watch = Arc::new(watch);
         let mut results = Vec::new();
         for (method, config) in self.configs() {
             let directory = self.run_directory(method, config.seed);
             let path = directory.join(RESULT);
-            if path.exists() {
+            let kept = path.exists();
+            let (mut result, model) = if kept {
                 let result: RunResult = read(&path)?;
                 check_same(&directory, &result.config, &config)?;
-                watch(RunEvent::Finished {
-                    result: &result,
-                    kept: true,
+                (result, None)
+            } else {
+                watch(RunEvent::Started {
+                    method: &method.name,
+                    seed: config.seed,
                 });
-                results.push(result);
-                continue;
+                let trained = self.train_one::<B>(method, &config, train, valid, devices, &watch);
+                let (result, model) = trained?;
+                (result, Some(model))
+            };
+            let cached = self.evaluate_caches(&mut result, &directory, model, valid, devices)?;
+            if !kept || cached {
+                write_json(&path, &result)?;
             }
-            watch(RunEvent::Started {
-                method: &method.name,
-                seed: config.seed,
-            });
-            let result = self.run_one::<B>(method, &config, train, valid, devices, &watch)?;
-            write_json(&path, &result)?;
             watch(RunEvent::Finished {
                 result: &result,
-                kept: false,
+                kept,
             });
             results.push(result);
         }
@@ -139,7 +169,7 @@ impl Comparison {
         Ok(results)
     }
 
-    fn run_one<B: AutodiffBackend>(
+    fn train_one<B: AutodiffBackend>(
         &self,
         method: &Method,
         config: &TrainingConfig,
@@ -147,9 +177,10 @@ impl Comparison {
         valid: &(impl Windows + Clone + 'static),
         devices: &[B::Device],
         watch: &Arc<impl Fn(RunEvent<'_>) + Send + Sync + 'static>,
-    ) -> Result<RunResult, TrainError> {
+    ) -> Result<(RunResult, FusedKvDecoder<B::InnerBackend>), TrainError> {
         let times = Arc::new(Mutex::new(Vec::new()));
-        let run = Run::new(self.run_directory(method, config.seed)).with_progress(Progress::Quiet);
+        let directory = self.run_directory(method, config.seed);
+        let run = Run::new(directory).with_progress(Progress::Quiet);
         let run = {
             let (watch, times) = (watch.clone(), times.clone());
             run.with_observer(move |report| {
@@ -168,7 +199,8 @@ impl Comparison {
         };
         let costs = config.model.costs()?;
         let times = times.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(RunResult {
+        let evaluation = evaluate(&trained.model, valid, config.batch_size, None)?;
+        let result = RunResult {
             method: method.name.clone(),
             parameters: costs.parameters(),
             cache_bytes_per_token: costs.cache_bytes_per_token(size_of::<f32>()),
@@ -176,10 +208,44 @@ impl Comparison {
             perplexity: trained.perplexity(),
             tokens: trained.tokens,
             tokens_per_second: median_rate(&times, config.tokens_per_step()),
-            accuracy: accuracy_by_distance(&trained.model, valid, config.batch_size)?,
+            accuracy: evaluation.accuracy,
+            cached: Vec::new(),
             epochs: trained.epochs,
             config: config.clone(),
-        })
+        };
+        Ok((result, trained.model))
+    }
+
+    /// Adds what a result has not got of `cache_dtypes`, in their order, and says whether any was.
+    /// The model is read from the run's last checkpoint if it is not at hand.
+    fn evaluate_caches<B: Backend>(
+        &self,
+        result: &mut RunResult,
+        directory: &Path,
+        model: Option<FusedKvDecoder<B>>,
+        valid: &impl Windows,
+        devices: &[B::Device],
+    ) -> Result<bool, TrainError> {
+        let known: Vec<_> = result.cached.iter().map(|cached| cached.dtype).collect();
+        let mut missing = self.cache_dtypes.clone();
+        missing.retain(|dtype| !known.contains(dtype));
+        let Some(device) = devices.first().filter(|_| !missing.is_empty()) else {
+            return Ok(false);
+        };
+        let model = match model {
+            Some(model) => model,
+            None => Run::new(directory).last(device)?.0,
+        };
+        for dtype in missing {
+            let cache = model.new_cache_of(dtype, 1, 1)?;
+            let batch_size = result.config.batch_size;
+            result.cached.push(CachedResult {
+                dtype,
+                cache_bytes_per_token: cache.bytes_allocated(),
+                evaluation: evaluate(&model, valid, batch_size, Some(dtype))?,
+            });
+        }
+        Ok(true)
     }
 
     fn configs(&self) -> impl Iterator<Item = (&Method, TrainingConfig)> {

@@ -3,8 +3,10 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use super::runs::RunResult;
+use super::runs::{CachedResult, RunResult};
 use super::speed::Speed;
+use crate::cache::CacheDtype;
+use crate::train::recall::DistanceAccuracy;
 
 /// Mean and spread over seeds.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -58,6 +60,21 @@ pub struct MethodSummary {
     pub tokens_per_second: Option<MeanDeviation>,
     /// Share of right answers at every distance together; none for text.
     pub accuracy: Option<MeanDeviation>,
+    /// The same through caches of other numbers, where all runs were evaluated so.
+    pub cached: Vec<CachedSummary>,
+}
+
+/// The runs of one method together, through a cache of other numbers than the model's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CachedSummary {
+    /// What the cache keeps.
+    pub dtype: CacheDtype,
+    /// Bytes that one token takes, scales included.
+    pub cache_bytes_per_token: usize,
+    /// Validation loss in nats per target.
+    pub valid_loss: MeanDeviation,
+    /// Share of right answers at every distance together; none for text.
+    pub accuracy: Option<MeanDeviation>,
 }
 
 /// The runs of each method together, in the order in which methods first appear.
@@ -80,17 +97,11 @@ fn by_method(results: &[RunResult]) -> Vec<Vec<&RunResult>> {
 }
 
 fn summary(runs: &[&RunResult]) -> MethodSummary {
-    let over = |value: fn(&RunResult) -> f64| {
-        let values: Vec<f64> = runs.iter().map(|run| value(run)).collect();
-        MeanDeviation::of(&values)
-    };
-    let some = |values: Vec<f64>| (!values.is_empty()).then(|| MeanDeviation::of(&values));
-    let rates = runs.iter().filter_map(|run| run.tokens_per_second);
-    let accuracies = runs.iter().filter_map(|run| {
-        let total: usize = run.accuracy.iter().map(|bucket| bucket.total).sum();
-        let correct: usize = run.accuracy.iter().map(|bucket| bucket.correct).sum();
-        (total > 0).then(|| correct as f64 / total as f64)
-    });
+    let over = |value: fn(&RunResult) -> f64| MeanDeviation::of(&collect(runs, |run| value(run)));
+    let rates: Vec<f64> = runs
+        .iter()
+        .filter_map(|run| run.tokens_per_second)
+        .collect();
     MethodSummary {
         method: runs[0].method.clone(),
         seeds: runs.len(),
@@ -98,13 +109,48 @@ fn summary(runs: &[&RunResult]) -> MethodSummary {
         cache_bytes_per_token: runs[0].cache_bytes_per_token,
         valid_loss: over(|run| run.valid_loss),
         perplexity: over(|run| run.perplexity),
-        tokens_per_second: some(rates.collect()),
-        accuracy: some(accuracies.collect()),
+        tokens_per_second: (!rates.is_empty()).then(|| MeanDeviation::of(&rates)),
+        accuracy: accuracy(runs.iter().map(|run| &run.accuracy[..])),
+        cached: runs[0]
+            .cached
+            .iter()
+            .filter_map(|first| cached_summary(first, runs))
+            .collect(),
     }
 }
 
+/// Of the cache type of `first`, none unless all runs were evaluated so.
+fn cached_summary(first: &CachedResult, runs: &[&RunResult]) -> Option<CachedSummary> {
+    let of_type = |run: &&RunResult| run.cached.iter().find(|c| c.dtype == first.dtype).cloned();
+    let all: Vec<CachedResult> = runs.iter().map(of_type).collect::<Option<_>>()?;
+    Some(CachedSummary {
+        dtype: first.dtype,
+        cache_bytes_per_token: first.cache_bytes_per_token,
+        valid_loss: MeanDeviation::of(&collect(&all, |cached| cached.evaluation.loss)),
+        accuracy: accuracy(all.iter().map(|cached| &cached.evaluation.accuracy[..])),
+    })
+}
+
+fn collect<T>(of: &[T], value: impl Fn(&T) -> f64) -> Vec<f64> {
+    of.iter().map(value).collect()
+}
+
+/// The share of right answers at every distance together, over runs; none if there are no answers.
+fn accuracy<'a>(runs: impl Iterator<Item = &'a [DistanceAccuracy]>) -> Option<MeanDeviation> {
+    let shares: Vec<f64> = runs
+        .filter(|buckets| !buckets.is_empty())
+        .map(|buckets| {
+            let total: usize = buckets.iter().map(|bucket| bucket.total).sum();
+            let correct: usize = buckets.iter().map(|bucket| bucket.correct).sum();
+            correct as f64 / total as f64
+        })
+        .collect();
+    (!shares.is_empty()).then(|| MeanDeviation::of(&shares))
+}
+
 /// A Markdown table of the methods: means ± standard deviations over seeds, speeds as measured.
-/// Where answers were recalled, a second one with the share of right ones by distance.
+/// Where answers were recalled, another with the share of right ones by distance; where caches of
+/// other numbers were tried, one of them.
 pub fn markdown(results: &[RunResult], speeds: &[Speed]) -> String {
     let summaries = summarise(results);
     let recall = summaries.iter().any(|summary| summary.accuracy.is_some());
@@ -119,37 +165,59 @@ pub fn markdown(results: &[RunResult], speeds: &[Speed]) -> String {
         "TTFT ms",
         "TPOT ms",
     ]);
-    let mut table = format!(
-        "| {} |\n|{}\n",
-        heading.join(" | "),
-        "---|".repeat(heading.len())
-    );
-    for summary in summaries {
+    let mut table = head(&heading);
+    for summary in &summaries {
         let seeds = summary.seeds;
-        let dash = || "–".to_owned();
         let speed = speeds.iter().find(|speed| speed.method == summary.method);
         let mut cells = vec![
-            summary.method,
+            summary.method.clone(),
             seeds.to_string(),
             summary.valid_loss.show(seeds, 4),
             summary.perplexity.show(seeds, 2),
         ];
         if recall {
-            cells.push(summary.accuracy.map_or_else(dash, |a| a.show(seeds, 3)));
+            cells.push(show(summary.accuracy, |a| a.show(seeds, 3)));
         }
         cells.extend([
             summary.parameters.to_string(),
             summary.cache_bytes_per_token.to_string(),
-            summary
-                .tokens_per_second
-                .map_or_else(dash, |rate| rate.show(seeds, 0)),
-            speed.map_or_else(dash, |speed| format!("{:.1}", speed.ttft * 1e3)),
-            speed.map_or_else(dash, |speed| format!("{:.2}", speed.tpot * 1e3)),
+            show(summary.tokens_per_second, |rate| rate.show(seeds, 0)),
+            show(speed, |speed| format!("{:.1}", speed.ttft * 1e3)),
+            show(speed, |speed| format!("{:.2}", speed.tpot * 1e3)),
         ]);
         row(&mut table, &cells);
     }
     if recall {
+        table.push('\n');
         table.push_str(&by_distance(results));
+    }
+    if summaries.iter().any(|summary| !summary.cached.is_empty()) {
+        table.push('\n');
+        table.push_str(&by_cache(&summaries, recall));
+    }
+    table
+}
+
+/// Every method through caches of other numbers.
+fn by_cache(summaries: &[MethodSummary], recall: bool) -> String {
+    let mut heading = vec!["method", "cache", "cache bytes/token", "validation loss"];
+    if recall {
+        heading.push("accuracy");
+    }
+    let mut table = head(&heading);
+    for summary in summaries {
+        for cached in &summary.cached {
+            let mut cells = vec![
+                summary.method.clone(),
+                cached.dtype.to_string(),
+                cached.cache_bytes_per_token.to_string(),
+                cached.valid_loss.show(summary.seeds, 4),
+            ];
+            if recall {
+                cells.push(show(cached.accuracy, |a| a.show(summary.seeds, 3)));
+            }
+            row(&mut table, &cells);
+        }
     }
     table
 }
@@ -158,15 +226,9 @@ pub fn markdown(results: &[RunResult], speeds: &[Speed]) -> String {
 fn by_distance(results: &[RunResult]) -> String {
     let buckets = results.iter().flat_map(|run| &run.accuracy);
     let distances: BTreeSet<usize> = buckets.map(|bucket| bucket.up_to).collect();
-    let mut table = format!(
-        "\n| accuracy up to distance | {} |\n|{}\n",
-        distances
-            .iter()
-            .map(ToString::to_string)
-            .collect::<Vec<_>>()
-            .join(" | "),
-        "---|".repeat(distances.len() + 1)
-    );
+    let mut heading = vec!["accuracy up to distance".to_owned()];
+    heading.extend(distances.iter().map(ToString::to_string));
+    let mut table = head(&heading);
     for runs in by_method(results) {
         let mut cells = vec![runs[0].method.clone()];
         cells.extend(distances.iter().map(|&distance| {
@@ -182,7 +244,19 @@ fn by_distance(results: &[RunResult]) -> String {
     table
 }
 
+/// A table without rows.
+fn head(columns: &[impl AsRef<str>]) -> String {
+    let names: Vec<&str> = columns.iter().map(AsRef::as_ref).collect();
+    let rule = "---|".repeat(columns.len());
+    format!("| {} |\n|{rule}\n", names.join(" | "))
+}
+
 fn row(table: &mut String, cells: &[String]) {
     // Writing to a string does not fail.
     let _ = writeln!(table, "| {} |", cells.join(" | "));
+}
+
+/// A dash for what is not known.
+fn show<T>(value: Option<T>, shown: impl FnOnce(T) -> String) -> String {
+    value.map_or_else(|| "–".to_owned(), shown)
 }

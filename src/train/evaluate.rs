@@ -1,0 +1,114 @@
+//! How good a model is on held-out windows: loss and recall, with a cache or without.
+
+use burn::data::dataloader::batcher::Batcher;
+use burn::tensor::{ElementConversion, Int, Tensor, backend::Backend};
+use serde::{Deserialize, Serialize};
+
+use super::data::{LanguageBatcher, TokenWindow, Windows};
+use super::error::TrainError;
+use super::recall::DistanceAccuracy;
+use super::step::losses_of;
+use crate::cache::CacheDtype;
+use crate::decoder::{FusedKvDecoder, Logits};
+
+/// What a model made of some windows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Mean negative log-likelihood of the targets that count, in nats.
+    pub loss: f64,
+    /// Answers that were the most likely token, by the distance they recall over, nearest first;
+    /// empty if the windows have no answers.
+    pub accuracy: Vec<DistanceAccuracy>,
+}
+
+/// Loss and recall of a model on windows, `batch_size` at a time.
+///
+/// With a `cache`, every position attends to keys and values as a cache of such numbers keeps them,
+/// its own included, which is what decoding one token after the other gives.
+///
+/// # Errors
+/// [`TrainError::Setting`] if `batch_size` is 0 or there are no windows,
+/// [`TrainError::ContextTooLong`] or another of [`Windows::check_vocabulary`] if the model cannot
+/// read them, [`TrainError::Cache`] if the backend has no such numbers.
+pub fn evaluate<B: Backend>(
+    model: &FusedKvDecoder<B>,
+    windows: &impl Windows,
+    batch_size: usize,
+    cache: Option<CacheDtype>,
+) -> Result<Evaluation, TrainError> {
+    let config = model.config();
+    for (field, value) in [("batch_size", batch_size), ("windows", windows.len())] {
+        if value == 0 {
+            let (value, expected) = (0.0, "1 or more");
+            return Err(TrainError::Setting {
+                field,
+                value,
+                expected,
+            });
+        }
+    }
+    if windows.context() > config.max_positions {
+        return Err(TrainError::ContextTooLong {
+            context: windows.context(),
+            max_positions: config.max_positions,
+        });
+    }
+    windows.check_vocabulary(config.vocab_size)?;
+    let device = model.embed_tokens.weight.val().device();
+    let (mut sum, mut count) = (0.0, 0);
+    let mut accuracy = Vec::new();
+    for start in (0..windows.len()).step_by(batch_size) {
+        let end = windows.len().min(start + batch_size);
+        let items: Vec<_> = (start..end).filter_map(|i| windows.get(i)).collect();
+        let batch = LanguageBatcher.batch(items.clone(), &device);
+        let logits = logits(model, batch.tokens, cache)?;
+        if batch.answers.is_some() {
+            let likeliest = likeliest(logits.clone());
+            count_answers(&mut accuracy, &items, &likeliest);
+        }
+        let (losses, _) = losses_of(logits, batch.targets, batch.answers);
+        for loss in losses.into_data().iter::<f64>() {
+            sum += loss;
+            count += 1;
+        }
+    }
+    Ok(Evaluation {
+        loss: sum / f64::from(count),
+        accuracy,
+    })
+}
+
+/// Logits of all positions of windows whose length was checked.
+fn logits<B: Backend>(
+    model: &FusedKvDecoder<B>,
+    tokens: Tensor<B, 2, Int>,
+    cache: Option<CacheDtype>,
+) -> Result<Tensor<B, 3>, TrainError> {
+    let logits = match cache {
+        None => model.forward(tokens),
+        Some(dtype) => {
+            let [rows, context] = tokens.dims();
+            let mut cache = model.new_cache_of(dtype, rows, context)?;
+            model.forward_cached(tokens, &mut cache, Logits::All)
+        }
+    };
+    Ok(logits.expect("the length was checked, and batches are never empty"))
+}
+
+/// The most likely token at every position, row after row.
+fn likeliest<B: Backend>(logits: Tensor<B, 3>) -> Vec<u32> {
+    let ids = logits.argmax(2).into_data();
+    ids.iter::<i64>().map(|id| id.elem()).collect()
+}
+
+fn count_answers(all: &mut Vec<DistanceAccuracy>, windows: &[TokenWindow], likeliest: &[u32]) {
+    for (window, likeliest) in windows
+        .iter()
+        .zip(likeliest.chunks(windows[0].inputs.len()))
+    {
+        for answer in window.answers.iter().flatten() {
+            let right = likeliest[answer.position] == window.targets[answer.position];
+            DistanceAccuracy::count(all, answer.distance, right);
+        }
+    }
+}
