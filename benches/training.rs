@@ -28,7 +28,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 use burn_train::TrainStep;
 use clap::Parser;
 use fusedkv::FusedKvDecoder;
-use fusedkv::backend::Autodiff;
+use fusedkv::backend::{Autodiff, BalancedCheckpointing};
 use fusedkv::train::LanguageBatch;
 use serde::Serialize;
 
@@ -59,6 +59,9 @@ struct Args {
     /// Steps each method takes, after one that is not counted
     #[arg(long, default_value_t = 3)]
     repeats: usize,
+    /// Measure again with Burn's activation checkpointing
+    #[arg(long)]
+    checkpointing: bool,
     #[command(flatten)]
     shape: Shape,
     /// What to compute on
@@ -76,12 +79,13 @@ struct Args {
     bench: bool,
 }
 
-/// One method at one context, and its ratios to the first method.
+/// One method at one context, and its ratios to the first method without checkpointing.
 #[derive(Serialize)]
 struct Figures {
     method: String,
     context: usize,
     batch: usize,
+    checkpointing: bool,
     tokens_per_s: f64,
     tokens_per_s_ratio: f64,
     /// Most bytes at once beyond the model and the optimizer's moments.
@@ -103,30 +107,24 @@ fn main() -> ExitCode {
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
         println!(
-            "{}\n\n| method | context | batch | tokens/s | ratio | peak MiB | ratio |\n\
-             |---|---|---|---|---|---|---|",
+            "{}\n\n| method | context | batch | checkpointing | tokens/s | ratio | peak MiB | ratio |\n\
+             |---|---|---|---|---|---|---|---|",
             B::name(device)
         );
         let mut figures = Vec::new();
         for &context in &self.contexts {
-            let mut models = self
-                .methods
-                .iter()
-                .map(|name| Trainee::<Autodiff<B>>::new(&self.shape, name, context, device))
-                .collect::<Result<Vec<_>, _>>()?;
-            for repeat in 0..=self.repeats {
-                for model in &mut models {
-                    let turn = model.step(self.batch, context, self.shape.vocab, device);
-                    if repeat > 0 {
-                        model.turns.push(turn);
-                    }
+            let mut rows = self.measure::<Autodiff<B>>(context, device)?;
+            if self.checkpointing {
+                type Balanced<B> = Autodiff<B, BalancedCheckpointing>;
+                for mut row in self.measure::<Balanced<B>>(context, device)? {
+                    row.checkpointing = true;
+                    rows.push(row);
                 }
             }
-            let first = models[0].figures(self.batch, context);
-            for model in &models {
-                let mut row = model.figures(self.batch, context);
-                row.tokens_per_s_ratio = row.tokens_per_s / first.tokens_per_s;
-                row.peak_ratio = row.peak_bytes as f64 / first.peak_bytes as f64;
+            let (tokens_per_s, peak_bytes) = (rows[0].tokens_per_s, rows[0].peak_bytes);
+            for mut row in rows {
+                row.tokens_per_s_ratio = row.tokens_per_s / tokens_per_s;
+                row.peak_ratio = row.peak_bytes as f64 / peak_bytes as f64;
                 println!("{}", row.row());
                 figures.push(row);
             }
@@ -134,6 +132,33 @@ impl Program for Args {
         write_json(&self.out, &figures)?;
         println!("\nWritten to {}", self.out.display());
         Ok(())
+    }
+}
+
+impl Args {
+    /// All methods, taking turns.
+    fn measure<B: AutodiffBackend>(
+        &self,
+        context: usize,
+        device: &B::Device,
+    ) -> Result<Vec<Figures>, Box<dyn Error>> {
+        let mut models = self
+            .methods
+            .iter()
+            .map(|name| Trainee::<B>::new(&self.shape, name, context, device))
+            .collect::<Result<Vec<_>, _>>()?;
+        for repeat in 0..=self.repeats {
+            for model in &mut models {
+                let turn = model.step(self.batch, context, self.shape.vocab, device);
+                if repeat > 0 {
+                    model.turns.push(turn);
+                }
+            }
+        }
+        let figures = models
+            .iter()
+            .map(|model| model.figures(self.batch, context));
+        Ok(figures.collect())
     }
 }
 
@@ -202,6 +227,7 @@ impl<B: AutodiffBackend> Trainee<B> {
             method: self.method.clone(),
             context,
             batch,
+            checkpointing: false,
             tokens_per_s: (batch * context) as f64 / median(&mut seconds),
             tokens_per_s_ratio: 1.0,
             peak_bytes: self
@@ -218,10 +244,11 @@ impl<B: AutodiffBackend> Trainee<B> {
 impl Figures {
     fn row(&self) -> String {
         format!(
-            "| {} | {} | {} | {:.0} | {:.2} | {:.0} | {:.2} |",
+            "| {} | {} | {} | {} | {:.0} | {:.2} | {:.0} | {:.2} |",
             self.method,
             self.context,
             self.batch,
+            if self.checkpointing { "yes" } else { "no" },
             self.tokens_per_s,
             self.tokens_per_s_ratio,
             self.peak_bytes as f64 / MIB,

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use burn_dataset::Dataset;
-use fusedkv::backend::{Autodiff, Flex, FlexDevice};
+use fusedkv::backend::{Autodiff, Flex, FlexDevice, NdArray, NdArrayDevice};
 use fusedkv::train::compare::{
     Comparison, DEFAULT_METHODS, MeanDeviation, Method, MethodError, RunResult, markdown,
     measure_speed, summarise,
@@ -14,7 +14,7 @@ use fusedkv::train::{
     AssociativeRecall, Needle, Progress, Run, TrainError, TrainingConfig, Windows, evaluate,
     train_on,
 };
-use fusedkv::{FusedKvDecoderConfig, FusionInit, KvPlan, LayerKv};
+use fusedkv::{CacheDtype, CacheError, FusedKvDecoderConfig, FusionInit, KvPlan, LayerKv};
 use proptest::prelude::*;
 use tempfile::tempdir;
 
@@ -115,6 +115,63 @@ fn a_comparison_goes_on_only_with_its_own_data_and_settings() {
         matches!(&error, TrainError::OtherRun { field, .. } if field == "data"),
         "{error}"
     );
+}
+
+#[test]
+fn caches_of_other_numbers_are_tried_with_the_models_that_were_trained() {
+    let directory = tempdir().unwrap();
+    let mut comparison = comparison(directory.path(), &["standard", "fused-kv"], 2);
+    let before = run(&comparison).unwrap();
+    assert!(before.iter().all(|result| result.cached.is_empty()));
+
+    // The runs are kept; their models come from the checkpoints.
+    comparison.cache_dtypes = vec![CacheDtype::Model, CacheDtype::F16, CacheDtype::Int8];
+    let results = run(&comparison).unwrap();
+    for (result, before) in results.iter().zip(before) {
+        let without = RunResult {
+            cached: Vec::new(),
+            ..result.clone()
+        };
+        assert_eq!(without, before);
+        let dtypes: Vec<_> = result.cached.iter().map(|cached| cached.dtype).collect();
+        assert_eq!(dtypes, comparison.cache_dtypes);
+        // Two tensors per layer that stores, four heads of eight channels; a scale per head.
+        let stores = if result.method == "standard" { 4 } else { 2 };
+        let bytes = result.cached.iter().map(|c| c.cache_bytes_per_token);
+        let per_head = [8 * 4, 8 * 2, 8 + 4].map(|bytes| 2 * stores * 4 * bytes);
+        assert_eq!(bytes.collect::<Vec<_>>(), per_head);
+        for (cached, tolerance) in result.cached.iter().zip([1e-5, 1e-3, 1e-1]) {
+            let error = (cached.evaluation.loss - result.valid_loss).abs();
+            assert!(error < tolerance, "{cached:?}: {}", result.valid_loss);
+            assert!(error > 0.0 || cached.dtype == CacheDtype::Model);
+        }
+        assert_eq!(result.cached[0].evaluation.accuracy, result.accuracy);
+    }
+    for summary in summarise(&results) {
+        let runs = results.iter().filter(|run| run.method == summary.method);
+        let int8: Vec<f64> = runs.map(|run| run.cached[2].evaluation.loss).collect();
+        assert_eq!(summary.cached[2].valid_loss, MeanDeviation::of(&int8));
+    }
+    let tables = markdown(&results, &[]);
+    let rows = tables.lines().filter(|line| line.contains("| int8 |"));
+    assert_eq!(rows.count(), 2);
+
+    // Nothing is left to do.
+    assert_eq!(run(&comparison).unwrap(), results);
+}
+
+#[test]
+fn a_cache_the_backend_cannot_keep_is_refused() {
+    let model = base().init::<NdArray>(&NdArrayDevice::Cpu).unwrap();
+    let error = evaluate(&model, &task(1), 4, Some(CacheDtype::F16)).unwrap_err();
+    let unsupported = matches!(
+        error,
+        TrainError::Cache(CacheError::UnsupportedDtype {
+            dtype: CacheDtype::F16,
+            ..
+        })
+    );
+    assert!(unsupported, "{error}");
 }
 
 #[test]
