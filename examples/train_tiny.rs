@@ -19,13 +19,14 @@ use std::process::ExitCode;
 
 use burn::module::Module;
 use burn::tensor::backend::Backend;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use fusedkv::backend::Autodiff;
 use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
 use fusedkv::tokenizer::Tokenizer;
 use fusedkv::train::{Run, Trained, TrainingConfig, perplexity, train, train_from};
 use fusedkv::{
-    ConfigError, FusedKvDecoder, FusedKvDecoderConfig, GenerationConfig, KvPlan, generate,
+    ConfigError, FusedKvDecoder, FusedKvDecoderConfig, FusionInit, GenerationConfig, KvPlan,
+    generate,
 };
 
 use backend::{BackendName, Program, exit_code};
@@ -50,9 +51,12 @@ struct Args {
     /// taken
     #[arg(long, value_name = "DIR", conflicts_with_all = [
         "method", "storage_layers", "factor", "layers", "hidden", "heads", "kv_heads", "head_dim",
-        "ffn", "vocab", "tokenizer",
+        "ffn", "vocab", "tokenizer", "fusion_init",
     ])]
     init: Option<PathBuf>,
+    /// Where learned fusion weights start
+    #[arg(long, value_enum, default_value = "lite")]
+    fusion_init: FusionStartName,
     /// What to compute on
     #[arg(long, value_enum, default_value = "flex")]
     backend: BackendName,
@@ -87,6 +91,18 @@ struct Args {
     batch: usize,
     #[arg(long, default_value_t = 400)]
     steps: usize,
+    /// Parts each step's windows are divided into to save memory
+    #[arg(long, default_value_t = 1)]
+    accumulation: usize,
+    /// Times the model is validated and checkpointed
+    #[arg(long, default_value_t = 5)]
+    validations: usize,
+    /// Stop when so many validations have not lowered the loss
+    #[arg(long)]
+    patience: Option<usize>,
+    /// Keep the model with the lowest validation loss, not the last
+    #[arg(long)]
+    best: bool,
     /// Highest learning rate
     #[arg(long, default_value_t = 3e-3)]
     lr: f64,
@@ -101,6 +117,15 @@ struct Args {
     /// What the sample at the end begins with
     #[arg(long, default_value = "/// The cache")]
     prompt: String,
+}
+
+/// Where fusion weights start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum FusionStartName {
+    /// Where FusedKV-Lite is
+    Lite,
+    /// At the mean of the sources
+    Equal,
 }
 
 fn main() -> ExitCode {
@@ -150,10 +175,16 @@ impl Program for Args {
             .map_err(|error| format!("cannot make {}: {error}", self.out.display()))?;
         tokenizer.save(self.run_tokenizer())?;
         let run = Run::new(self.out.join("run")).with_resume(self.resume);
-        let trained = match init {
+        let mut trained = match init {
             Some(model) => train_from::<Autodiff<B>>(&config, model, tokens, &run, device)?,
             None => train::<Autodiff<B>>(&config, tokens, &run, device)?,
         };
+        if self.best {
+            let (model, losses) = run.best::<B>(device)?;
+            (trained.train_loss, trained.valid_loss) = (losses.train, losses.valid);
+            trained.model = model;
+            println!("\nThe best model is that of validation {}", losses.epoch);
+        }
         let options = SaveOptions::new()
             .with_eos(tokenizer.end_of_text().into_iter().collect())
             .with_tokenizer(tokenizer.clone());
@@ -197,11 +228,17 @@ impl Args {
             self.plan.plan(self.layers)?,
         )
         .with_rope_theta(1e4)
+        .with_fusion_init(match self.fusion_init {
+            FusionStartName::Lite => FusionInit::lite(),
+            FusionStartName::Equal => FusionInit::equal(),
+        })
         .with_max_positions(self.context.max(CACHE_TOKENS));
         Ok(
             TrainingConfig::new(model, self.context, self.batch, self.steps)
                 .with_learning_rate(self.lr)
-                .with_epochs(self.steps.clamp(1, 5))
+                .with_accumulation(self.accumulation)
+                .with_epochs(self.validations.min(self.steps))
+                .with_patience(self.patience)
                 .with_warmup_steps(self.steps / 20)
                 .with_seed(self.seed),
         )
