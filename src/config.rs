@@ -74,7 +74,7 @@ pub struct FusionInit {
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum FusionStart {
     /// One on the highest source for keys and on the lowest for values, zero elsewhere: what
-    /// FusedKV-Lite computes.
+    /// FusedKV-Lite computes. In docs/results.md it ends at lower losses than [`Equal`](Self::Equal).
     Lite,
     /// The same weight on every source, summing to one: equal halves for FusedKV.
     Equal,
