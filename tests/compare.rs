@@ -256,6 +256,7 @@ fn methods_are_read_with_their_options() {
         FusionInit::equal().with_noise(0.1)
     );
     assert_eq!(parse("gqa").unwrap().model.n_kv_heads, 2);
+    assert_eq!(parse("yoco:ffn=80").unwrap().model.ffn_size, 80);
     let cla = parse("cla:factor=4").unwrap().model;
     assert_eq!(cla.costs().unwrap().cache_bytes_per_token(4), 2 * 32 * 4);
 

@@ -95,8 +95,9 @@ impl Method {
     ///
     /// Names are those of [`KvPlan::METHODS`], with `-` or `_`, and `gqa`: the standard cache at
     /// half of `base`'s kv heads. Options: `n`, the layers that store; `factor`, for `cla`;
-    /// `kv-heads`; `init`, `lite` or `equal`, where learned fusion weights start; `noise`, the
-    /// standard deviation around it.
+    /// `kv-heads`; `ffn`, the inner width of the SwiGLU blocks, for methods of equal parameters;
+    /// `init`, `lite` or `equal`, where learned fusion weights start; `noise`, the standard deviation
+    /// around it.
     ///
     /// ```
     /// use fusedkv::train::compare::Method;
@@ -206,6 +207,7 @@ fn set_option(
     let count = || value.parse::<usize>().map_err(|_| wrong("a whole number"));
     match (key, &mut model.plan) {
         ("kv-heads", _) => model.n_kv_heads = count()?,
+        ("ffn", _) => model.ffn_size = count()?,
         ("factor", KvPlan::Cla { factor }) => *factor = count()?,
         (
             "n",
@@ -234,9 +236,9 @@ fn set_option(
                 method: method.to_owned(),
                 option: key.to_owned(),
                 expected: match plan {
-                    KvPlan::Standard => "kv-heads, init or noise",
-                    KvPlan::Cla { .. } => "factor, kv-heads, init or noise",
-                    _ => "n, kv-heads, init or noise",
+                    KvPlan::Standard => "kv-heads, ffn, init or noise",
+                    KvPlan::Cla { .. } => "factor, kv-heads, ffn, init or noise",
+                    _ => "n, kv-heads, ffn, init or noise",
                 },
             });
         }
