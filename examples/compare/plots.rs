@@ -3,7 +3,6 @@
 use std::error::Error;
 use std::path::Path;
 
-use fusedkv::CacheDtype;
 use fusedkv::train::compare::{MeanDeviation, MethodSummary, RunResult, summarise};
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -162,55 +161,56 @@ where
     Ok(())
 }
 
-/// A method's name, and a mean of it by cache bytes per token: in f32, then through other caches.
-struct Trail {
-    method: String,
-    plain: (f64, MeanDeviation),
-    cached: Vec<(CacheDtype, f64, MeanDeviation)>,
+/// A mean at some cache bytes per token, and what it is labelled with.
+struct Point {
+    label: String,
+    bytes: f64,
+    value: MeanDeviation,
 }
 
-/// The trails of every method, of what `value` makes of accuracy and loss.
+/// Of every method its f32 cache, then the same models through other caches: what `value` makes of
+/// accuracy and loss.
 fn trails(
     results: &[RunResult],
     value: impl Fn(Option<MeanDeviation>, MeanDeviation) -> Option<MeanDeviation>,
-) -> Vec<Trail> {
-    let trail = |summary: MethodSummary| {
-        let plain = value(summary.accuracy, summary.valid_loss)?;
-        let cached = summary.cached.iter().filter_map(|cached| {
-            let value = value(cached.accuracy, cached.valid_loss)?;
-            Some((cached.dtype, cached.cache_bytes_per_token as f64, value))
-        });
-        Some(Trail {
-            plain: (summary.cache_bytes_per_token as f64, plain),
-            cached: cached.collect(),
-            method: summary.method,
+) -> Vec<Vec<Point>> {
+    let point = |label, bytes: usize, accuracy, loss| {
+        Some(Point {
+            label,
+            bytes: bytes as f64,
+            value: value(accuracy, loss)?,
         })
     };
-    summarise(results).into_iter().filter_map(trail).collect()
+    let trail = |summary: MethodSummary| {
+        let cached = summary.cached.iter().filter_map(|c| {
+            let bytes = c.cache_bytes_per_token;
+            point(c.dtype.to_string(), bytes, c.accuracy, c.valid_loss)
+        });
+        let bytes = summary.cache_bytes_per_token;
+        let plain = point(summary.method, bytes, summary.accuracy, summary.valid_loss);
+        plain.into_iter().chain(cached).collect::<Vec<_>>()
+    };
+    let trails = summarise(results).into_iter().map(trail);
+    trails.filter(|trail| !trail.is_empty()).collect()
 }
 
 /// A mean of every method against cache bytes per token, with a standard deviation to either side,
 /// and from it a line to the same models through other caches.
 fn against_cache<D: DrawingBackend>(
-    trails: Vec<Trail>,
+    trails: Vec<Vec<Point>>,
     area: &DrawingArea<D, Shift>,
     name: &str,
 ) -> Result<(), Box<dyn Error>>
 where
     D::ErrorType: 'static,
 {
-    let plain = trails.iter().map(|trail| trail.plain);
-    let cached = trails.iter().flat_map(|trail| &trail.cached);
-    let points: Vec<_> = plain
-        .chain(cached.map(|point| (point.1, point.2)))
-        .collect();
-    let ends = points.iter().flat_map(|(_, value)| {
-        let MeanDeviation { mean, deviation } = *value;
+    let points = || trails.iter().flatten();
+    let (low, high) = range(points().flat_map(|point| {
+        let MeanDeviation { mean, deviation } = point.value;
         [mean - deviation, mean + deviation]
-    });
-    let (low, high) = range(ends);
-    let (fewest, most) = points.iter().fold((f64::MAX, 1f64), |(few, most), point| {
-        (few.min(point.0), most.max(point.0))
+    }));
+    let (fewest, most) = points().fold((f64::MAX, 1f64), |(few, most), point| {
+        (few.min(point.bytes), most.max(point.bytes))
     });
     let mut chart = ChartBuilder::on(area)
         .margin(16)
@@ -227,24 +227,20 @@ where
     let mut labels = Vec::new();
     for (i, trail) in trails.into_iter().enumerate() {
         let color = Palette99::pick(i).stroke_width(2);
-        let (bytes, MeanDeviation { mean, deviation }) = trail.plain;
-        let bar = [(bytes, mean - deviation), (bytes, mean + deviation)];
-        chart.draw_series([PathElement::new(bar, color)])?;
-        chart.draw_series([Circle::new((bytes, mean), 5, color.filled())])?;
-        labels.push((chart.backend_coord(&(bytes, mean)), trail.method));
-        let steps = trail
-            .cached
-            .iter()
-            .map(|(_, bytes, value)| (*bytes, value.mean));
-        let line: Vec<_> = std::iter::once((bytes, mean))
-            .chain(steps.clone())
-            .collect();
-        if line.len() > 1 {
-            chart.draw_series([PathElement::new(line, color.stroke_width(1))])?;
-        }
-        chart.draw_series(steps.map(|at| Circle::new(at, 3, color.filled())))?;
-        for (dtype, bytes, value) in trail.cached {
-            labels.push((chart.backend_coord(&(bytes, value.mean)), dtype.to_string()));
+        let at = |point: &Point| (point.bytes, point.value.mean);
+        let line: Vec<_> = trail.iter().map(at).collect();
+        chart.draw_series([PathElement::new(line, color.stroke_width(1))])?;
+        for (n, point) in trail.into_iter().enumerate() {
+            let (bytes, mean) = at(&point);
+            let deviation = point.value.deviation;
+            let bar = [(bytes, mean - deviation), (bytes, mean + deviation)];
+            let size = if n == 0 { 5 } else { 3 };
+            chart.draw_series([PathElement::new(bar, color)])?;
+            // Some colors are light: the edge is seen.
+            for style in [color.filled(), BLACK.mix(0.4).stroke_width(1)] {
+                chart.draw_series([Circle::new((bytes, mean), size, style)])?;
+            }
+            labels.push((chart.backend_coord(&(bytes, mean)), point.label));
         }
     }
     drop(chart);
