@@ -84,9 +84,7 @@ impl Run {
             ..self
         }
     }
-}
 
-impl Run {
     /// The model of the epoch with the lowest validation loss, and the losses of that epoch. Its
     /// checkpoint is kept whatever comes after it.
     ///

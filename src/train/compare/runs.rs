@@ -199,7 +199,12 @@ impl Comparison {
         };
         let costs = config.model.costs()?;
         let times = times.lock().unwrap_or_else(PoisonError::into_inner);
-        let evaluation = evaluate(&trained.model, valid, config.batch_size, None)?;
+        let recalls = valid.get(0).is_some_and(|window| window.answers.is_some());
+        let accuracy = if recalls {
+            evaluate(&trained.model, valid, config.batch_size, None)?.accuracy
+        } else {
+            Vec::new()
+        };
         let result = RunResult {
             method: method.name.clone(),
             parameters: costs.parameters(),
@@ -208,7 +213,7 @@ impl Comparison {
             perplexity: trained.perplexity(),
             tokens: trained.tokens,
             tokens_per_second: median_rate(&times, config.tokens_per_step()),
-            accuracy: evaluation.accuracy,
+            accuracy,
             cached: Vec::new(),
             epochs: trained.epochs,
             config: config.clone(),
