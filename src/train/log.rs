@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::config::TrainingConfig;
 use super::data::Schedule;
 use super::gradients::GradientNorms;
-use super::metrics::{TokenLosses, perplexity};
+use super::metrics::{StepEnds, TokenLosses, perplexity};
 use crate::file;
 
 /// A line of a run's `metrics.jsonl`: a training step, or a validation.
@@ -82,12 +82,10 @@ pub(super) struct JsonLines {
     names: HashMap<MetricId, String>,
     schedule: Schedule,
     tokens_per_step: usize,
-    /// Parts of a step that metrics are told of, one by one.
-    parts: usize,
     /// The epoch under way: Burn's count starts over when a run is resumed.
     epoch: usize,
-    /// How many parts of it there were.
-    seen: usize,
+    /// Its steps, of whose parts metrics are told one by one.
+    step: StepEnds,
     train: TokenLosses,
     valid: TokenLosses,
     interrupter: Interrupter,
@@ -108,9 +106,8 @@ impl JsonLines {
             names: HashMap::new(),
             schedule: Schedule::new(config),
             tokens_per_step: config.tokens_per_step(),
-            parts,
             epoch: done + 1,
-            seen: 0,
+            step: StepEnds::new(parts),
             train: TokenLosses::NONE,
             valid: TokenLosses::NONE,
             interrupter,
@@ -137,7 +134,7 @@ impl JsonLines {
     }
 
     fn train_line(&mut self, update: &MetricsUpdate) -> LogLine {
-        let step = self.schedule.steps_until(self.epoch - 1) + self.seen / self.parts;
+        let step = self.schedule.steps_until(self.epoch - 1) + self.step.steps();
         let number = |name| {
             let found = self.metric(update, name);
             found.map(|found| found.numeric_entry.current())
@@ -176,9 +173,8 @@ impl MetricLogger for JsonLines {
             self.valid = self.valid.joined(loss);
             return;
         }
-        self.seen += 1;
         self.train = self.train.joined(loss);
-        if self.seen.is_multiple_of(self.parts) {
+        if self.step.ends() {
             let line = self.train_line(&update);
             self.write(&line);
         }
@@ -213,6 +209,6 @@ impl MetricLogger for JsonLines {
             perplexity: perplexity(loss),
         });
         self.epoch += 1;
-        self.seen = 0;
+        self.step.restart();
     }
 }

@@ -208,20 +208,30 @@ impl Numeric for TokenRateMetric {
 
 /// Tells the last part of a step from those before it.
 #[derive(Clone, Debug)]
-struct StepEnds {
+pub(super) struct StepEnds {
     parts: usize,
     seen: usize,
 }
 
 impl StepEnds {
-    fn new(parts: usize) -> Self {
+    pub fn new(parts: usize) -> Self {
         Self { parts, seen: 0 }
     }
 
     /// Whether the part that is told of now is a step's last.
-    fn ends(&mut self) -> bool {
+    pub fn ends(&mut self) -> bool {
         self.seen += 1;
         self.seen.is_multiple_of(self.parts)
+    }
+
+    /// How many steps have ended.
+    pub fn steps(&self) -> usize {
+        self.seen / self.parts
+    }
+
+    /// Counts from the start.
+    pub fn restart(&mut self) {
+        self.seen = 0;
     }
 }
 
