@@ -11,8 +11,8 @@ use fusedkv::train::compare::{
     measure_speed, summarise,
 };
 use fusedkv::train::{
-    AssociativeRecall, Needle, Progress, Run, TrainError, TrainingConfig, Windows, evaluate,
-    train_on,
+    AssociativeRecall, Needle, Progress, Run, TokenWindow, TrainError, TrainingConfig, Windows,
+    evaluate, train_on,
 };
 use fusedkv::{CacheDtype, CacheError, FusedKvDecoderConfig, FusionInit, KvPlan, LayerKv};
 use proptest::prelude::*;
@@ -172,6 +172,43 @@ fn a_cache_the_backend_cannot_keep_is_refused() {
         })
     );
     assert!(unsupported, "{error}");
+}
+
+/// Windows that say there is one where there is none.
+struct Hollow;
+
+impl Dataset<TokenWindow> for Hollow {
+    fn get(&self, _index: usize) -> Option<TokenWindow> {
+        None
+    }
+
+    fn len(&self) -> usize {
+        1
+    }
+}
+
+impl Windows for Hollow {
+    fn context(&self) -> usize {
+        8
+    }
+
+    fn check_vocabulary(&self, _vocab_size: usize) -> Result<(), TrainError> {
+        Ok(())
+    }
+
+    fn fingerprint(&self) -> u64 {
+        0
+    }
+}
+
+#[test]
+fn windows_that_are_not_there_are_an_error() {
+    let model = base().init::<Flex>(&FlexDevice).unwrap();
+    for cache in [None, Some(CacheDtype::Model)] {
+        let error = evaluate(&model, &Hollow, 4, cache).unwrap_err();
+        let refused = matches!(error, TrainError::Forward(_) | TrainError::Cache(_));
+        assert!(refused, "{error}");
+    }
 }
 
 #[test]

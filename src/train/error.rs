@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::config::FusedKvDecoderConfig;
-use crate::error::{CacheError, ConfigError};
+use crate::error::{CacheError, ConfigError, ForwardError};
 use crate::tokenizer::TokenizerError;
 
 /// A training that cannot start, or did not finish.
@@ -64,6 +64,9 @@ pub enum TrainError {
     /// A cache that the backend cannot keep.
     #[error(transparent)]
     Cache(#[from] CacheError),
+    /// Windows that are not what they say, which the decoder cannot read.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
     /// A token the decoder has no embedding for.
     #[error("token {token} at {position}, expected ids below the vocabulary's size, {vocab_size}")]
     OutOfVocabulary {

@@ -29,7 +29,8 @@ pub struct Evaluation {
 /// # Errors
 /// [`TrainError::Setting`] if `batch_size` is 0 or there are no windows,
 /// [`TrainError::ContextTooLong`] or another of [`Windows::check_vocabulary`] if the model cannot
-/// read them, [`TrainError::Cache`] if the backend has no such numbers.
+/// read them, [`TrainError::Cache`] if the backend has no such numbers, [`TrainError::Forward`] for
+/// windows that are fewer or longer than they say.
 pub fn evaluate<B: Backend>(
     model: &FusedKvDecoder<B>,
     windows: &impl Windows,
@@ -78,7 +79,7 @@ pub fn evaluate<B: Backend>(
     })
 }
 
-/// Logits of all positions of windows whose length was checked.
+/// Logits of all positions.
 fn logits<B: Backend>(
     model: &FusedKvDecoder<B>,
     tokens: Tensor<B, 2, Int>,
@@ -92,7 +93,7 @@ fn logits<B: Backend>(
             model.forward_cached(tokens, &mut cache, Logits::All)
         }
     };
-    Ok(logits.expect("the length was checked, and batches are never empty"))
+    Ok(logits?)
 }
 
 /// The most likely token at every position, row after row.
