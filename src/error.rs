@@ -173,6 +173,14 @@ pub enum CacheError {
         /// The backend.
         backend: String,
     },
+    /// A decoder that tracks gradients: every token cached would keep the graph of all before it.
+    #[error(
+        "a cache on the backend {backend}, which tracks gradients, expected the model's `.valid()`"
+    )]
+    Autodiff {
+        /// The backend.
+        backend: String,
+    },
     /// More tokens than fit.
     #[error("{requested} more tokens in a cache that holds {len} of {capacity}")]
     OverCapacity {
@@ -243,6 +251,12 @@ pub enum ForwardError {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum AttentionError {
+    /// Nothing to attend with.
+    #[error("a query without {what}, expected at least 1")]
+    Empty {
+        /// Rows, heads, queries or channels.
+        what: &'static str,
+    },
     /// Not one tensor per weight.
     #[error(
         "{found} sources of {what}, expected {expected}: one per weight, or one without weights"

@@ -6,7 +6,8 @@
 //!   weights move to the query and the output, and nothing of the sources' size is written.
 //!
 //! The blend costs as much as a few queries do, so the absorbed form is for few queries over a
-//! long cache, the materialised one for many queries. Either way the scale is 1/√head_dim.
+//! long cache, the materialised one for many queries. Either way the scale is 1/√head_dim, and
+//! scores, softmax and sums are f32 where the numbers are of less precision.
 
 use burn::tensor::activation::softmax;
 use burn::tensor::module::attention;
@@ -73,7 +74,7 @@ impl<B: Backend> Visibility<B> {
 /// Attention of `query` `[batch, n_heads, queries, head_dim]` over blends of stored keys and
 /// values; query head h uses kv head h / (n_heads / n_kv_heads). The output is shaped as the query.
 ///
-/// Without a `form` it takes what is faster.
+/// Without a `form` it takes what is faster. Computed in f32 where the query is f16 or bf16.
 pub(crate) fn attend<B: Backend>(
     form: Option<FusionForm>,
     query: Tensor<B, 4>,
@@ -81,11 +82,27 @@ pub(crate) fn attend<B: Backend>(
     values: Vec<Term<B>>,
     visibility: &Visibility<B>,
 ) -> Tensor<B, 4> {
+    let dtype = query.dtype();
+    let wide = match dtype {
+        DType::F16 | DType::BF16 => DType::F32,
+        other => other,
+    };
+    let query = query.cast(wide);
+    let (keys, values) = (weights_cast(keys, wide), weights_cast(values, wide));
     let (keys, values) = match form {
         Some(FusionForm::Materialised) => blended(&query, keys, values),
         Some(FusionForm::Absorbed) | None => (keys, values),
     };
-    kernels::attention(form, query, keys, values, visibility)
+    kernels::attention(form, query, keys, values, visibility).cast(dtype)
+}
+
+/// Sources stay as they are stored: some kernels widen them as they read.
+fn weights_cast<B: Backend>(terms: Vec<Term<B>>, dtype: DType) -> Vec<Term<B>> {
+    let cast = |term: Term<B>| Term {
+        weight: term.weight.map(|weight| weight.cast(dtype)),
+        ..term
+    };
+    terms.into_iter().map(cast).collect()
 }
 
 /// Keys and values of one term each.

@@ -19,7 +19,7 @@ use crate::error::AttentionError;
 ///   fusion's weights
 ///
 /// # Errors
-/// [`AttentionError`] if there is not one source per weight, a shape differs, heads cannot be
+/// [`AttentionError`] if there are no queries, rows, heads or channels, there is not one source per weight, a shape differs, heads cannot be
 /// grouped, or there are more queries than keys.
 ///
 /// ```
@@ -55,6 +55,16 @@ pub fn fused_attention<B: Backend>(
     let key_weights = fusion.and_then(KvFusion::key_weights);
     let value_weights = fusion.and_then(KvFusion::value_weights);
     let [batch, n_heads, queries, head_dim] = query.dims();
+    for (what, size) in [
+        ("rows", batch),
+        ("heads", n_heads),
+        ("queries", queries),
+        ("channels", head_dim),
+    ] {
+        if size == 0 {
+            return Err(AttentionError::Empty { what });
+        }
+    }
     let Some([_, n_kv_heads, n_keys, _]) = keys.first().map(Tensor::dims) else {
         return Err(AttentionError::Sources {
             what: "keys",

@@ -81,8 +81,10 @@ impl<B: Backend> Stored<B> {
     }
 
     /// Codes round(x / scale) and scales, where a scale is a token's and head's largest magnitude /
-    /// 127: an element is off by at most half its scale.
+    /// 127: an element is off by at most half its scale. Computed in f32 whatever x is: in f16 the
+    /// scale of a small head would be subnormal, and codes in bf16 are off by a half already.
     fn int8(x: Tensor<B, 4>) -> (Tensor<B, 4, Int>, Tensor<B, 4>) {
+        let x = x.cast(DType::F32);
         // Without the floor, a row of zeros would be divided by zero.
         let largest = x
             .clone()
@@ -91,7 +93,7 @@ impl<B: Backend> Stored<B> {
             .clamp_min(f64::from(f32::MIN_POSITIVE) * 1e3);
         let scales = largest.div_scalar(Self::CODES);
         let codes = (x / scales.clone()).round().int().cast(IntDType::I8);
-        (codes, scales.cast(DType::F32))
+        (codes, scales)
     }
 
     /// `[batch, n_kv_heads, seq, head_dim]`.
@@ -162,6 +164,35 @@ impl<B: Backend> Stored<B> {
             Self::Int8 { codes, scales } => {
                 codes.shape().num_elements() * codes.dtype().size()
                     + scales.shape().num_elements() * scales.dtype().size()
+            }
+        }
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn_flex::{Flex, FlexDevice};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Also of heads whose scale would be subnormal in f16, and of numbers that bf16 has few of.
+        #[test]
+        fn codes_are_within_half_a_scale_whatever_the_model_is_of(
+            row in prop::collection::vec(-1.0f32..1.0, 1..70),
+            exponent in -20i32..8,
+            dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::BF16]),
+        ) {
+            let row: Vec<f32> = row.iter().map(|x| x * 2f32.powi(exponent)).collect();
+            let x = Tensor::<Flex, 1>::from_floats(row.as_slice(), &FlexDevice).cast(dtype);
+            let x: Tensor<Flex, 4> = x.unsqueeze();
+            let stored = Stored::zeros(x.dims(), DType::I8, &FlexDevice).assign(0, x.clone());
+            let numbers = |x: Tensor<Flex, 4>| -> Vec<f64> { x.into_data().iter().collect() };
+            let (x, stored) = (numbers(x), numbers(stored.float(DType::F32)));
+            let largest = x.iter().fold(0f64, |max, x| max.max(x.abs()));
+            for (x, y) in x.iter().zip(stored) {
+                prop_assert!((x - y).abs() <= largest / 254.0 * (1.0 + 1e-5), "{x} {y}");
             }
         }
     }

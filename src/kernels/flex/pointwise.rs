@@ -1,6 +1,7 @@
 //! RMSNorm and SwiGLU's gate, each in one pass over memory.
 
 use burn::tensor::{Tensor, backend::Backend};
+use pulp::bytemuck::cast_slice;
 use pulp::{Simd, WithSimd};
 
 use super::{ARCH, f32_tensor, for_each_block, simd, tensor};
@@ -95,15 +96,23 @@ impl WithSimd for Gate<'_> {
         let (gates, gate_tail) = S::as_simd_f32s(self.gate);
         let (ups, up_tail) = S::as_simd_f32s(self.up);
         let (outputs, output_tail) = S::as_mut_simd_f32s(self.output);
-        let one = simd.splat_f32s(1.0);
-        let minus_log2_e = simd.splat_f32s(-std::f32::consts::LOG2_E);
         for ((output, &gate), &up) in outputs.iter_mut().zip(gates).zip(ups) {
-            let denominator =
-                simd.add_f32s(one, simd::exp2(simd, simd.mul_f32s(gate, minus_log2_e)));
-            *output = simd.mul_f32s(simd.div_f32s(gate, denominator), up);
+            *output = gated_vector(simd, gate, up);
         }
-        for ((output, gate), up) in output_tail.iter_mut().zip(gate_tail).zip(up_tail) {
-            *output = gate / (1.0 + (-gate).exp()) * up;
-        }
+        // By the same operations, so that a number's place makes no difference to it.
+        let last = gated_vector(
+            simd,
+            simd::padded(simd, gate_tail),
+            simd::padded(simd, up_tail),
+        );
+        output_tail.copy_from_slice(&cast_slice(&[last])[..output_tail.len()]);
     }
+}
+
+#[inline(always)]
+fn gated_vector<S: Simd>(simd: S, gate: S::f32s, up: S::f32s) -> S::f32s {
+    let minus_log2_e = simd.splat_f32s(-std::f32::consts::LOG2_E);
+    let power = simd::exp2(simd, simd.mul_f32s(gate, minus_log2_e));
+    let denominator = simd.add_f32s(simd.splat_f32s(1.0), power);
+    simd.mul_f32s(simd.div_f32s(gate, denominator), up)
 }

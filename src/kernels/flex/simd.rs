@@ -1,6 +1,7 @@
 //! What the kernels do with vectors of whatever length the processor has.
 
 use pulp::Simd;
+use pulp::bytemuck::cast_slice_mut;
 
 /// Σ a·b. Both slices have the same length.
 #[inline(always)]
@@ -39,6 +40,15 @@ pub(super) fn axpy<S: Simd>(simd: S, a: f32, x: &[f32], y: &mut [f32]) {
     for (y, x) in y_tail.iter_mut().zip(x_tail) {
         *y += a * x;
     }
+}
+
+/// A vector that begins with `tail`, which is shorter, and ends with zeros.
+#[inline(always)]
+pub(super) fn padded<S: Simd>(simd: S, tail: &[f32]) -> S::f32s {
+    let mut vector = [simd.splat_f32s(0.0)];
+    cast_slice_mut(&mut vector)[..tail.len()].copy_from_slice(tail);
+    let [vector] = vector;
+    vector
 }
 
 /// 2^x to a relative error of 2e-7, for x up to 127; below −126 it is 2^−126, and NaN stays NaN.

@@ -11,36 +11,25 @@ use super::{HIDDEN, Problem};
 
 /// Keys per tile: long enough for the processor to foresee what is read next.
 const TILE: usize = 256;
-/// Keys that are worth a thread.
-const PART: usize = 256;
+/// Keys of a head that one thread goes through. Fixed, so that sums are formed in one order whatever
+/// the number of threads or rows: enough to be worth a thread and its merging, few enough for all
+/// threads of a machine to have some.
+const PART: usize = 2 * TILE;
 
 /// `[batch, n_heads, n_queries, head_dim]`.
 pub(super) fn attention(problem: &Problem) -> Vec<f32> {
     let heads = problem.batch * problem.n_kv_heads;
-    let threads = match heads * problem.n_keys * problem.head_dim {
-        numbers if numbers < PARALLEL => 1,
-        _ => rayon::current_num_threads(),
-    };
-    // Several threads for a head if there are more of them than heads.
-    let parts = if threads == 1 {
-        1
-    } else {
-        (2 * threads)
-            .div_ceil(heads)
-            .min(problem.n_keys.div_ceil(PART))
-    };
-    let part = problem.n_keys.div_ceil(parts).next_multiple_of(TILE);
     let tasks: Vec<_> = (0..heads)
         .flat_map(|head| {
-            let starts = (0..problem.n_keys).step_by(part);
-            starts.map(move |start| (head, start..(start + part).min(problem.n_keys)))
+            let starts = (0..problem.n_keys).step_by(PART);
+            starts.map(move |start| (head, start..(start + PART).min(problem.n_keys)))
         })
         .collect();
     let attend = |(head, keys): &(usize, Range<usize>)| {
         let (batch, kv_head) = (head / problem.n_kv_heads, head % problem.n_kv_heads);
         ARCH.dispatch(Part::new(problem, batch, kv_head, keys.clone()))
     };
-    let parts: Vec<Softmax> = if threads == 1 {
+    let parts: Vec<Softmax> = if heads * problem.n_keys * problem.head_dim < PARALLEL {
         tasks.iter().map(attend).collect()
     } else {
         tasks.par_iter().map(attend).collect()
@@ -138,7 +127,7 @@ impl WithSimd for Part<'_> {
         let queries = self.queries();
         let n_rows = queries.len() / problem.keys.len() / head_dim;
         let (keys, values) = problem.rows(self.batch, self.kv_head);
-        let mut scratch = vec![0.0; TILE * head_dim];
+        let mut scratch = Vec::new();
         let mut scores = vec![0.0; n_rows * TILE];
         let mut state = Softmax {
             max: vec![HIDDEN; n_rows],

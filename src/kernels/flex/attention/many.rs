@@ -99,7 +99,7 @@ impl Tile<'_> {
         let queries = transposed(simd, queries, head_dim, problem.scale());
 
         let zero = [simd.splat_f32s(0.0); WIDE];
-        let mut scratch = Scratch::new(TILE * head_dim);
+        let mut scratch = Scratch::default();
         let mut scores = [zero; TILE];
         let mut max = [simd.splat_f32s(HIDDEN); WIDE];
         let mut sum = zero;
@@ -230,15 +230,19 @@ pub(super) fn add_values<S: Simd, const HIGH: usize>(
 ) {
     let head_dim = weighted.len();
     let (blocks, rest) = weighted.as_chunks_mut::<HIGH>();
+    let (pairs, single) = rest.as_chunks_mut::<2>();
     let mut start = 0;
     for weighted in blocks {
         add_channels(simd, tile, head_dim, start, probabilities, decay, weighted);
         start += HIGH;
     }
-    // Channels are even in number: RoPE turns pairs.
-    for weighted in rest.as_chunks_mut::<2>().0 {
+    for weighted in pairs {
         add_channels(simd, tile, head_dim, start, probabilities, decay, weighted);
         start += 2;
+    }
+    for weighted in single.as_chunks_mut::<1>().0 {
+        add_channels(simd, tile, head_dim, start, probabilities, decay, weighted);
+        start += 1;
     }
 }
 

@@ -92,16 +92,22 @@ fn start_of(tensor: &FlexTensor, batch: usize, kv_head: usize) -> usize {
 }
 
 impl<'a> Rows<'a> {
-    /// Rows `range` one behind the other: as they lie if they do, else converted in `scratch`.
+    /// Rows `range` one behind the other: as they lie if they do, else converted in `scratch`, which
+    /// grows to the largest tile.
     #[inline(always)]
-    pub fn tile<'t>(&self, range: Range<usize>, scratch: &'t mut [f32]) -> &'t [f32]
+    pub fn tile<'t>(&self, range: Range<usize>, scratch: &'t mut Vec<f32>) -> &'t [f32]
     where
         'a: 't,
     {
         let (stride, width) = (self.stride, self.head_dim);
         let len = range.len() * width;
+        if let Numbers::F32(rows) = self.numbers
+            && stride == width
+        {
+            return &rows[range.start * stride..][..len];
+        }
+        let scratch = grown(scratch, len);
         match self.numbers {
-            Numbers::F32(rows) if stride == width => return &rows[range.start * stride..][..len],
             Numbers::F32(rows) => {
                 for (to, key) in scratch.chunks_exact_mut(width).zip(range) {
                     to.copy_from_slice(&rows[key * stride..][..width]);
@@ -129,27 +135,27 @@ impl<'a> Rows<'a> {
                 }
             }
         }
-        &scratch[..len]
+        scratch
     }
+}
+
+/// The first `len` numbers of a buffer that is made as long as need be.
+#[inline(always)]
+fn grown(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
 }
 
 /// Rows of one kv head, each source's times its weight, added up.
 pub(super) struct Blend<'a>(Vec<(Rows<'a>, Option<&'a [f32]>)>);
 
 /// Space for tiles that are not read where they lie.
+#[derive(Default)]
 pub(super) struct Scratch {
     source: Vec<f32>,
     blend: Vec<f32>,
-}
-
-impl Scratch {
-    /// For tiles of `len` numbers.
-    pub fn new(len: usize) -> Self {
-        Self {
-            source: vec![0.0; len],
-            blend: vec![0.0; len],
-        }
-    }
 }
 
 impl<'a> Blend<'a> {
@@ -167,17 +173,14 @@ impl<'a> Blend<'a> {
         if let [(rows, None)] = self.0[..] {
             return rows.tile(range, source);
         }
-        let mut blend = &mut blend[..];
-        for (i, (rows, weight)) in self.0.iter().enumerate() {
+        let width = self.0.first().map_or(0, |(rows, _)| rows.head_dim);
+        let blend = grown(blend, range.len() * width);
+        blend.fill(0.0);
+        for (rows, weight) in &self.0 {
             let tile = rows.tile(range.clone(), source);
-            blend = &mut blend[..tile.len()];
-            if i == 0 {
-                blend.fill(0.0);
-            }
             match weight {
                 None => blend.iter_mut().zip(tile).for_each(|(sum, x)| *sum += x),
                 Some(weight) => {
-                    let width = weight.len();
                     let rows = blend.chunks_exact_mut(width).zip(tile.chunks_exact(width));
                     for (sums, row) in rows {
                         let terms = sums.iter_mut().zip(row).zip(*weight);
@@ -192,13 +195,19 @@ impl<'a> Blend<'a> {
 
 /// The number itself, by arithmetic that compilers turn into vectors: the exponent is moved to its
 /// place and its bias corrected by a product, which is exact and also right for subnormal numbers.
+/// What is not finite has all bits of the exponent set in both.
 #[inline(always)]
 fn widen(x: f16) -> f32 {
     /// 2^112: biases of 127 against 15.
     const BIAS: f32 = f32::from_bits((127 + 112) << 23);
     let bits = u32::from(x.to_bits());
+    let not_finite = if bits & 0x7c00 == 0x7c00 {
+        0xff << 23
+    } else {
+        0
+    };
     let magnitude = f32::from_bits((bits & 0x7fff) << 13) * BIAS;
-    f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
+    f32::from_bits(magnitude.to_bits() | not_finite | (bits & 0x8000) << 16)
 }
 
 #[cfg(test)]
@@ -206,10 +215,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_finite_half_is_widened_to_itself() {
+    fn every_half_is_widened_to_itself() {
         for bits in 0..=u16::MAX {
             let x = f16::from_bits(bits);
-            if x.is_finite() {
+            if x.is_nan() {
+                assert!(widen(x).is_nan(), "{bits:#x}");
+            } else {
                 assert_eq!(widen(x).to_bits(), x.to_f32().to_bits(), "{bits:#x}");
             }
         }

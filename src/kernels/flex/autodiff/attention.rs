@@ -1,6 +1,6 @@
 //! Attention: blends are formed once per layer, then it is that of plain keys and values.
 
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::{DType, Tensor, backend::Backend};
 use burn_flex::FlexTensor;
 
 use super::super::attention::{Kept, Trained};
@@ -15,6 +15,9 @@ pub(crate) fn attention<B: Backend>(
     values: &[Term<B>],
     visibility: &Visibility<B>,
 ) -> Option<Tensor<B, 4>> {
+    if query.dtype() != DType::F32 {
+        return None;
+    }
     let query = tracked(query)?;
     let operation = Attention(Trained::new(visibility)?);
     let output = record(operation, [query, blended(keys)?, blended(values)?])?;
@@ -24,7 +27,7 @@ pub(crate) fn attention<B: Backend>(
 /// The sum of weighted terms, or the one term that there is.
 fn blended<B: Backend>(terms: &[Term<B>]) -> Option<Tracked> {
     let float = |term: &Term<B>| match &term.source {
-        Stored::Float(source) => tracked(source),
+        Stored::Float(source) => tracked(&source.clone().cast(DType::F32)),
         Stored::Int8 { .. } => None,
     };
     if let [term @ Term { weight: None, .. }] = terms {
