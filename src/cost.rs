@@ -141,3 +141,71 @@ impl DecoderCosts {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::{Flex, FlexDevice};
+    use proptest::prelude::*;
+
+    use crate::kernels::work::multiply_adds;
+    use crate::{BlendWeights, FusedKvDecoderConfig, KvPlan, LayerKv, Logits, Mix, TokenBatch};
+
+    /// All methods, and a plan that stores above a layer that reuses.
+    fn plans() -> Vec<KvPlan> {
+        let methods = KvPlan::METHODS.iter();
+        let mut plans: Vec<_> = methods
+            .map(|method| KvPlan::from_method(method, 5).unwrap())
+            .collect();
+        plans.extend((1..5).map(|storage_layers| KvPlan::Yoco { storage_layers }));
+        let store = || LayerKv::Store { residual: None };
+        let blend = |sources| Mix::Blend {
+            sources,
+            weights: BlendWeights::PerChannel,
+        };
+        let layers = vec![
+            store(),
+            LayerKv::Reuse {
+                key: Mix::AsIs(0),
+                value: blend(vec![0]),
+            },
+            store(),
+            LayerKv::Reuse {
+                key: blend(vec![2, 0]),
+                value: Mix::AsIs(0),
+            },
+            LayerKv::Reuse {
+                key: blend(vec![0, 2]),
+                value: blend(vec![2, 0]),
+            },
+        ];
+        plans.push(KvPlan::Custom { layers });
+        plans
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        /// No position is computed that nobody reads, in one pass or in several.
+        #[test]
+        fn prefill_and_decoding_multiply_as_often_as_they_cost(
+            plan in prop::sample::select(plans()),
+            prompt in 1usize..40,
+            chunk in 1usize..50,
+            group in 1usize..3,
+        ) {
+            let config = FusedKvDecoderConfig::new(13, 12, 5, 2 * group, 2, 6, 10, plan);
+            let costs = config.costs().unwrap();
+            let model = config.init::<Flex>(&FlexDevice).unwrap().with_prefill_chunk(chunk);
+            let mut cache = model.new_cache(1, prompt + 1).unwrap();
+            let mut read = |tokens: usize| {
+                let tokens = vec![1; tokens];
+                let batch = TokenBatch::from_rows(&[tokens], 13, &FlexDevice).unwrap();
+                multiply_adds(|| {
+                    model.forward_cached(batch, &mut cache, Logits::Last).unwrap();
+                })
+            };
+            prop_assert_eq!(2 * read(prompt), costs.prefill_flops(prompt));
+            prop_assert_eq!(2 * read(1), costs.decode_flops(prompt + 1));
+        }
+    }
+}

@@ -11,8 +11,8 @@ use super::{CONFIG, GENERATION_CONFIG};
 use crate::config::FusedKvDecoderConfig;
 use crate::plan::KvPlan;
 
-/// RoPE's tables are made in full: a bound on what a configuration can ask for.
-const MAX_POSITIONS: usize = 1 << 20;
+/// More than any model reads: a larger number is a mistake.
+const MAX_POSITIONS: usize = 1 << 24;
 
 /// Qwen3's own defaults for keys that a file may leave out.
 const DEFAULT_MAX_POSITIONS: usize = 32768;

@@ -176,6 +176,12 @@ pub enum CheckpointError {
         /// What is wrong with that.
         reason: &'static str,
     },
+    /// A parameter that the format has no tensor for, such as a bias that was added by hand.
+    #[error("the decoder has `{tensor}`, which checkpoints of its configuration do not")]
+    NotInFormat {
+        /// What the tensor would be called.
+        tensor: String,
+    },
     /// A number that the type asked for is too small for.
     #[error("{}: `{tensor}` has an element {value:e}, too large for {dtype:?}", path.display())]
     Overflow {

@@ -32,7 +32,7 @@ pub struct LoadedCheckpoint<B: Backend> {
 /// Everything is checked before any weight is read: the configuration, the headers against the
 /// files' lengths, the tensors against the configuration. Nothing is allocated that the files do
 /// not bear out. Then each tensor is read in pieces into its final place, so that memory never
-/// exceeds the weights by more than a tensor that a device copies, and RoPE's tables.
+/// exceeds the weights by more than a tensor that a device copies.
 ///
 /// Keys of `config.json` that are not Qwen3's are ignored; a `dropout` is 0. A head that repeats a
 /// tied embedding is accepted.

@@ -1,5 +1,6 @@
 //! From a decoder to a directory, all of it or nothing.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -94,7 +95,8 @@ impl SaveOptions {
 ///
 /// # Errors
 /// [`CheckpointError::Write`]; [`CheckpointError::Overflow`] for weights too large for the float
-/// type; [`CheckpointError::Vocabulary`] for a tokenizer with more tokens than the model;
+/// type; [`CheckpointError::NotInFormat`] for parameters the format does not have;
+/// [`CheckpointError::Vocabulary`] for a tokenizer with more tokens than the model;
 /// [`CheckpointError::ShardBytes`].
 pub fn save_checkpoint<B: Backend>(
     directory: impl AsRef<Path>,
@@ -108,6 +110,7 @@ pub fn save_checkpoint<B: Backend>(
     if let Some(tokenizer) = &options.tokenizer {
         check_vocabulary(directory, tokenizer, model.config().vocab_size)?;
     }
+    check_parameters(model)?;
     let model_dtype = model.embed_tokens.weight.val().dtype();
     let dtype = options.dtype.unwrap_or(WeightDtype::of_model(model_dtype));
     let replaced = |name: &str| {
@@ -128,6 +131,35 @@ pub fn save_checkpoint<B: Backend>(
         }
         write_weights(partial, model, dtype, options.shard_bytes)
     })
+}
+
+/// That every parameter is a tensor of the format.
+fn check_parameters<B: Backend>(model: &FusedKvDecoder<B>) -> Result<(), CheckpointError> {
+    let tensors = names::tensors(model.config(), model.layout());
+    let mut unknown = Unknown {
+        known: tensors.into_iter().map(|spec| spec.name).collect(),
+        found: None,
+    };
+    names::visit(model, &mut unknown);
+    match unknown.found {
+        Some(tensor) => Err(CheckpointError::NotInFormat { tensor }),
+        None => Ok(()),
+    }
+}
+
+/// The first parameter that is not known.
+struct Unknown {
+    known: BTreeSet<String>,
+    found: Option<String>,
+}
+
+impl<B: Backend> ParameterVisitor<B> for Unknown {
+    fn parameter<const D: usize>(&mut self, path: &ModulePath, _: &Param<Tensor<B, D>>) {
+        let name = path.tensor();
+        if self.found.is_none() && !self.known.contains(&name) {
+            self.found = Some(name);
+        }
+    }
 }
 
 /// `model.safetensors`, `model-00001-of-00002.safetensors`, the index.

@@ -8,9 +8,9 @@ use burn::tensor::{Tensor, backend::Backend};
 use super::attend::{FusionForm, Term, attend};
 use super::fusion::{KvFusion, KvFusionConfig, KvResidual};
 use super::kv::{KeyValue, Stored};
-use super::{Span, new_linear, new_norm};
+use super::{Span, new_linear, new_norm, project};
 use crate::config::FusedKvDecoderConfig;
-use crate::kernels::{linear, rms_norm, swap_heads};
+use crate::kernels::{rms_norm, swap_heads};
 use crate::plan::LayerKv;
 
 /// Grouped-query attention with RoPE and a per-head RMSNorm on q and k, whose keys and values are
@@ -79,13 +79,10 @@ impl<B: Backend> Attention<B> {
     pub(crate) fn own_kv(&self, x: Tensor<B, 3>, span: &Span<B>) -> Option<KeyValue<B>> {
         let (k_proj, v_proj) = (self.k_proj.as_ref()?, self.v_proj.as_ref()?);
         let k_norm = self.k_norm.as_ref()?;
-        let key = rms_norm(
-            k_norm,
-            self.split_heads(linear(x.clone(), k_proj.weight.val())),
-        );
-        let value = self.split_heads(linear(x, v_proj.weight.val()));
+        let key = rms_norm(k_norm, self.split_heads(project(k_proj, x.clone())));
+        let value = self.split_heads(project(v_proj, x));
         Some(KeyValue {
-            key: span.angles.apply(key.swap_dims(1, 2)),
+            key: span.angles.rotate(key.swap_dims(1, 2)),
             value: swap_heads(value),
         })
     }
@@ -116,16 +113,16 @@ impl<B: Backend> Attention<B> {
         span: &Span<B>,
     ) -> Tensor<B, 3> {
         let [batch, queries, _] = x.dims();
-        let query = self.split_heads(linear(x, self.q_proj.weight.val()));
+        let query = self.split_heads(project(&self.q_proj, x));
         let query = rms_norm(&self.q_norm, query);
-        let query = span.angles.apply(query.swap_dims(1, 2));
+        let query = span.angles.rotate(query.swap_dims(1, 2));
         let fusion = self.kv_fusion.as_ref();
         let keys = terms(keys, fusion.and_then(KvFusion::key_weights));
         let values = terms(values, fusion.and_then(KvFusion::value_weights));
         let output = attend(form, query, keys, values, &span.visibility);
         let [_, n_heads, _, head_dim] = output.dims();
         let output = swap_heads(output).reshape([batch, queries, n_heads * head_dim]);
-        linear(output, self.o_proj.weight.val())
+        project(&self.o_proj, output)
     }
 
     /// `[batch, seq, heads · head_dim]` to `[batch, seq, heads, head_dim]`.

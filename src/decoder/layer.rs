@@ -5,9 +5,9 @@ use burn::nn::{Linear, RmsNorm};
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::attention::Attention;
-use super::{new_linear, new_norm};
+use super::{new_linear, new_norm, project};
 use crate::config::FusedKvDecoderConfig;
-use crate::kernels::{linear, swiglu};
+use crate::kernels::swiglu;
 use crate::plan::LayerKv;
 
 /// The parameters of one layer; the decoder walks through them. Field names are those of Hugging
@@ -61,8 +61,8 @@ impl<B: Backend> SwiGluBlock<B> {
     /// # Shapes
     /// - x, output: `[batch, seq, hidden_size]`
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let gate = linear(x.clone(), self.gate_proj.weight.val());
-        let up = linear(x, self.up_proj.weight.val());
-        linear(swiglu(gate, up), self.down_proj.weight.val())
+        let gate = project(&self.gate_proj, x.clone());
+        let up = project(&self.up_proj, x);
+        project(&self.down_proj, swiglu(gate, up))
     }
 }

@@ -7,6 +7,7 @@ mod fused_attention;
 mod fusion;
 pub(crate) mod kv;
 mod layer;
+mod record;
 mod rope;
 
 use std::sync::Arc;
@@ -24,7 +25,8 @@ pub use fused_attention::fused_attention;
 pub use fusion::{KvFusion, KvFusionConfig, KvResidual};
 pub use kv::KeyValue;
 pub use layer::{DecoderLayer, SwiGluBlock};
-pub use rope::{Rope, RopeAngles};
+pub use record::{DecoderRecord, PlanModule, PlanRecord, RecordError};
+pub use rope::{Rope, RopeAngles, RopeError};
 
 use crate::cache::{CacheDtype, CacheShape, FusedKvCache};
 use crate::config::FusedKvDecoderConfig;
@@ -64,6 +66,8 @@ use kv::{KvStore, Stored, Uncached};
 /// ```
 #[derive(Module, Debug)]
 pub struct FusedKvDecoder<B: Backend> {
+    /// First, so that a record of another plan is refused before anything is loaded.
+    plan: PlanModule<B>,
     /// `[vocab_size, hidden_size]`.
     pub embed_tokens: Embedding<B>,
     /// The layers, bottom first.
@@ -72,12 +76,14 @@ pub struct FusedKvDecoder<B: Backend> {
     pub norm: RmsNorm<B>,
     /// `[hidden_size, vocab_size]`; none where the embedding is the head.
     pub lm_head: Option<Linear<B>>,
-    rope: Rope<B>,
     dropout: Dropout,
     #[module(skip)]
-    config: Arc<FusedKvDecoderConfig>,
+    rope: Arc<Rope>,
     #[module(skip)]
-    layout: Arc<KvLayout>,
+    config: Arc<FusedKvDecoderConfig>,
+    /// Tokens of all rows that a cached pass reads at once; none: all of them.
+    #[module(skip)]
+    prefill_chunk: Option<usize>,
 }
 
 /// Which positions' logits a cached pass returns.
@@ -116,10 +122,11 @@ impl FusedKvDecoderConfig {
             norm: new_norm(self.hidden_size, self, device),
             lm_head: (!self.tie_embeddings)
                 .then(|| new_linear(self.hidden_size, self.vocab_size, self, device)),
-            rope: Rope::new(self.max_positions, self.head_dim, self.rope_theta, device),
             dropout: DropoutConfig::new(self.dropout).init(),
+            rope: Arc::new(Rope::new(self.head_dim, self.rope_theta)),
             config: Arc::new(self.clone()),
-            layout: Arc::new(layout),
+            prefill_chunk: kernels::tokens_per_pass::<B>(),
+            plan: PlanModule::new(layout),
         })
     }
 
@@ -139,14 +146,26 @@ impl<B: Backend> FusedKvDecoder<B> {
 
     /// The plan, spelled out for this decoder's layers.
     pub fn layout(&self) -> &KvLayout {
-        &self.layout
+        &self.plan.layout
+    }
+
+    /// Reads long prompts this many tokens of all rows at a time, at least one of each: activations
+    /// then take memory for no more. Without it, as many as the backend is fastest with. The logits
+    /// are the same but for rounding.
+    #[must_use]
+    pub fn with_prefill_chunk(self, tokens: usize) -> Self {
+        Self {
+            prefill_chunk: Some(tokens),
+            ..self
+        }
     }
 
     /// An empty cache for `batch` rows of up to `capacity` tokens, in the decoder's float type and
     /// on its device.
     ///
     /// # Errors
-    /// [`CacheError::Zero`] if `batch` or `capacity` is 0.
+    /// [`CacheError::Zero`] if `batch` or `capacity` is 0, [`CacheError::Autodiff`] on a backend
+    /// that tracks gradients.
     pub fn new_cache(&self, batch: usize, capacity: usize) -> Result<FusedKvCache<B>, CacheError> {
         self.new_cache_of(CacheDtype::Model, batch, capacity)
     }
@@ -163,13 +182,19 @@ impl<B: Backend> FusedKvDecoder<B> {
         capacity: usize,
     ) -> Result<FusedKvCache<B>, CacheError> {
         let embedding = self.embed_tokens.weight.val();
+        let device = embedding.device();
+        if B::ad_enabled(&device) {
+            return Err(CacheError::Autodiff {
+                backend: B::name(&device),
+            });
+        }
         FusedKvCache::new(
             self.cache_shape(),
             batch,
             capacity,
             dtype,
             embedding.dtype(),
-            &embedding.device(),
+            &device,
         )
     }
 
@@ -243,7 +268,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         tokens.check()?;
         cache.check(&self.cache_shape(), tokens.dims())?;
         self.check_positions(&tokens, &cache.row_lens())?;
-        let (first, last) = match (logits, kernels::tokens_per_pass::<B>()) {
+        let (first, last) = match (logits, self.prefill_chunk) {
             (Logits::Last, Some(most)) => tokens.split(most),
             _ => (Vec::new(), tokens),
         };
@@ -271,7 +296,7 @@ impl<B: Backend> FusedKvDecoder<B> {
 
     fn cache_shape(&self) -> CacheShape {
         CacheShape {
-            layout: self.layout.clone(),
+            layout: self.plan.layout.clone(),
             n_kv_heads: self.config.n_kv_heads,
             head_dim: self.config.head_dim,
         }
@@ -294,9 +319,9 @@ impl<B: Backend> FusedKvDecoder<B> {
             if let Some(mut kv) = layer.self_attn.own_kv(normed.clone(), &span) {
                 if let LayerKv::Store {
                     residual: Some(lower),
-                } = self.layout.layer(i)
+                } = self.layout().layer(i)
                 {
-                    let slot = self.layout.slot(*lower);
+                    let slot = self.layout().slot(*lower);
                     let dtype = kv.key.dtype();
                     let lower = KeyValue {
                         key: store.key(slot).tail(seq).float(dtype),
@@ -304,9 +329,9 @@ impl<B: Backend> FusedKvDecoder<B> {
                     };
                     kv = layer.self_attn.add_residual(kv, lower);
                 }
-                store.put(self.layout.slot(i), kv);
+                store.put(self.layout().slot(i), kv);
             }
-            if i == self.layout.last_store() {
+            if i == self.layout().last_store() {
                 match logits {
                     None => break,
                     // From here on nobody reads the other positions.
@@ -330,11 +355,11 @@ impl<B: Backend> FusedKvDecoder<B> {
     /// The stored keys and values that a layer attends to, in the plan's order.
     fn sources(&self, layer: usize, store: &impl KvStore<B>) -> (Vec<Stored<B>>, Vec<Stored<B>>) {
         let own = [layer];
-        let (keys, values) = match self.layout.layer(layer) {
+        let (keys, values) = match self.layout().layer(layer) {
             LayerKv::Store { .. } => (&own[..], &own[..]),
             LayerKv::Reuse { key, value } => (key.sources(), value.sources()),
         };
-        let slot = |source: &usize| self.layout.slot(*source);
+        let slot = |source: &usize| self.layout().slot(*source);
         (
             keys.iter().map(|source| store.key(slot(source))).collect(),
             values
@@ -348,7 +373,7 @@ impl<B: Backend> FusedKvDecoder<B> {
     fn head(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         let x = rms_norm(&self.norm, x);
         match &self.lm_head {
-            Some(head) => linear(x, head.weight.val()),
+            Some(head) => project(head, x),
             None => linear(x, self.embed_tokens.weight.val().transpose()),
         }
     }
@@ -382,7 +407,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         let [batch, seq] = tokens.dims();
         let Some(hidden) = hidden else {
             return Span {
-                angles: self.rope.range(cached, seq),
+                angles: self.rope.range(cached, seq, &tokens.device()),
                 visibility: if seq == 1 {
                     Visibility::All
                 } else {
@@ -400,8 +425,9 @@ impl<B: Backend> FusedKvDecoder<B> {
         let hidden = TensorData::new(hidden, [batch, 1, 1, keys]);
         let hidden = Tensor::<B, 4, Bool>::from_data(hidden, &device).repeat_dim(2, seq);
         let future = causal_mask::<B>(seq, keys, &device).repeat_dim(0, batch);
+        let angles = self.rope.gather(&positions, &device);
         Span {
-            angles: self.rope.gather(&positions, &device),
+            angles: angles.expect("every row of a batch has as many columns"),
             visibility: Visibility::Except(hidden.bool_or(future)),
         }
     }
@@ -414,6 +440,15 @@ impl<B: Backend> Span<B> {
             angles: self.angles.last(),
             visibility: self.visibility.last(),
         }
+    }
+}
+
+/// A linear layer's product, and its bias if it was given one.
+fn project<B: Backend>(layer: &Linear<B>, x: Tensor<B, 3>) -> Tensor<B, 3> {
+    let product = linear(x, layer.weight.val());
+    match &layer.bias {
+        Some(bias) => product + bias.val().unsqueeze(),
+        None => product,
     }
 }
 

@@ -2,18 +2,32 @@
 //! rotated with channel j + head_dim/2.
 //!
 //! Burn's `RotaryEncoding` rotates neighbouring channels and starts every row at the same
-//! position; checkpoints need the first otherwise, and rows of different lengths the second.
+//! position; checkpoints need the first otherwise, and rows of different lengths the second. Angles
+//! are computed for the positions at hand: a table of all that a model allows takes longer to make
+//! than most programs run.
 
-use burn::module::Module;
-use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::{Tensor, TensorData, backend::Backend};
+use thiserror::Error;
 
 use crate::kernels;
 
-/// Tables of cos and sin for every position and pair of channels.
-#[derive(Module, Debug)]
-pub struct Rope<B: Backend> {
-    cos: Tensor<B, 2>,
-    sin: Tensor<B, 2>,
+/// By how much every pair of channels turns from one position to the next.
+///
+/// ```
+/// use burn::tensor::Tensor;
+/// use fusedkv::backend::{Flex, FlexDevice};
+/// use fusedkv::decoder::Rope;
+///
+/// let rope = Rope::new(8, 1e4);
+/// let query = Tensor::<Flex, 4>::ones([1, 2, 3, 8], &FlexDevice);
+/// let turned = rope.range(5, 3, &FlexDevice).apply(query)?;
+/// assert_eq!(turned.dims(), [1, 2, 3, 8]);
+/// # Ok::<(), fusedkv::decoder::RopeError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Radians per position, pair by pair.
+    frequencies: Vec<f64>,
 }
 
 /// The angles of one chunk of tokens, shared by all layers.
@@ -25,52 +39,95 @@ pub struct RopeAngles<B: Backend> {
     sin: Tensor<B, 4>,
 }
 
-impl<B: Backend> Rope<B> {
-    /// Tables for positions `0..max_positions`. Pair j turns by `position · theta^(−2j/head_dim)`;
-    /// computed in f64, kept in the backend's float type.
-    pub fn new(max_positions: usize, head_dim: usize, theta: f64, device: &B::Device) -> Self {
-        let pairs = head_dim / 2;
-        let angles = (0..max_positions).flat_map(|position| {
-            (0..pairs).map(move |j| position as f64 * theta.powf(-2.0 * j as f64 / head_dim as f64))
-        });
-        let table = |f: fn(f64) -> f64| {
-            let values: Vec<f64> = angles.clone().map(f).collect();
-            Tensor::from_data(TensorData::new(values, [max_positions, pairs]), device)
-        };
+/// Positions or tensors that cannot be rotated.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum RopeError {
+    /// Positions of no row.
+    #[error("positions of no rows, expected at least 1")]
+    NoRows,
+    /// Rows with different numbers of positions.
+    #[error("row {row} has {found} positions, expected {expected} as the first row has")]
+    Ragged {
+        /// The row.
+        row: usize,
+        /// Its positions.
+        found: usize,
+        /// Those of the first row.
+        expected: usize,
+    },
+    /// A tensor that the angles are not for.
+    #[error("a tensor of shape {found:?}, expected [{batch}, heads, {seq}, {head_dim}]")]
+    Shape {
+        /// Its shape.
+        found: [usize; 4],
+        /// Rows of the angles; "any" where all rows have the same.
+        batch: String,
+        /// Positions of the angles.
+        seq: usize,
+        /// Twice the pairs of the angles.
+        head_dim: usize,
+    },
+}
+
+impl Rope {
+    /// Pair j turns by `theta^(−2j/head_dim)` per position.
+    pub fn new(head_dim: usize, theta: f64) -> Self {
+        let pairs = (0..head_dim / 2).map(|j| theta.powf(-2.0 * j as f64 / head_dim as f64));
         Self {
-            cos: table(f64::cos),
-            sin: table(f64::sin),
+            frequencies: pairs.collect(),
         }
     }
 
-    /// The angles of positions `start..start + seq`, the same for every row.
-    ///
-    /// # Panics
-    /// If the range ends beyond `max_positions`.
-    pub fn range(&self, start: usize, seq: usize) -> RopeAngles<B> {
-        let rows = |table: &Tensor<B, 2>| table.clone().narrow(0, start, seq).unsqueeze::<4>();
-        RopeAngles {
-            cos: rows(&self.cos),
-            sin: rows(&self.sin),
-        }
+    /// The angles of positions `start..start + seq`, the same for every row; computed in f64, kept
+    /// in the backend's float type.
+    pub fn range<B: Backend>(&self, start: usize, seq: usize, device: &B::Device) -> RopeAngles<B> {
+        self.angles([1, seq], start..start + seq, device)
     }
 
     /// The angles of one position per row and token, `positions[row][token]`.
     ///
-    /// # Panics
-    /// If the rows differ in length.
-    pub fn gather(&self, positions: &[Vec<usize>], device: &B::Device) -> RopeAngles<B> {
-        let (batch, seq) = (positions.len(), positions[0].len());
-        let flat: Vec<i64> = positions.iter().flatten().map(|&p| p as i64).collect();
-        let index = Tensor::<B, 1, Int>::from_data(TensorData::new(flat, [batch * seq]), device);
-        let rows = |table: &Tensor<B, 2>| {
-            let [_, pairs] = table.dims();
-            let chosen = table.clone().select(0, index.clone());
-            chosen.reshape([batch, 1, seq, pairs])
-        };
+    /// # Errors
+    /// [`RopeError::NoRows`], [`RopeError::Ragged`].
+    pub fn gather<B: Backend>(
+        &self,
+        positions: &[Vec<usize>],
+        device: &B::Device,
+    ) -> Result<RopeAngles<B>, RopeError> {
+        let seq = positions.first().ok_or(RopeError::NoRows)?.len();
+        if let Some(row) = positions.iter().position(|row| row.len() != seq) {
+            return Err(RopeError::Ragged {
+                row,
+                found: positions[row].len(),
+                expected: seq,
+            });
+        }
+        let shape = [positions.len(), seq];
+        Ok(self.angles(shape, positions.iter().flatten().copied(), device))
+    }
+
+    /// The angles of `[rows, seq]` positions, row after row.
+    fn angles<B: Backend>(
+        &self,
+        [rows, seq]: [usize; 2],
+        positions: impl Iterator<Item = usize>,
+        device: &B::Device,
+    ) -> RopeAngles<B> {
+        let pairs = self.frequencies.len();
+        let numbers = rows * seq * pairs;
+        let (mut cos, mut sin) = (Vec::with_capacity(numbers), Vec::with_capacity(numbers));
+        for position in positions {
+            for frequency in &self.frequencies {
+                let (s, c) = (position as f64 * frequency).sin_cos();
+                cos.push(c);
+                sin.push(s);
+            }
+        }
+        let table =
+            |numbers| Tensor::from_data(TensorData::new(numbers, [rows, 1, seq, pairs]), device);
         RopeAngles {
-            cos: rows(&self.cos),
-            sin: rows(&self.sin),
+            cos: table(cos),
+            sin: table(sin),
         }
     }
 }
@@ -80,7 +137,28 @@ impl<B: Backend> RopeAngles<B> {
     ///
     /// # Shapes
     /// - x, output: `[batch, heads, seq, head_dim]`
-    pub fn apply(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
+    ///
+    /// # Errors
+    /// [`RopeError::Shape`] if the angles are of other rows, positions or channels.
+    pub fn apply(&self, x: Tensor<B, 4>) -> Result<Tensor<B, 4>, RopeError> {
+        let found @ [batch, _, seq, head_dim] = x.dims();
+        let [rows, _, positions, pairs] = self.cos.dims();
+        if (rows != 1 && batch != rows) || seq != positions || head_dim != 2 * pairs {
+            return Err(RopeError::Shape {
+                found,
+                batch: match rows {
+                    1 => "any".to_owned(),
+                    rows => rows.to_string(),
+                },
+                seq: positions,
+                head_dim: 2 * pairs,
+            });
+        }
+        Ok(self.rotate(x))
+    }
+
+    /// [`apply`](Self::apply) to a tensor that fits.
+    pub(crate) fn rotate(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         let dtype = x.dtype();
         let (cos, sin) = (self.cos.clone().cast(dtype), self.sin.clone().cast(dtype));
         kernels::rope(x, cos, sin)

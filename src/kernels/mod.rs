@@ -7,6 +7,8 @@
 
 #[cfg(feature = "flex")]
 mod flex;
+#[cfg(test)]
+pub(crate) mod work;
 
 use burn::nn::RmsNorm;
 #[cfg(feature = "train")]
@@ -19,6 +21,8 @@ use crate::decoder::attend::{Term, Visibility, attend_with_stock_operations};
 
 /// `x · weight` over the last dimension; `weight` is `[input, output]` in any layout.
 pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tensor<B, 3> {
+    #[cfg(test)]
+    work::linear(x.dims(), weight.dims());
     #[cfg(feature = "flex")]
     if let Some(output) = flex::linear(&x, &weight) {
         return output;
@@ -49,6 +53,8 @@ pub(crate) fn attention<B: Backend>(
     values: Vec<Term<B>>,
     visibility: &Visibility<B>,
 ) -> Tensor<B, 4> {
+    #[cfg(test)]
+    work::attention(&query, &keys, &values, visibility);
     #[cfg(feature = "flex")]
     if let Some(output) = flex::attention(&query, &keys, &values, visibility) {
         return output;

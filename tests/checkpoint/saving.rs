@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use burn::module::Param;
+use burn::tensor::Tensor;
 use fusedkv::KvPlan;
 use fusedkv::backend::Flex;
 use fusedkv::checkpoint::{CheckpointError, RowWriter, SaveOptions, WeightDtype, save_checkpoint};
@@ -46,6 +47,22 @@ fn a_save_that_fails_leaves_the_old_directory() {
         parameters(&old)
     );
     assert_eq!(names(parent.path()), BTreeSet::from(["model".to_owned()]));
+}
+
+#[test]
+fn a_parameter_the_format_does_not_have_is_named() {
+    let parent = tempdir().unwrap();
+    let mut model = model::<Flex>(&fixed(KvPlan::Standard), 0);
+    let bias = Tensor::ones([12], &Default::default());
+    model.layers[1].self_attn.o_proj.bias = Some(Param::from_tensor(bias));
+    let error = save_checkpoint(parent.path().join("model"), &model, &SaveOptions::new());
+    let error = error.unwrap_err();
+    assert!(
+        matches!(&error, CheckpointError::NotInFormat { tensor }
+            if tensor == "model.layers.1.self_attn.o_proj.bias"),
+        "{error}"
+    );
+    assert!(names(parent.path()).is_empty());
 }
 
 #[test]

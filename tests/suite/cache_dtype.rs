@@ -1,8 +1,10 @@
 //! Caches of other numbers: what they take, and how far off they are.
 
 use fusedkv::backend::{Flex, NdArray};
-use fusedkv::{CacheDtype, CacheError, FusedKvCache, FusedKvDecoderConfig, KvPlan, Logits};
-use fusedkv::{FusedKvDecoder, TokenBatch};
+use fusedkv::{
+    CacheDtype, CacheError, FusedKvCache, FusedKvDecoder, FusedKvDecoderConfig, GenerateError,
+    GenerationConfig, KvPlan, Logits, TokenBatch, generate,
+};
 use proptest::prelude::*;
 
 use crate::models::{Case, VOCAB, any_case, values};
@@ -132,4 +134,26 @@ fn caches_of_other_numbers_are_cut_and_shuffled_alike() {
             assert_eq!(row(&cache, now, 2), row(&fork, then, 2));
         }
     }
+}
+
+/// Numbers beyond f16's largest become infinite in its cache, and what is read from it says so.
+#[test]
+fn an_overflow_in_the_cache_is_an_error_of_generation() {
+    let plan = KvPlan::FusedKv { storage_layers: 2 };
+    let mut model = Case {
+        config: FusedKvDecoderConfig::new(VOCAB, 12, 4, 4, 2, 4, 10, plan).with_max_positions(16),
+        tokens: vec![],
+        seed: 5,
+    }
+    .model::<Flex>();
+    let value = model.layers[0].self_attn.v_proj.as_mut().unwrap();
+    value.weight = value.weight.clone().map(|weight| weight * 1e6);
+    let settings = GenerationConfig::new().with_max_new_tokens(3);
+    let generated = |dtype| -> Result<Vec<_>, _> {
+        let settings = settings.clone().with_cache_dtype(dtype);
+        generate(&model, &[[1, 2, 3]], &settings).unwrap().collect()
+    };
+    assert_eq!(generated(CacheDtype::F32).unwrap().len(), 3);
+    let error = generated(CacheDtype::F16).unwrap_err();
+    assert!(matches!(error, GenerateError::NotANumber { .. }), "{error}");
 }

@@ -73,6 +73,32 @@ proptest! {
         prop_assert!(difference < SAME_F32, "{difference}");
     }
 
+    /// Passes over a part of the prompt each, some of nothing but a short row's padding.
+    #[test]
+    fn prompts_in_passes_are_prompts_at_once(
+        case in any_case(2..12),
+        lens in prop::collection::vec(any::<prop::sample::Index>(), 3),
+        chunk in 0usize..20,
+    ) {
+        let rows = case.tokens.iter().zip(&lens);
+        let mut rows: Vec<Vec<u32>> = rows
+            .map(|(row, len)| row[..1 + len.index(row.len())].to_vec())
+            .collect();
+        rows[0] = case.tokens[0].clone();
+        let read = |chunk| {
+            let model = case.model::<F64>().with_prefill_chunk(chunk);
+            let mut cache = model.new_cache(rows.len(), rows[0].len() + 1).unwrap();
+            let first = model.forward_cached(batch(&rows), &mut cache, Logits::Last).unwrap();
+            let next = batch(&vec![vec![1]; rows.len()]);
+            let second = model.forward_cached(next, &mut cache, Logits::Last).unwrap();
+            (Tensor::cat(vec![first, second], 1), cache.row_lens())
+        };
+        let ((whole, lens), (passes, lens_of_passes)) = (read(usize::MAX), read(chunk));
+        prop_assert_eq!(lens, lens_of_passes);
+        let difference = difference(&whole, &passes);
+        prop_assert!(difference < SAME, "{difference}");
+    }
+
     #[test]
     fn flex_agrees_with_ndarray(case in any_case(1..10)) {
         let ndarray = full(&case.model::<F64>(), &case.tokens);

@@ -1,10 +1,10 @@
 //! Gradients of every fusion and residual weight against finite differences.
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::Tensor;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use fusedkv::backend::Autodiff;
-use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
+use fusedkv::{CacheError, FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
 
 use crate::models::{F64, model, values};
 
@@ -106,4 +106,17 @@ fn dense_fusion() {
 #[test]
 fn yoco_plus_plus() {
     check(KvPlan::YocoPlusPlus { storage_layers: 3 }, 2 * 2);
+}
+
+#[test]
+fn a_decoder_that_tracks_gradients_has_no_cache() {
+    let config = FusedKvDecoderConfig::new(8, 8, 2, 2, 1, 4, 8, KvPlan::Standard);
+    let training = model::<A64>(&config, 1);
+    let error = training.new_cache(1, 4).unwrap_err();
+    assert!(
+        matches!(&error, CacheError::Autodiff { backend } if backend.contains("autodiff")),
+        "{error}"
+    );
+    assert!(error.to_string().contains(".valid()"), "{error}");
+    assert!(training.valid().new_cache(1, 4).is_ok());
 }

@@ -1,6 +1,7 @@
 //! Properties of the decoder, its plans, cache and generation, over random shapes.
 
 mod attention;
+mod batches;
 mod cache;
 mod cache_dtype;
 mod configuration;
@@ -12,5 +13,6 @@ mod golden;
 mod gradients;
 mod models;
 mod positions;
+mod records;
 mod tokenizer;
 mod unfused;

@@ -2,7 +2,8 @@
 //! a rotated pair are tied.
 
 use burn::tensor::{Distribution, Tensor};
-use fusedkv::decoder::{KvFusionConfig, Rope};
+use fusedkv::backend::Flex;
+use fusedkv::decoder::{KvFusionConfig, Rope, RopeAngles, RopeError};
 use fusedkv::{BlendWeights, FusionInit, Mix};
 use proptest::prelude::*;
 
@@ -19,8 +20,8 @@ fn scores(
     theta: f64,
 ) -> Tensor<F64, 4> {
     let head_dim = x[0].dims()[3];
-    let angles = Rope::<F64>::new(200, head_dim, theta, &Default::default()).range(start, SEQ);
-    let [query, bottom, middle] = x.clone().map(|x| angles.apply(x));
+    let angles = Rope::new(head_dim, theta).range(start, SEQ, &Default::default());
+    let [query, bottom, middle] = x.clone().map(|x| angles.apply(x).unwrap());
     let key = bottom * weights[0].clone() + middle * weights[1].clone();
     query.matmul(key.swap_dims(2, 3))
 }
@@ -65,10 +66,11 @@ proptest! {
     fn rope_rotates_halves(pairs in 1usize..5, position in 0usize..100, theta in 10.0..1e6) {
         let device = Default::default();
         let x = Tensor::<F64, 4>::random([1, 1, 1, 2 * pairs], Distribution::Normal(0.0, 1.0), &device);
-        let rope = Rope::<F64>::new(100, 2 * pairs, theta, &device);
+        let rope = Rope::new(2 * pairs, theta);
         let values = |t: Tensor<F64, 4>| t.into_data().to_vec::<f64>().unwrap();
-        let turned = values(rope.range(position, 1).apply(x.clone()));
-        let gathered = values(rope.gather(&[vec![position]], &device).apply(x.clone()));
+        let turned = values(rope.range(position, 1, &device).apply(x.clone()).unwrap());
+        let gathered = rope.gather(&[vec![position]], &device).unwrap();
+        let gathered = values(gathered.apply(x.clone()).unwrap());
         let x = values(x);
         for j in 0..pairs {
             let angle = position as f64 * theta.powf(-(j as f64) / pairs as f64);
@@ -78,4 +80,44 @@ proptest! {
         }
         prop_assert_eq!(turned, gathered);
     }
+}
+
+#[test]
+fn positions_and_tensors_that_do_not_fit_are_refused() {
+    let rope = Rope::new(8, 1e4);
+    let device = Default::default();
+    let none = rope.gather::<Flex>(&[], &device).unwrap_err();
+    assert_eq!(none, RopeError::NoRows);
+    let ragged = rope.gather::<Flex>(&[vec![0, 1], vec![0]], &device);
+    assert_eq!(
+        ragged.unwrap_err(),
+        RopeError::Ragged {
+            row: 1,
+            found: 1,
+            expected: 2
+        }
+    );
+    let shape = |angles: &RopeAngles<Flex>, dims| {
+        let turned = angles.apply(Tensor::ones(dims, &device));
+        turned.map(|turned| turned.dims())
+    };
+    let angles = rope.range(0, 3, &device);
+    assert_eq!(shape(&angles, [5, 1, 3, 8]), Ok([5, 1, 3, 8]));
+    for found in [[1, 1, 3, 16], [1, 1, 3, 4], [1, 1, 2, 8], [1, 1, 4, 8]] {
+        assert_eq!(
+            shape(&angles, found),
+            Err(RopeError::Shape {
+                found,
+                batch: "any".to_owned(),
+                seq: 3,
+                head_dim: 8
+            })
+        );
+    }
+    let rows = rope.gather(&[vec![0], vec![3]], &device).unwrap();
+    assert!(shape(&rows, [2, 4, 1, 8]).is_ok());
+    assert!(matches!(
+        shape(&rows, [3, 4, 1, 8]),
+        Err(RopeError::Shape { batch, .. }) if batch == "2"
+    ));
 }

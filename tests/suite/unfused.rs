@@ -1,8 +1,10 @@
 //! A FusedKV decoder against a decoder with a standard cache that is fed the materialised keys and
 //! values of every layer: fused and unfused caches give the same logits.
 
-use burn::tensor::activation::softmax;
-use burn::tensor::{Bool, Tensor};
+use burn::module::Param;
+use burn::nn::Linear;
+use burn::tensor::activation::{silu, softmax};
+use burn::tensor::{Bool, Distribution, Tensor};
 use fusedkv::decoder::Rope;
 use fusedkv::{FusedKvDecoder, KvPlan, LayerKv, Logits, TokenBatch};
 use proptest::prelude::*;
@@ -22,13 +24,8 @@ fn standard_chunk(
     let c = model.config();
     let [batch, seq] = tokens.dims();
     let past = cache.first().map_or(0, |(key, _)| key.dims()[2]);
-    let rope = Rope::<F64>::new(
-        c.max_positions,
-        c.head_dim,
-        c.rope_theta,
-        &Default::default(),
-    );
-    let angles = rope.range(past, seq);
+    let rope = Rope::new(c.head_dim, c.rope_theta);
+    let angles = rope.range(past, seq, &Default::default());
     let heads = |x: Tensor<F64, 3>, n: usize| x.reshape([batch, seq, n, c.head_dim]);
     let mut x = model.embed_tokens.forward(tokens.into_tensor());
     let mut fresh: StandardCache = vec![];
@@ -46,7 +43,7 @@ fn standard_chunk(
                     attn.v_proj.as_ref().unwrap().forward(y.clone()),
                     c.n_kv_heads,
                 );
-                (angles.apply(key), value.swap_dims(1, 2))
+                (angles.apply(key).unwrap(), value.swap_dims(1, 2))
             }
             LayerKv::Reuse { key, value } => {
                 let fusion = attn.kv_fusion.as_ref().unwrap();
@@ -78,7 +75,7 @@ fn standard_chunk(
         let query = attn
             .q_norm
             .forward(heads(attn.q_proj.forward(y), c.n_heads));
-        let query = angles.apply(query.swap_dims(1, 2));
+        let query = angles.apply(query.swap_dims(1, 2)).unwrap();
         let group = c.n_heads / c.n_kv_heads;
         let outputs = (0..c.n_heads).map(|head| {
             let kv = |x: &Tensor<F64, 4>| x.clone().narrow(1, head / group, 1);
@@ -98,13 +95,36 @@ fn standard_chunk(
         let output = Tensor::cat(outputs.collect(), 1).swap_dims(1, 2);
         let output = output.reshape([batch, seq, c.n_heads * c.head_dim]);
         x = x + attn.o_proj.forward(output);
-        x = x.clone() + layer.mlp.forward(layer.post_attention_layernorm.forward(x));
+        let y = layer.post_attention_layernorm.forward(x.clone());
+        let mlp = &layer.mlp;
+        let gated = silu(mlp.gate_proj.forward(y.clone())) * mlp.up_proj.forward(y);
+        x = x + mlp.down_proj.forward(gated);
     }
     let x = model.norm.forward(x);
     match &model.lm_head {
         Some(head) => head.forward(x),
         None => x.matmul(model.embed_tokens.weight.val().transpose().unsqueeze()),
     }
+}
+
+/// Gives every projection a bias.
+fn set_biases(model: &mut FusedKvDecoder<F64>) {
+    let set = |linear: &mut Linear<F64>| {
+        let [_, output] = linear.weight.dims();
+        let bias = Tensor::random([output], Distribution::Default, &Default::default());
+        linear.bias = Some(Param::from_tensor(bias));
+    };
+    for layer in &mut model.layers {
+        let (attn, mlp) = (&mut layer.self_attn, &mut layer.mlp);
+        let kv = attn.k_proj.iter_mut().chain(&mut attn.v_proj);
+        [&mut attn.q_proj, &mut attn.o_proj]
+            .into_iter()
+            .chain(kv)
+            .for_each(set);
+        let mlp = [&mut mlp.gate_proj, &mut mlp.up_proj, &mut mlp.down_proj];
+        mlp.into_iter().for_each(set);
+    }
+    model.lm_head.iter_mut().for_each(set);
 }
 
 proptest! {
@@ -115,9 +135,13 @@ proptest! {
         mut case in any_case(2..9),
         n in 2usize..4,
         cut in any::<prop::sample::Index>(),
+        biases in any::<bool>(),
     ) {
         case.config.n_layers = case.config.n_layers.max(n + 1);
-        let model = case.model_with::<F64>(KvPlan::FusedKv { storage_layers: n });
+        let mut model = case.model_with::<F64>(KvPlan::FusedKv { storage_layers: n });
+        if biases {
+            set_biases(&mut model);
+        }
         let seq = case.tokens[0].len();
         let cut = 1 + cut.index(seq - 1);
         let mut fused = model.new_cache(case.tokens.len(), seq).unwrap();

@@ -1,0 +1,236 @@
+//! Records of decoders, which carry the plan they are of.
+//!
+//! Burn loads a record module by module and drops an optional one that only the module or only the
+//! record has. A record of another plan would thus become a decoder without some of its weights, or
+//! with the weights of another method; [`FusedKvDecoder::try_load_record`] refuses it.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use burn::module::{
+    AutodiffModule, Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
+    ModuleVisitor,
+};
+use burn::record::{PrecisionSettings, Record};
+use burn::tensor::backend::{AutodiffBackend, Backend};
+use thiserror::Error;
+
+use super::FusedKvDecoder;
+use crate::plan::{KvLayout, LayerKv};
+
+/// A record that is not of this decoder.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum RecordError {
+    /// The record has another number of layers.
+    #[error("the record has {record} layers, the decoder {decoder}")]
+    Depth {
+        /// Layers of the record.
+        record: usize,
+        /// Layers of the decoder.
+        decoder: usize,
+    },
+    /// A layer gets its keys and values from elsewhere.
+    #[error("layer {layer} of the record is {record:?}, of the decoder {decoder:?}")]
+    Plan {
+        /// The layer, counted from 0.
+        layer: usize,
+        /// What it does in the record's plan.
+        record: Box<LayerKv>,
+        /// What it does in the decoder's.
+        decoder: Box<LayerKv>,
+    },
+    /// A parameter that only one of them has.
+    #[error("the record {} `{parameter}`, which the decoder {}", has(*.in_record), has(!*.in_record))]
+    Parameter {
+        /// Its path, as in `layers.3.self_attn.k_proj`.
+        parameter: String,
+        /// Whether it is the record that has it.
+        in_record: bool,
+    },
+}
+
+fn has(it: bool) -> &'static str {
+    if it { "has" } else { "lacks" }
+}
+
+/// What a decoder's record is made of.
+pub type DecoderRecord<B> = <FusedKvDecoder<B> as Module<B>>::Record;
+
+impl<B: Backend> FusedKvDecoder<B> {
+    /// [`Module::load_record`] of a record of this decoder's plan.
+    ///
+    /// Records know their plan since version 0.1; older ones are told apart by what parameters they
+    /// have.
+    ///
+    /// # Errors
+    /// [`RecordError`] naming the layer, or the parameter, that differs.
+    pub fn try_load_record(self, record: DecoderRecord<B>) -> Result<Self, RecordError> {
+        self.check_record(&record)?;
+        Ok(self.load_record(record))
+    }
+
+    fn check_record(&self, record: &DecoderRecord<B>) -> Result<(), RecordError> {
+        record.plan.check(&self.plan.layout)?;
+        if record.layers.len() != self.layers.len() {
+            return Err(RecordError::Depth {
+                record: record.layers.len(),
+                decoder: self.layers.len(),
+            });
+        }
+        let check = |parameter: &str, own: bool, in_record: bool| {
+            if own == in_record {
+                return Ok(());
+            }
+            Err(RecordError::Parameter {
+                parameter: parameter.to_owned(),
+                in_record,
+            })
+        };
+        check("lm_head", self.lm_head.is_some(), record.lm_head.is_some())?;
+        for (i, (own, record)) in self.layers.iter().zip(&record.layers).enumerate() {
+            let (own, record) = (&own.self_attn, &record.self_attn);
+            let (fusion, recorded) = (own.kv_fusion.as_ref(), record.kv_fusion.as_ref());
+            for (name, own, record) in [
+                ("k_proj", own.k_proj.is_some(), record.k_proj.is_some()),
+                ("v_proj", own.v_proj.is_some(), record.v_proj.is_some()),
+                ("k_norm", own.k_norm.is_some(), record.k_norm.is_some()),
+                (
+                    "kv_fusion.key_weight",
+                    fusion.is_some_and(|fusion| fusion.key_weight.is_some()),
+                    recorded.is_some_and(|fusion| fusion.key_weight.is_some()),
+                ),
+                (
+                    "kv_fusion.value_weight",
+                    fusion.is_some_and(|fusion| fusion.value_weight.is_some()),
+                    recorded.is_some_and(|fusion| fusion.value_weight.is_some()),
+                ),
+                (
+                    "kv_residual",
+                    own.kv_residual.is_some(),
+                    record.kv_residual.is_some(),
+                ),
+            ] {
+                check(&format!("layers.{i}.self_attn.{name}"), own, record)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A decoder's plan among its modules: no parameters, but a part of its record.
+#[derive(Clone, Debug)]
+pub struct PlanModule<B: Backend> {
+    pub(super) layout: Arc<KvLayout>,
+    backend: PhantomData<B>,
+}
+
+/// What each layer of a recorded decoder does; none in records of before they were kept.
+#[derive(Clone, Debug, Default)]
+pub struct PlanRecord(Option<Vec<LayerKv>>);
+
+impl PlanRecord {
+    fn check(&self, layout: &KvLayout) -> Result<(), RecordError> {
+        let (Some(record), decoder) = (&self.0, layout.layers()) else {
+            return Ok(());
+        };
+        if record.len() != decoder.len() {
+            return Err(RecordError::Depth {
+                record: record.len(),
+                decoder: decoder.len(),
+            });
+        }
+        match record.iter().zip(decoder).position(|(a, b)| a != b) {
+            Some(layer) => Err(RecordError::Plan {
+                layer,
+                record: Box::new(record[layer].clone()),
+                decoder: Box::new(decoder[layer].clone()),
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl<B: Backend> Record<B> for PlanRecord {
+    type Item<S: PrecisionSettings> = Option<Vec<LayerKv>>;
+
+    fn into_item<S: PrecisionSettings>(self) -> Self::Item<S> {
+        self.0
+    }
+
+    fn from_item<S: PrecisionSettings>(item: Self::Item<S>, _device: &B::Device) -> Self {
+        Self(item)
+    }
+}
+
+impl<B: Backend> PlanModule<B> {
+    pub(super) fn new(layout: KvLayout) -> Self {
+        Self::of(Arc::new(layout))
+    }
+
+    fn of(layout: Arc<KvLayout>) -> Self {
+        Self {
+            layout,
+            backend: PhantomData,
+        }
+    }
+}
+
+impl<B: Backend> Module<B> for PlanModule<B> {
+    type Record = PlanRecord;
+
+    /// # Panics
+    /// If the record is of another plan, because Burn's loading knows no errors;
+    /// [`FusedKvDecoder::try_load_record`] returns them.
+    fn load_record(self, record: PlanRecord) -> Self {
+        if let Err(error) = record.check(&self.layout) {
+            panic!("{error}; `try_load_record` returns this as an error");
+        }
+        self
+    }
+
+    fn into_record(self) -> PlanRecord {
+        PlanRecord(Some(self.layout.layers().to_vec()))
+    }
+
+    fn visit<V: ModuleVisitor<B>>(&self, _visitor: &mut V) {}
+
+    fn map<M: ModuleMapper<B>>(self, _mapper: &mut M) -> Self {
+        self
+    }
+
+    fn to_device(self, _device: &B::Device) -> Self {
+        self
+    }
+
+    fn fork(self, _device: &B::Device) -> Self {
+        self
+    }
+
+    fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
+        devices
+    }
+}
+
+impl<B: AutodiffBackend> AutodiffModule<B> for PlanModule<B> {
+    type InnerModule = PlanModule<B::InnerBackend>;
+
+    fn valid(&self) -> Self::InnerModule {
+        PlanModule::of(self.layout.clone())
+    }
+
+    fn from_inner(module: Self::InnerModule) -> Self {
+        Self::of(module.layout)
+    }
+}
+
+impl<B: Backend> ModuleDisplayDefault for PlanModule<B> {
+    fn content(&self, content: Content) -> Option<Content> {
+        let n = (self.layout.n_stores(), self.layout.n_layers());
+        content
+            .add_formatted(&format!("{} of {} layers store", n.0, n.1))
+            .optional()
+    }
+}
+
+impl<B: Backend> ModuleDisplay for PlanModule<B> {}

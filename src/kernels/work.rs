@@ -1,0 +1,47 @@
+//! The multiply-adds that the products of a thread were asked for, to be compared with what they
+//! should be: a position computed for nothing changes no result.
+
+use std::cell::Cell;
+
+use burn::tensor::{Tensor, backend::Backend};
+
+use crate::decoder::attend::{Term, Visibility};
+
+thread_local! {
+    static MULTIPLY_ADDS: Cell<usize> = const { Cell::new(0) };
+}
+
+/// How many `work` asks for.
+pub fn multiply_adds(work: impl FnOnce()) -> usize {
+    MULTIPLY_ADDS.set(0);
+    work();
+    MULTIPLY_ADDS.get()
+}
+
+fn add(multiply_adds: usize) {
+    MULTIPLY_ADDS.set(MULTIPLY_ADDS.get() + multiply_adds);
+}
+
+pub fn linear([batch, seq, input]: [usize; 3], [_, output]: [usize; 2]) {
+    add(batch * seq * input * output);
+}
+
+/// A product per visible pair of query and key, and per source of the keys and of the values.
+pub fn attention<B: Backend>(
+    query: &Tensor<B, 4>,
+    keys: &[Term<B>],
+    values: &[Term<B>],
+    visibility: &Visibility<B>,
+) {
+    let [batch, n_heads, n_queries, head_dim] = query.dims();
+    let [_, _, n_keys, _] = keys[0].source.dims();
+    let pairs = match visibility {
+        Visibility::All => n_queries * n_keys,
+        Visibility::Causal => {
+            let first = n_keys - n_queries + 1;
+            (first..=n_keys).sum()
+        }
+        Visibility::Except(_) => unreachable!("rows of one length are counted"),
+    };
+    add(batch * n_heads * pairs * head_dim * (keys.len() + values.len()));
+}
