@@ -159,6 +159,17 @@ pub enum CacheError {
         /// `batch` or `capacity`.
         field: &'static str,
     },
+    /// More bytes than can be addressed.
+    #[error(
+        "a cache of {batch} rows of {capacity} tokens, expected at most {} bytes in all",
+        isize::MAX
+    )]
+    TooLarge {
+        /// Rows asked for.
+        batch: usize,
+        /// Tokens per row asked for.
+        capacity: usize,
+    },
     /// The name is none of [`CacheDtype::NAMES`](crate::CacheDtype::NAMES).
     #[error(
         "unknown cache dtype `{0}`, expected one of {known}",

@@ -146,7 +146,8 @@ impl<B: Backend> FusedKvDecoder<B> {
     /// on its device.
     ///
     /// # Errors
-    /// [`CacheError::Zero`] if `batch` or `capacity` is 0.
+    /// [`CacheError::Zero`] if `batch` or `capacity` is 0, [`CacheError::TooLarge`] if their bytes
+    /// cannot be addressed.
     pub fn new_cache(&self, batch: usize, capacity: usize) -> Result<FusedKvCache<B>, CacheError> {
         self.new_cache_of(CacheDtype::Model, batch, capacity)
     }

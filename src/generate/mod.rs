@@ -87,7 +87,8 @@ pub fn generate<'m, B: Backend>(
     let batch = TokenBatch::from_rows(prompts, shape.vocab_size, &device)?;
     let [rows, longest] = batch.dims();
     for (row, prompt) in prompts.iter().enumerate() {
-        let positions = prompt.as_ref().len() + config.max_new_tokens;
+        // No sum is beyond the largest number, which no decoder has positions for.
+        let positions = prompt.as_ref().len().saturating_add(config.max_new_tokens);
         if positions > shape.max_positions {
             return Err(GenerateError::Forward(ForwardError::TooManyPositions {
                 row,

@@ -138,15 +138,16 @@ fn wrong_settings_and_prompts_are_refused_before_any_work() {
         vocab_size: VOCAB,
     };
     assert_eq!(refused(&[vec![1, 11]], config.clone()), tokens(unknown));
-    let long = ForwardError::TooManyPositions {
-        row: 0,
-        positions: 17,
-        max_positions: 16,
+    let long = |positions| {
+        GenerateError::Forward(ForwardError::TooManyPositions {
+            row: 0,
+            positions,
+            max_positions: 16,
+        })
     };
-    assert_eq!(
-        refused(&[vec![1; 13]], config),
-        GenerateError::Forward(long)
-    );
+    assert_eq!(refused(&[vec![1; 13]], config.clone()), long(17));
+    let endless = config.with_max_new_tokens(usize::MAX);
+    assert_eq!(refused(&good, endless), long(usize::MAX));
 }
 
 #[test]
