@@ -311,7 +311,7 @@ pub enum GenerateError {
     /// The model cannot read the prompt or what was generated.
     #[error(transparent)]
     Forward(#[from] ForwardError),
-    /// The model returned something no token can be drawn from.
+    /// The model returned something no token can be drawn from. Ends this row alone.
     #[error("the logits of row {row} after {generated} generated tokens are not numbers")]
     NotANumber {
         /// The prompt's row.

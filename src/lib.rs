@@ -56,6 +56,7 @@ mod file;
 pub mod flow;
 pub mod generate;
 mod kernels;
+mod numbers;
 pub mod plan;
 pub mod score;
 #[cfg(feature = "checkpoint")]
