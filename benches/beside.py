@@ -23,7 +23,7 @@ def ours(methods, prompt, steps):
     with tempfile.TemporaryDirectory() as directory:
         out = pathlib.Path(directory, "inference.json")
         command = ["cargo", "bench", "--bench", "inference", "--", "--methods", ",".join(methods)]
-        command += ["--prompts", str(prompt), "--decode", str(steps), "--repeats", "1"]
+        command += ["--prompts", str(prompt), "--decode", str(steps), "--repeats", "1", "--vocabularies"]
         subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
         cases = json.loads(out.read_text())["cases"]
     return {f"fusedkv {case['method']}": case for case in cases}

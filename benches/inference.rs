@@ -1,4 +1,5 @@
-//! TTFT, TPOT, cache bytes and peak memory of every method, in one run.
+//! TTFT, TPOT, cache bytes and peak memory of every method, and what drawing adds to a token, in
+//! one run.
 //!
 //! ```sh
 //! cargo bench --bench inference
@@ -12,7 +13,10 @@
 #[path = "../examples/backend/mod.rs"]
 mod backend;
 mod bandwidth;
+mod draws;
 mod figures;
+#[path = "../examples/font/mod.rs"]
+mod font;
 mod memory;
 mod report;
 mod shape;
@@ -61,6 +65,9 @@ struct Args {
     /// Numbers the caches keep: model, f32, f16, bf16 or int8
     #[arg(long, default_value = "model")]
     cache: CacheDtype,
+    /// Vocabularies to draw from, with the first method's decoder; without a number none
+    #[arg(long, value_delimiter = ',', num_args = 0.., default_value = "32000,151936")]
+    vocabularies: Vec<usize>,
     #[command(flatten)]
     shape: Shape,
     /// What to compute on
@@ -114,11 +121,15 @@ impl Program for Args {
                     }
                 }
                 report.add(cases);
+                write_json(&self.out, &report)?;
             }
         }
-        write_json(&self.out, &report)?;
-        report.plot(&self.out)?;
+        drop(methods);
+        if let Some(first) = self.methods.first() {
+            self.draw::<B>(first, &mut report, device)?;
+        }
         println!("\nWritten to {}", self.out.display());
+        report.plot(&self.out)?;
         Ok(())
     }
 }
@@ -132,6 +143,27 @@ pub struct Turn {
 }
 
 impl Args {
+    /// Adds what drawing takes at every vocabulary.
+    fn draw<B: Backend>(
+        &self,
+        method: &str,
+        report: &mut Report,
+        device: &B::Device,
+    ) -> Result<(), Box<dyn Error>> {
+        for (i, &vocab) in self.vocabularies.iter().enumerate() {
+            if i == 0 {
+                println!("\n{}", draws::HEADING);
+            }
+            let tokens = self.decode * self.repeats;
+            let mut config = self.shape.config(method, draws::PROMPT + tokens + 1)?;
+            config.vocab_size = vocab;
+            let model = config.init::<B>(device)?;
+            report.add_draws(draws::measure(&model, self.cache, tokens, device)?);
+            write_json(&self.out, report)?;
+        }
+        Ok(())
+    }
+
     /// A prompt, then tokens one by one.
     fn measure<B: Backend>(
         &self,

@@ -128,8 +128,8 @@ impl Program for Args {
                 println!("{}", row.row());
                 figures.push(row);
             }
+            write_json(&self.out, &figures)?;
         }
-        write_json(&self.out, &figures)?;
         println!("\nWritten to {}", self.out.display());
         Ok(())
     }

@@ -53,10 +53,10 @@ impl Program for Args {
             return Err("every layer of the model has keys and values of its own".into());
         }
         fs::create_dir_all(&self.out)?;
-        font::register()?;
         let json = self.out.join("information_flow.json");
         fs::write(&json, serde_json::to_string_pretty(&flow)? + "\n")?;
         println!("{}", json.display());
+        font::register()?;
         for (name, layers) in [("keys", &flow.keys), ("values", &flow.values)] {
             let path = self.out.join(format!("{name}.svg"));
             draw(&path, name, layers)?;

@@ -25,6 +25,26 @@ pub(crate) struct CacheShape {
     pub head_dim: usize,
 }
 
+impl CacheShape {
+    /// Bytes of all keys and values, if one can address as many.
+    fn bytes(&self, batch: usize, capacity: usize, numbers: DType) -> Option<usize> {
+        // The scale that 8-bit integers come with.
+        let scale = if numbers == DType::I8 {
+            size_of::<f32>()
+        } else {
+            0
+        };
+        let head = self
+            .head_dim
+            .checked_mul(numbers.size())?
+            .checked_add(scale)?;
+        [2, self.layout.n_stores(), batch, self.n_kv_heads, capacity]
+            .into_iter()
+            .try_fold(head, usize::checked_mul)
+            .filter(|&bytes| isize::try_from(bytes).is_ok())
+    }
+}
+
 impl fmt::Display for CacheShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -178,6 +198,9 @@ impl<B: Backend> FusedKvCache<B> {
             }
         }
         let numbers = dtype.check::<B>(float, device)?;
+        if shape.bytes(batch, capacity, numbers).is_none() {
+            return Err(CacheError::TooLarge { batch, capacity });
+        }
         let dims = [batch, shape.n_kv_heads, capacity, shape.head_dim];
         let zeros = || Some(Stored::zeros(dims, numbers, device));
         let slots = (0..shape.layout.n_stores())

@@ -7,11 +7,13 @@
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
+use nalgebra::{DMatrixView, DVector, DVectorView};
 use thiserror::Error;
 
 use crate::config::FusedKvDecoderConfig;
 use crate::decoder::{FusedKvDecoder, KvFusion, KvResidual, Logits};
 use crate::error::{CacheError, ConfigError, ForwardError, TokensError};
+use crate::numbers::numbers;
 use crate::plan::{KvPlan, LayerKv, Mix};
 use crate::tokens::TokenBatch;
 
@@ -237,11 +239,6 @@ fn set<B: Backend>(param: &mut Option<Param<Tensor<B, 3>>>, weights: Vec<f64>) {
     }
 }
 
-/// `[1, n_kv_heads, seq, head_dim]` in order.
-fn numbers<B: Backend>(x: Tensor<B, 4>) -> Vec<f32> {
-    x.into_data().iter::<f32>().collect()
-}
-
 /// The normal equations of one layer's keys or values: for every weight group g (kv head and
 /// channel), G_g w = m_g with G_g = Σ x xᵀ, m_g = Σ x y over tokens, where x are the sources' numbers
 /// and y the layer's own.
@@ -318,23 +315,21 @@ impl Regression {
     fn solve(&self) -> (Vec<f64>, FitError) {
         let n = self.sources.len();
         let groups = self.heads * self.channels;
+        let start = DVector::from_column_slice(&self.start);
         let mut weights = vec![0.0; n * groups];
         let (mut before, mut after) = (self.square, self.square);
         for group in 0..groups {
-            let gram = &self.gram[group * n * n..][..n * n];
-            let moment = &self.moment[group * n..][..n];
+            let gram = DMatrixView::from_slice(&self.gram[group * n * n..][..n * n], n, n);
+            let moment = DVectorView::from_slice(&self.moment[group * n..][..n], n);
             let fitted = match self.learned {
-                true => ridge(gram, moment, &self.start),
-                false => self.start.clone(),
+                true => ridge(gram, moment, &start),
+                false => start.clone(),
             };
             // ‖y − x w‖² = ‖y‖² − 2 m·w + wᵀ G w
-            let excess = |w: &[f64]| {
-                let quadratic = dot(w, &times(gram, w));
-                quadratic - 2.0 * dot(moment, w)
-            };
-            before += excess(&self.start);
+            let excess = |w: &DVector<f64>| w.dot(&(gram * w)) - 2.0 * moment.dot(w);
+            before += excess(&start);
             after += excess(&fitted);
-            for (source, weight) in fitted.into_iter().enumerate() {
+            for (source, &weight) in fitted.iter().enumerate() {
                 weights[source * groups + group] = weight;
             }
         }
@@ -351,47 +346,20 @@ impl Regression {
     }
 }
 
-/// argmin ‖y − x w‖² + λ ‖w − start‖²: (G + λ I)(w − start) = m − G start.
-fn ridge(gram: &[f64], moment: &[f64], start: &[f64]) -> Vec<f64> {
-    let n = start.len();
-    let trace: f64 = (0..n).map(|i| gram[i * n + i]).sum();
-    if trace <= 0.0 || !trace.is_finite() {
-        return start.to_vec();
+/// argmin ‖y − x w‖² + λ ‖w − start‖²: (G + λ I)(w − start) = m − G start. Where the text has
+/// nothing, or no numbers, the start.
+fn ridge(
+    gram: DMatrixView<'_, f64>,
+    moment: DVectorView<'_, f64>,
+    start: &DVector<f64>,
+) -> DVector<f64> {
+    let mut matrix = gram.into_owned();
+    let lambda = RIDGE * gram.trace() / start.len() as f64;
+    for i in 0..start.len() {
+        matrix[(i, i)] += lambda;
     }
-    let mut matrix = gram.to_vec();
-    for i in 0..n {
-        matrix[i * n + i] += RIDGE * trace / n as f64;
+    match matrix.cholesky() {
+        Some(factors) => start + factors.solve(&(moment - gram * start)),
+        None => start.clone(),
     }
-    let mut right: Vec<f64> = moment
-        .iter()
-        .zip(times(gram, start))
-        .map(|(m, g)| m - g)
-        .collect();
-    // Elimination; a positive definite matrix needs no pivoting.
-    for i in 0..n {
-        for row in i + 1..n {
-            let factor = matrix[row * n + i] / matrix[i * n + i];
-            for column in i..n {
-                matrix[row * n + column] -= factor * matrix[i * n + column];
-            }
-            right[row] -= factor * right[i];
-        }
-    }
-    for i in (0..n).rev() {
-        let known: f64 = (i + 1..n).map(|j| matrix[i * n + j] * right[j]).sum();
-        right[i] = (right[i] - known) / matrix[i * n + i];
-    }
-    start
-        .iter()
-        .zip(right)
-        .map(|(start, d)| start + d)
-        .collect()
-}
-
-fn times(matrix: &[f64], x: &[f64]) -> Vec<f64> {
-    matrix.chunks(x.len()).map(|row| dot(row, x)).collect()
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }

@@ -159,6 +159,17 @@ pub enum CacheError {
         /// `batch` or `capacity`.
         field: &'static str,
     },
+    /// More bytes than can be addressed.
+    #[error(
+        "a cache of {batch} rows of {capacity} tokens, expected at most {} bytes in all",
+        isize::MAX
+    )]
+    TooLarge {
+        /// Rows asked for.
+        batch: usize,
+        /// Tokens per row asked for.
+        capacity: usize,
+    },
     /// The name is none of [`CacheDtype::NAMES`](crate::CacheDtype::NAMES).
     #[error(
         "unknown cache dtype `{0}`, expected one of {known}",
@@ -314,7 +325,7 @@ pub enum GenerateError {
     /// The model cannot read the prompt or what was generated.
     #[error(transparent)]
     Forward(#[from] ForwardError),
-    /// The model returned something no token can be drawn from.
+    /// The model returned something no token can be drawn from. Ends this row alone.
     #[error("the logits of row {row} after {generated} generated tokens are not numbers")]
     NotANumber {
         /// The prompt's row.

@@ -32,8 +32,8 @@
 //! - [`tokens`]: batches whose rows differ in length
 //! - [`mod@generate`]: sampling through the cache
 //! - [`mod@score`]: how well a text is predicted
-//! - [`mod@convert`]: a standard decoder's weights under another plan
 //! - [`flow`]: what learned blends read
+//! - `convert` (feature `convert`): a standard decoder's weights under another plan
 //! - `checkpoint`, `tokenizer` (feature `checkpoint`): Hugging Face's directories, text to tokens
 //! - `train` (feature `train`): training on Burn's `Learner`
 //! - [`backend`]: the Burn backends behind features
@@ -47,6 +47,7 @@ pub mod cache;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 pub mod config;
+#[cfg(feature = "convert")]
 pub mod convert;
 pub mod cost;
 pub mod decoder;
@@ -56,6 +57,7 @@ mod file;
 pub mod flow;
 pub mod generate;
 mod kernels;
+mod numbers;
 pub mod plan;
 pub mod score;
 #[cfg(feature = "checkpoint")]

@@ -6,6 +6,7 @@ use burn::tensor::{Tensor, backend::Backend};
 use crate::cache::{CacheDtype, FusedKvCache};
 use crate::decoder::{FusedKvDecoder, Logits};
 use crate::error::{ScoreError, TokensError};
+use crate::numbers::numbers;
 use crate::tokens::TokenBatch;
 
 /// How a text longer than the decoder's positions is read.
@@ -201,8 +202,7 @@ fn cached<B: Backend, E: From<ScoreError>>(
 /// The rows of `[1, seq, vocab_size]` from `first`.
 fn rows_from<B: Backend>(logits: Tensor<B, 3>, first: usize) -> Vec<f32> {
     let [_, seq, _] = logits.dims();
-    let rows = logits.narrow(1, first, seq - first);
-    rows.into_data().iter::<f32>().collect()
+    numbers(logits.narrow(1, first, seq - first))
 }
 
 /// −log softmax(logits)[target].

@@ -9,7 +9,9 @@ use fusedkv::{ConfigError, FusedKvDecoderConfig};
 use serde::Serialize;
 
 use crate::Turn;
+use crate::draws::Draws;
 use crate::figures::{MIB, median};
+use crate::font;
 use plot::{Line, plot};
 
 const GIB: f64 = 1024.0 * MIB;
@@ -22,6 +24,7 @@ pub struct Report {
     /// Bytes per second.
     read_bandwidth: f64,
     cases: Vec<Figures>,
+    draws: Vec<Draws>,
 }
 
 /// One method at one batch and prompt.
@@ -103,6 +106,7 @@ impl Report {
             threads: rayon::current_num_threads(),
             read_bandwidth,
             cases: Vec::new(),
+            draws: Vec::new(),
         }
     }
 
@@ -147,11 +151,20 @@ impl Report {
         }
     }
 
+    /// Adds ways to draw at one vocabulary, and prints their rows.
+    pub fn add_draws(&mut self, draws: Vec<Draws>) {
+        for draws in &draws {
+            println!("{}", draws.row());
+        }
+        self.draws.extend(draws);
+    }
+
     /// Draws TTFT and TPOT of the first batch over the prompts' lengths, beside the file of figures.
     pub fn plot(&self, figures: &Path) -> Result<(), Box<dyn Error>> {
         let Some(batch) = self.cases.first().map(|case| case.batch) else {
             return Ok(());
         };
+        font::register()?;
         let lines = |of: fn(&Figures) -> f64| -> Vec<Line> {
             let mut lines: Vec<Line> = Vec::new();
             for case in self.cases.iter().filter(|case| case.batch == batch) {

@@ -188,13 +188,13 @@ impl Args {
         let methods = &comparison.methods;
         let speeds = measure_speed::<B>(methods, self.prompt, 16, 5, device)?;
         let table = markdown(&results, &speeds);
+        println!("{table}");
         self.publish(|directory| {
             fs::write(directory.join("table.md"), &table)?;
             let speeds = serde_json::to_string_pretty(&speeds)?;
-            fs::write(directory.join("speed.json"), speeds)?;
-            plots::draw(&results, directory)
+            Ok(fs::write(directory.join("speed.json"), speeds)?)
         })?;
-        println!("{table}");
+        self.publish(|directory| plots::draw(&results, directory))?;
         println!("Table, plots and runs are in {}", self.out.display());
         Ok(())
     }

@@ -164,8 +164,8 @@ impl<B: Backend> FusedKvDecoder<B> {
     /// on its device.
     ///
     /// # Errors
-    /// [`CacheError::Zero`] if `batch` or `capacity` is 0, [`CacheError::Autodiff`] on a backend
-    /// that tracks gradients.
+    /// [`CacheError::Zero`] if `batch` or `capacity` is 0, [`CacheError::TooLarge`] if their bytes
+    /// cannot be addressed, [`CacheError::Autodiff`] on a backend that tracks gradients.
     pub fn new_cache(&self, batch: usize, capacity: usize) -> Result<FusedKvCache<B>, CacheError> {
         self.new_cache_of(CacheDtype::Model, batch, capacity)
     }

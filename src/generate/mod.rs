@@ -2,18 +2,20 @@
 
 mod sampling;
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
+use std::iter::FusedIterator;
 
 use burn::config::Config;
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::backend::Backend;
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 
 use crate::cache::{CacheDtype, FusedKvCache};
 use crate::decoder::{FusedKvDecoder, Logits};
 use crate::error::{ForwardError, GenerateError};
+use crate::numbers::numbers;
 use crate::tokens::TokenBatch;
-use sampling::sample;
+use sampling::Sampler;
 
 /// How tokens are drawn, and when to stop.
 #[derive(Config, Debug, PartialEq)]
@@ -74,8 +76,10 @@ pub enum FinishReason {
 /// # Errors
 /// [`GenerateError`] if a setting is out of range, a prompt is empty or has a token the model does
 /// not know, prompt and new tokens exceed `max_positions`, or the backend has no numbers of the
-/// cache's type: all before anything is computed. The
-/// iterator yields an error, and ends, if the model returns logits that are not numbers.
+/// cache's type: all before anything is computed.
+///
+/// The iterator yields [`GenerateError::NotANumber`] in the turn of a row whose largest logit is not
+/// finite. That row ends there, the others go on. Any other error ends the iterator.
 pub fn generate<'m, B: Backend>(
     model: &'m FusedKvDecoder<B>,
     prompts: &[impl AsRef<[u32]>],
@@ -87,7 +91,8 @@ pub fn generate<'m, B: Backend>(
     let batch = TokenBatch::from_rows(prompts, shape.vocab_size, &device)?;
     let [rows, longest] = batch.dims();
     for (row, prompt) in prompts.iter().enumerate() {
-        let positions = prompt.as_ref().len() + config.max_new_tokens;
+        // No sum is beyond the largest number, which no decoder has positions for.
+        let positions = prompt.as_ref().len().saturating_add(config.max_new_tokens);
         if positions > shape.max_positions {
             return Err(GenerateError::Forward(ForwardError::TooManyPositions {
                 row,
@@ -107,11 +112,12 @@ pub fn generate<'m, B: Backend>(
             .enumerate()
             .map(|(row, prompt)| Row {
                 index: row,
-                tokens: prompt.as_ref().to_vec(),
-                prompt_len: prompt.as_ref().len(),
+                seen: prompt.as_ref().iter().copied().collect(),
+                generated: 0,
                 rng: stream(config.seed, row),
             })
             .collect(),
+        sampler: Sampler::default(),
         next: Some(batch),
         ready: VecDeque::new(),
     })
@@ -125,16 +131,18 @@ pub struct Generation<'m, B: Backend> {
     config: GenerationConfig,
     /// The rows still going, in the order of the cache's rows.
     rows: Vec<Row>,
+    sampler: Sampler,
     /// What the model reads next; none when all is drawn.
     next: Option<TokenBatch<B>>,
-    ready: VecDeque<GeneratedToken>,
+    ready: VecDeque<Result<GeneratedToken, GenerateError>>,
 }
 
 #[derive(Debug)]
 struct Row {
     index: usize,
-    tokens: Vec<u32>,
-    prompt_len: usize,
+    /// The tokens it has so far, prompt included.
+    seen: HashSet<u32>,
+    generated: usize,
     rng: ChaCha8Rng,
 }
 
@@ -145,12 +153,15 @@ impl<B: Backend> Iterator for Generation<'_, B> {
         if self.ready.is_empty() {
             let tokens = self.next.take()?;
             if let Err(error) = self.step(tokens) {
-                return Some(Err(error));
+                self.ready.push_back(Err(error));
             }
         }
-        self.ready.pop_front().map(Ok)
+        self.ready.pop_front()
     }
 }
+
+/// Without a step to take there is none to come.
+impl<B: Backend> FusedIterator for Generation<'_, B> {}
 
 impl<B: Backend> Generation<'_, B> {
     /// The cache, e.g. for its size.
@@ -161,14 +172,26 @@ impl<B: Backend> Generation<'_, B> {
     /// Reads `tokens`, draws the next one of every row, and drops the rows that are done.
     fn step(&mut self, tokens: TokenBatch<B>) -> Result<(), GenerateError> {
         let device = tokens.device();
+        let vocab_size = self.model.config().vocab_size;
         let logits = self
             .model
             .forward_cached(tokens, &mut self.cache, Logits::Last)?;
+        let mut logits = numbers(logits);
         let mut going = Vec::new();
-        for (row, logits) in rows_of(logits).into_iter().enumerate() {
-            let token = self.rows[row].draw(logits, &self.config)?;
-            if token.finish.is_none() {
-                going.push(row);
+        let mut last = Vec::new();
+        for (i, (row, logits)) in self
+            .rows
+            .iter_mut()
+            .zip(logits.chunks_mut(vocab_size))
+            .enumerate()
+        {
+            let token = row.draw(logits, &mut self.sampler, &self.config);
+            if let Ok(GeneratedToken {
+                id, finish: None, ..
+            }) = token
+            {
+                going.push(i);
+                last.push([id]);
             }
             self.ready.push_back(token);
         }
@@ -184,10 +207,7 @@ impl<B: Backend> Generation<'_, B> {
                 kept.next_if_eq(&(row - 1)).is_some()
             });
         }
-        let last: Vec<&[u32]> = self.rows.iter().map(Row::last).collect();
-        let vocab_size = self.model.config().vocab_size;
-        let next = TokenBatch::from_rows(&last, vocab_size, &device)?;
-        self.next = Some(next);
+        self.next = Some(TokenBatch::from_rows(&last, vocab_size, &device)?);
         Ok(())
     }
 }
@@ -195,20 +215,21 @@ impl<B: Backend> Generation<'_, B> {
 impl Row {
     fn draw(
         &mut self,
-        logits: Vec<f32>,
+        logits: &mut [f32],
+        sampler: &mut Sampler,
         config: &GenerationConfig,
     ) -> Result<GeneratedToken, GenerateError> {
-        let generated = self.tokens.len() - self.prompt_len;
-        let id = sample(logits, &self.tokens, config, &mut self.rng).ok_or(
-            GenerateError::NotANumber {
+        let Some(id) = sampler.sample(logits, &self.seen, config, &mut self.rng) else {
+            return Err(GenerateError::NotANumber {
                 row: self.index,
-                generated,
-            },
-        )?;
-        self.tokens.push(id);
+                generated: self.generated,
+            });
+        };
+        self.seen.insert(id);
+        self.generated += 1;
         let finish = if config.stop_tokens.contains(&id) {
             Some(FinishReason::Stop)
-        } else if generated + 1 == config.max_new_tokens {
+        } else if self.generated == config.max_new_tokens {
             Some(FinishReason::Length)
         } else {
             None
@@ -218,10 +239,6 @@ impl Row {
             id,
             finish,
         })
-    }
-
-    fn last(&self) -> &[u32] {
-        &self.tokens[self.tokens.len() - 1..]
     }
 }
 
@@ -278,11 +295,4 @@ fn stream(seed: u64, row: usize) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(row as u64);
     rng
-}
-
-/// `[batch, 1, vocab_size]` as one vector per row.
-fn rows_of<B: Backend>(logits: Tensor<B, 3>) -> Vec<Vec<f32>> {
-    let [_, _, vocab_size] = logits.dims();
-    let flat: Vec<f32> = logits.into_data().iter::<f32>().collect();
-    flat.chunks(vocab_size).map(<[f32]>::to_vec).collect()
 }

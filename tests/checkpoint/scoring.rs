@@ -51,6 +51,19 @@ proptest! {
     }
 }
 
+/// However long a chunk may be, a window is no longer than it is.
+#[test]
+fn a_chunk_without_end_is_the_whole_window() {
+    let config = crate::models::fixed(fusedkv::KvPlan::Standard);
+    let model = crate::models::model::<F64>(&config, 0);
+    let tokens = [1, 2, 3, 4, 5, 6];
+    let score = |chunk| {
+        let config = ScoreConfig::new(4).with_chunk(Some(chunk));
+        score(&model, &tokens, &config).unwrap()
+    };
+    assert_eq!(score(usize::MAX), score(4));
+}
+
 #[test]
 fn what_cannot_be_scored_is_said() {
     let config = crate::models::fixed(fusedkv::KvPlan::Standard);
@@ -66,6 +79,10 @@ fn what_cannot_be_scored_is_said() {
     assert_eq!(
         fails(&[1, 2], ScoreConfig::new(65)),
         setting("context", 65, 64)
+    );
+    assert_eq!(
+        fails(&[1, 2], ScoreConfig::new(usize::MAX)),
+        setting("context", usize::MAX, 64)
     );
     assert_eq!(
         fails(&[1, 2], whole.with_stride(Some(9))),

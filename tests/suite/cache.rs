@@ -1,6 +1,8 @@
 //! The cache: what it takes, what it refuses, and how it is cut and shuffled.
 
-use fusedkv::{CacheError, ForwardError, FusedKvCache, FusedKvDecoder, KvPlan, Logits, TokenBatch};
+use fusedkv::{
+    CacheDtype, CacheError, ForwardError, FusedKvCache, FusedKvDecoder, KvPlan, Logits, TokenBatch,
+};
 use proptest::prelude::*;
 
 use crate::models::{Case, F64, VOCAB, any_case, difference, model, values};
@@ -111,6 +113,49 @@ fn errors_leave_the_cache_as_it_was() {
         model.new_cache(1, 0).unwrap_err(),
         CacheError::Zero { field: "capacity" }
     );
+}
+
+/// Sizes no machine has are refused by name, before memory is asked for.
+#[test]
+fn impossible_sizes_are_refused() {
+    let model = fixed_case().model::<F64>();
+    // 2 layers' keys and values, 2 heads of 4 channels each, 8 bytes per number.
+    let slot = 2 * 2 * 2 * 4 * 8;
+    let most = isize::MAX as usize / slot;
+    for (batch, capacity) in [
+        (1, usize::MAX),
+        (usize::MAX, 1),
+        (usize::MAX, usize::MAX),
+        (1 << 32, 1 << 32),
+        (1, most + 1),
+    ] {
+        for dtype in [CacheDtype::Model, CacheDtype::F32, CacheDtype::Int8] {
+            if capacity == most + 1 && dtype != CacheDtype::Model {
+                continue; // other numbers are smaller
+            }
+            assert_eq!(
+                model.new_cache_of(dtype, batch, capacity).unwrap_err(),
+                CacheError::TooLarge { batch, capacity },
+                "{dtype}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_largest_number_is_no_length() {
+    let model = fixed_case().model::<F64>();
+    let mut cache = model.new_cache(1, 4).unwrap();
+    model
+        .forward_cached(batch(&[vec![1, 2]]), &mut cache, Logits::Last)
+        .unwrap();
+    let expected = CacheError::TruncateBeyondLength {
+        requested: usize::MAX,
+        len: 2,
+    };
+    assert_eq!(cache.truncate(usize::MAX), Err(expected.clone()));
+    assert_eq!(cache.truncate_rows(&[usize::MAX]), Err(expected));
+    assert_eq!((cache.len(), cache.remaining()), (2, 2));
 }
 
 fn model_of(config: &fusedkv::FusedKvDecoderConfig) -> FusedKvDecoder<F64> {

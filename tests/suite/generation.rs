@@ -1,8 +1,10 @@
 //! Generation against the plainest loop there is, and what stops it.
 
+use burn::tensor::Tensor;
 use fusedkv::generate::FinishReason;
 use fusedkv::{
-    ForwardError, GenerateError, GeneratedToken, GenerationConfig, TokensError, generate,
+    ForwardError, FusedKvDecoder, GenerateError, GeneratedToken, GenerationConfig, TokensError,
+    generate,
 };
 use proptest::prelude::*;
 
@@ -138,30 +140,69 @@ fn wrong_settings_and_prompts_are_refused_before_any_work() {
         vocab_size: VOCAB,
     };
     assert_eq!(refused(&[vec![1, 11]], config.clone()), tokens(unknown));
-    let long = ForwardError::TooManyPositions {
-        row: 0,
-        positions: 17,
-        max_positions: 16,
+    let long = |positions| {
+        GenerateError::Forward(ForwardError::TooManyPositions {
+            row: 0,
+            positions,
+            max_positions: 16,
+        })
     };
-    assert_eq!(
-        refused(&[vec![1; 13]], config),
-        GenerateError::Forward(long)
-    );
+    assert_eq!(refused(&[vec![1; 13]], config.clone()), long(17));
+    let endless = config.with_max_new_tokens(usize::MAX);
+    assert_eq!(refused(&good, endless), long(usize::MAX));
+}
+
+/// A decoder that knows every token but `unknown`, whose embedding is not a number.
+fn without(unknown: usize) -> FusedKvDecoder<F64> {
+    let mut case = fixed_case();
+    case.config.tie_embeddings = false;
+    let mut model = case.model::<F64>();
+    model.embed_tokens.weight = model.embed_tokens.weight.map(|weight| {
+        let [_, width] = weight.dims();
+        let row = Tensor::full([1, width], f64::NAN, &weight.device());
+        weight.slice_assign([unknown..unknown + 1, 0..width], row)
+    });
+    model
+}
+
+/// A row without numbers ends in its turn; the others are given what they are given without it.
+#[test]
+fn logits_that_are_not_numbers_end_their_row_alone() {
+    let config = GenerationConfig::new().with_max_new_tokens(4);
+    let model = without(7);
+    let good = [vec![1, 2], vec![3, 4, 5]];
+    let tokens = generate(&model, &good, &config).unwrap();
+    let expected = rows(tokens.map(Result::unwrap), 2);
+
+    let prompts = [good[0].clone(), vec![7], good[1].clone(), vec![7, 1]];
+    let mut tokens = generate(&model, &prompts, &config).unwrap();
+    let first: Vec<_> = tokens.by_ref().take(4).collect();
+    let failed = |row| GenerateError::NotANumber { row, generated: 0 };
+    assert!(first[0].is_ok() && first[2].is_ok(), "{first:?}");
+    assert_eq!((&first[1], &first[3]), (&Err(failed(1)), &Err(failed(3))));
+    assert_eq!(tokens.cache().batch(), 2);
+    let rest: Vec<_> = tokens.by_ref().collect();
+    let found = rows(first.into_iter().chain(rest).flatten(), 4);
+    assert_eq!([&found[0], &found[2]], [&expected[0], &expected[1]]);
+    assert!(found[1].is_empty() && found[3].is_empty());
+    assert_eq!((tokens.next(), tokens.next()), (None, None));
 }
 
 #[test]
-fn logits_that_are_not_numbers_end_the_generation() {
-    let mut model = fixed_case().model::<F64>();
-    model.norm.gamma = model.norm.gamma.map(|gamma| gamma * f64::NAN);
-    let config = GenerationConfig::new();
-    let config = config.with_max_new_tokens(4);
-    let mut tokens = generate(&model, &[vec![1, 2]], &config).unwrap();
-    assert_eq!(
-        tokens.next(),
-        Some(Err(GenerateError::NotANumber {
-            row: 0,
-            generated: 0
-        }))
-    );
-    assert_eq!(tokens.next(), None);
+fn a_row_that_fails_later_says_when() {
+    let config = GenerationConfig::new().with_max_new_tokens(4);
+    let prompt = [vec![1, 2]];
+    let start = generate(&without(VOCAB - 1), &prompt, &config)
+        .unwrap()
+        .next();
+    let drawn = start.unwrap().unwrap().id;
+    let model = without(drawn as usize);
+    let mut tokens = generate(&model, &prompt, &config).unwrap();
+    assert_eq!(tokens.next().unwrap().unwrap().id, drawn);
+    let failed = GenerateError::NotANumber {
+        row: 0,
+        generated: 1,
+    };
+    assert_eq!(tokens.next(), Some(Err(failed)));
+    assert_eq!((tokens.next(), tokens.next()), (None, None));
 }
