@@ -12,7 +12,8 @@
 use std::hint::black_box;
 
 use burn::tensor::{Distribution, Tensor};
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use divan::Bencher;
+use divan::counter::ItemsCount;
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::{
     BlendWeights, FusedKvDecoderConfig, FusionInit, FusionStart, KvFusion, KvFusionConfig, KvPlan,
@@ -57,45 +58,71 @@ fn blend(sources: &[Tensor<Flex, 4>], weights: Option<Vec<Tensor<Flex, 4>>>) -> 
     terms.fold(first, |sum, term| sum + term)
 }
 
-fn attention(c: &mut Criterion) {
-    let fusion = fusion();
-    for (name, cases) in [
-        ("decode", vec![(1, 2048), (1, 8192), (1, 32_768)]),
-        ("prefill", vec![(2048, 2048)]),
-    ] {
-        let mut group = c.benchmark_group(format!("attention/{name}"));
-        for (queries, keys) in cases {
-            group.throughput(Throughput::Elements((queries * keys) as u64));
-            if queries > 1 {
-                group.sample_size(10);
-            }
-            let query = random(queries);
-            let sources: Vec<_> = (0..4).map(|_| random(keys)).collect();
-            let attend = |keys: &[_], values: &[_], fusion| {
-                let output = fused_attention(query.clone(), keys.to_vec(), values.to_vec(), fusion);
-                black_box(output.expect("shapes fit"))
-            };
-            group.bench_function(BenchmarkId::new("standard", keys), |b| {
-                b.iter(|| attend(&sources[..1], &sources[1..2], None));
-            });
-            group.bench_function(BenchmarkId::new("fused_kv", keys), |b| {
-                b.iter(|| attend(&sources[..2], &sources[2..], Some(&fusion)));
-            });
-            group.bench_function(BenchmarkId::new("fused_kv materialised", keys), |b| {
-                b.iter(|| {
-                    let keys = blend(&sources[..2], fusion.key_weights());
-                    let values = blend(&sources[2..], fusion.value_weights());
-                    attend(&[keys], &[values], None)
-                });
-            });
+/// The inputs of one attention.
+struct Case {
+    query: Tensor<Flex, 4>,
+    sources: Vec<Tensor<Flex, 4>>,
+    fusion: KvFusion<Flex>,
+}
+
+impl Case {
+    fn new([queries, keys]: [usize; 2]) -> Self {
+        Self {
+            query: random(queries),
+            sources: (0..4).map(|_| random(keys)).collect(),
+            fusion: fusion(),
         }
-        group.finish();
+    }
+
+    fn attend(
+        &self,
+        keys: &[Tensor<Flex, 4>],
+        values: &[Tensor<Flex, 4>],
+        fusion: Option<&KvFusion<Flex>>,
+    ) -> Tensor<Flex, 4> {
+        let (keys, values) = (keys.to_vec(), values.to_vec());
+        fused_attention(self.query.clone(), keys, values, fusion).expect("shapes fit")
     }
 }
 
+/// Queries and keys: decoding after three contexts, and a prefill.
+const SIZES: [[usize; 2]; 4] = [[1, 2048], [1, 8192], [1, 32_768], [2048, 2048]];
+
+/// Times `attend` after one call that is not timed, and counts its pairs of query and key.
+fn time(bencher: Bencher, size: [usize; 2], attend: impl Fn(&Case) -> Tensor<Flex, 4> + Sync) {
+    let case = Case::new(size);
+    attend(&case);
+    bencher
+        .counter(ItemsCount::new(size[0] * size[1]))
+        .bench_local(|| attend(&case));
+}
+
+#[divan::bench(args = SIZES)]
+fn standard(bencher: Bencher, size: [usize; 2]) {
+    time(bencher, size, |case| {
+        case.attend(&case.sources[..1], &case.sources[1..2], None)
+    });
+}
+
+#[divan::bench(args = SIZES)]
+fn fused_kv(bencher: Bencher, size: [usize; 2]) {
+    time(bencher, size, |case| {
+        case.attend(&case.sources[..2], &case.sources[2..], Some(&case.fusion))
+    });
+}
+
+#[divan::bench(args = SIZES)]
+fn fused_kv_materialised(bencher: Bencher, size: [usize; 2]) {
+    time(bencher, size, |case| {
+        let keys = blend(&case.sources[..2], case.fusion.key_weights());
+        let values = blend(&case.sources[2..], case.fusion.value_weights());
+        case.attend(&[keys], &[values], None)
+    });
+}
+
 /// A decoded token after 16 others, in caches of two capacities.
-fn append(c: &mut Criterion) {
-    let mut group = c.benchmark_group("append");
+#[divan::bench(args = [1024, 65_536])]
+fn append(bencher: Bencher, capacity: usize) {
     let plan = KvPlan::FusedKv { storage_layers: 2 };
     let config = FusedKvDecoderConfig::new(VOCAB, 64, 4, HEADS, HEADS, HEAD_DIM, 64, plan)
         .with_max_positions(1024);
@@ -106,22 +133,16 @@ fn append(c: &mut Criterion) {
         let row: Vec<u32> = (0..len).map(|i| (i % VOCAB) as u32).collect();
         TokenBatch::<Flex>::from_rows(&[row], VOCAB, &FlexDevice).expect("ids are known")
     };
-    for capacity in [1024, 65_536] {
-        let mut cache = model.new_cache(1, capacity).expect("capacity is not 0");
-        let feed = |cache: &mut _, tokens| {
-            let logits = model.forward_cached(tokens, cache, Logits::Last);
-            black_box(logits.expect("the cache has room"));
-        };
-        feed(&mut cache, tokens(16));
-        group.bench_function(BenchmarkId::new("capacity", capacity), |b| {
-            b.iter(|| {
-                feed(&mut cache, tokens(1));
-                cache.truncate(16).expect("17 are in use");
-            });
-        });
-    }
-    group.finish();
+    let mut cache = model.new_cache(1, capacity).expect("capacity is not 0");
+    let mut feed = |len: usize| {
+        let logits = model.forward_cached(tokens(len), &mut cache, Logits::Last);
+        black_box(logits.expect("the cache has room"));
+        cache.truncate(16).expect("16 are in use at least");
+    };
+    feed(16);
+    bencher.bench_local(|| feed(1));
 }
 
-criterion_group!(benches, attention, append);
-criterion_main!(benches);
+fn main() {
+    divan::main();
+}

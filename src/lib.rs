@@ -39,6 +39,7 @@
 //! - [`backend`]: the Burn backends behind features
 //! - [`error`]: what can go wrong
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
