@@ -23,8 +23,8 @@ def ours(methods, prompt, steps):
     with tempfile.TemporaryDirectory() as directory:
         out = pathlib.Path(directory, "inference.json")
         command = ["cargo", "bench", "--bench", "inference", "--", "--methods", ",".join(methods)]
-        command += ["--prompts", str(prompt), "--decode", str(steps), "--repeats", "1", "--vocabularies"]
-        subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
+        command += ["--prompts", str(prompt), "--decode", str(steps), "--repeats", "1"]
+        subprocess.run([*command, "--vocabularies", "--out", str(out)], check=True, capture_output=True)
         cases = json.loads(out.read_text())["cases"]
     return {f"fusedkv {case['method']}": case for case in cases}
 
