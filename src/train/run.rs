@@ -26,7 +26,7 @@ use super::data::{
     LanguageBatch, LanguageBatcher, Schedule, TokenWindows, TrainLoader, Windows, check_vocabulary,
 };
 use super::error::TrainError;
-use super::learning_rate::{OncePerStep, learning_rates};
+use super::learning_rate::WarmupCosine;
 use super::log::JsonLines;
 use super::metrics::{
     GradientNormMetric, MemoryMetric, PerplexityMetric, TokenRateMetric, perplexity,
@@ -289,7 +289,7 @@ fn run_training<B: AutodiffBackend>(
     };
     let (squares, squares_of_steps) = channel();
     let optimizer = optimizer::<B, FusedKvDecoder<B>>(config, devices.len(), squares);
-    let scheduler = OncePerStep::new(learning_rates(config)?, config.accumulation);
+    let scheduler = WarmupCosine::new(config);
 
     let (directory, done, losses) = if run.resume {
         let (directory, epoch, losses) = RunDirectory::resume(&run.directory, config)?;
