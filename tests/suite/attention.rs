@@ -3,8 +3,7 @@
 use burn::tensor::{Distribution, Tensor, backend::Backend};
 use fusedkv::backend::Flex;
 use fusedkv::{
-    AttentionError, BlendWeights, FusionInit, FusionStart, KvFusion, KvFusionConfig, Mix,
-    fused_attention,
+    AttentionError, BlendWeights, FusionInit, KvFusion, KvFusionConfig, Mix, fused_attention,
 };
 use proptest::prelude::*;
 
@@ -114,10 +113,7 @@ fn fusion<B: Backend>(sources: usize, shape: &Shape) -> KvFusion<B> {
         head_dim: shape.head_dim,
         key: mix.clone(),
         value: mix,
-        init: FusionInit {
-            start: FusionStart::Equal,
-            noise: 1.0,
-        },
+        init: FusionInit::equal().with_noise(1.0),
     };
     config.init(&Default::default()).unwrap()
 }
