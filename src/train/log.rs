@@ -201,16 +201,15 @@ impl MetricLogger for JsonLines {
         let step = self.schedule.steps_until(self.epoch);
         let loss = std::mem::replace(&mut self.valid, TokenLosses::NONE).mean;
         // A validation that was stopped has read some of the windows.
-        if self.interrupter.should_stop() {
-            return;
+        if !self.interrupter.should_stop() {
+            self.write(&LogLine::Valid {
+                epoch: self.epoch,
+                step,
+                tokens: step * self.tokens_per_step,
+                loss,
+                perplexity: perplexity(loss),
+            });
         }
-        self.write(&LogLine::Valid {
-            epoch: self.epoch,
-            step,
-            tokens: step * self.tokens_per_step,
-            loss,
-            perplexity: perplexity(loss),
-        });
         self.epoch += 1;
         self.step.restart();
     }

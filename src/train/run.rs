@@ -86,7 +86,8 @@ impl Run {
     }
 
     /// The model of the epoch with the lowest validation loss, and the losses of that epoch. Its
-    /// checkpoint is kept whatever comes after it.
+    /// checkpoint is kept whatever comes after it. Parameters are in the backend's float type, with
+    /// the numbers of the run's own.
     ///
     /// ```no_run
     /// use fusedkv::backend::{Flex, FlexDevice};

@@ -118,10 +118,15 @@ impl<B: Backend> Adaptor<TokenLosses> for LanguageOutput<B> {
 
 #[cfg(test)]
 mod tests {
+    use burn::backend::Autodiff;
+    use burn::module::{Module, ModuleMapper, Param};
     use burn::tensor::{DType, Distribution, Tolerance};
     use burn_flex::{Flex, FlexDevice};
 
     use super::*;
+    use crate::{FusedKvDecoderConfig, KvPlan};
+
+    type Train = Autodiff<Flex>;
 
     #[test]
     fn cross_entropy_is_that_of_log_softmax() {
@@ -148,6 +153,33 @@ mod tests {
         let found = losses(logits.clone());
         let tolerance = Tolerance::rel_abs(0.0, 1e-5);
         found.assert_approx_eq::<f32>(&losses(logits.cast(DType::F32)), tolerance);
+    }
+
+    struct Half;
+
+    impl ModuleMapper<Train> for Half {
+        fn map_float<const D: usize>(
+            &mut self,
+            param: Param<Tensor<Train, D>>,
+        ) -> Param<Tensor<Train, D>> {
+            param.map(|tensor| tensor.cast(DType::BF16).detach().require_grad())
+        }
+    }
+
+    #[test]
+    fn gradients_of_bf16_parameters_are_added_up_in_f32() {
+        let config = FusedKvDecoderConfig::tiny(16, KvPlan::Standard);
+        let model = config.init::<Train>(&FlexDevice).unwrap().map(&mut Half);
+        let batch = LanguageBatch {
+            tokens: Tensor::from_data([[1, 2, 3]], &FlexDevice),
+            targets: Tensor::from_data([[2, 3, 4]], &FlexDevice),
+            mask: None,
+        };
+        let output = TrainStep::step(&model, batch);
+        let embedding = &model.embed_tokens.weight;
+        assert_eq!(embedding.val().dtype(), DType::BF16);
+        let grad = output.grads.get::<Flex, 2>(embedding.id).unwrap();
+        assert_eq!(grad.dtype(), DType::F32);
     }
 
     #[test]
