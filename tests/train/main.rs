@@ -6,7 +6,7 @@ mod targets;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::backend::Backend;
 use burn_dataset::Dataset;
@@ -277,6 +277,30 @@ fn the_log_has_every_step_once() {
     fs::write(&path, &whole[..whole.len() - 30]).unwrap();
     run(&config, directory, true).unwrap();
     assert_eq!(log(directory), lines);
+}
+
+#[test]
+fn observers_are_told_the_loss_of_all_parts_of_a_step() {
+    let directory = tempdir().unwrap();
+    let config = short().with_accumulation(4).with_epochs(1);
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let run = {
+        let told = told.clone();
+        Run::new(directory.path())
+            .with_progress(Progress::Quiet)
+            .with_observer(move |report| told.lock().unwrap().push(report.loss))
+    };
+    {
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        train::<Autodiff<Flex>>(&config, tokens(), &run, &FlexDevice).unwrap();
+    }
+    let logged = log(directory.path())
+        .into_iter()
+        .filter_map(|line| match line {
+            LogLine::Train { loss, .. } => Some(loss),
+            LogLine::Valid { .. } => None,
+        });
+    assert_eq!(*told.lock().unwrap(), logged.collect::<Vec<_>>());
 }
 
 #[test]
