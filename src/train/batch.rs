@@ -58,7 +58,7 @@ impl<B: Backend> LanguageBatch<B> {
             mask: masked.then(|| {
                 let counts: Vec<bool> = items.iter().flat_map(TokenWindow::counts).collect();
                 let targets = counts.iter().filter(|&&counts| counts).count();
-                let weights: Vec<f32> = counts.into_iter().map(|c| f32::from(c)).collect();
+                let weights: Vec<f32> = counts.into_iter().map(f32::from).collect();
                 TargetMask {
                     weights: Tensor::from_data(TensorData::new(weights, shape), device),
                     targets,
