@@ -16,8 +16,8 @@ use divan::Bencher;
 use divan::counter::ItemsCount;
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::{
-    BlendWeights, FusedKvDecoderConfig, FusionInit, FusionStart, KvFusion, KvFusionConfig, KvPlan,
-    Logits, Mix, TokenBatch, fused_attention,
+    BlendWeights, FusedKvDecoderConfig, FusionInit, KvFusion, KvFusionConfig, KvPlan, Logits, Mix,
+    TokenBatch, fused_attention,
 };
 
 #[global_allocator]
@@ -42,10 +42,7 @@ fn fusion() -> KvFusion<Flex> {
         head_dim: HEAD_DIM,
         key: mix.clone(),
         value: mix,
-        init: FusionInit {
-            start: FusionStart::Equal,
-            noise: 0.1,
-        },
+        init: FusionInit::equal().with_noise(0.1),
     };
     config.init(&FlexDevice).expect("the mix has weights")
 }

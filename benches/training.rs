@@ -206,7 +206,7 @@ impl<B: AutodiffBackend> Trainee<B> {
             LanguageBatch {
                 tokens,
                 targets,
-                answers: None,
+                mask: None,
             },
         );
         let model = self.optimizer.step(1e-4, model, output.grads);

@@ -51,12 +51,15 @@ struct Args {
     /// taken
     #[arg(long, value_name = "DIR", conflicts_with_all = [
         "method", "storage_layers", "factor", "layers", "hidden", "heads", "kv_heads", "head_dim",
-        "ffn", "vocab", "tokenizer", "fusion_init",
+        "ffn", "vocab", "tokenizer", "fusion_init", "alpha",
     ])]
     init: Option<PathBuf>,
     /// Where learned fusion weights start
     #[arg(long, value_enum, default_value = "lite")]
     fusion_init: FusionStartName,
+    /// Where the α of YOCO++ start
+    #[arg(long, default_value_t = 0.0)]
+    alpha: f64,
     /// What to compute on
     #[arg(long, value_enum, default_value = "flex")]
     backend: BackendName,
@@ -228,10 +231,13 @@ impl Args {
             self.plan.plan(self.layers)?,
         )
         .with_rope_theta(1e4)
-        .with_fusion_init(match self.fusion_init {
-            FusionStartName::Lite => FusionInit::lite(),
-            FusionStartName::Equal => FusionInit::equal(),
-        })
+        .with_fusion_init(
+            match self.fusion_init {
+                FusionStartName::Lite => FusionInit::lite(),
+                FusionStartName::Equal => FusionInit::equal(),
+            }
+            .with_residual(self.alpha),
+        )
         .with_max_positions(self.context.max(CACHE_TOKENS));
         Ok(
             TrainingConfig::new(model, self.context, self.batch, self.steps)

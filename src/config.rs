@@ -1,6 +1,7 @@
 //! The decoder's configuration and presets.
 
 use burn::config::Config;
+use serde::{Deserialize, Serialize};
 
 use crate::error::ConfigError;
 use crate::plan::{KvLayout, KvPlan};
@@ -59,15 +60,24 @@ pub struct FusedKvDecoderConfig {
     pub fusion_init: FusionInit,
 }
 
-/// Initial fusion weights of a [`Mix::Blend`](crate::Mix::Blend). The paper does not say what it
-/// uses.
-#[derive(Config, Debug, Copy, PartialEq)]
+/// Where the weights start with which a layer takes other layers' keys and values: those of a
+/// [`Mix::Blend`](crate::Mix::Blend), and α of YOCO++. The papers do not say what they use.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FusionInit {
-    /// The mean.
+    /// The mean of a blend's weights.
     pub start: FusionStart,
     /// Standard deviation of normal noise around it; 0 is none.
-    #[config(default = 0.0)]
+    #[serde(default)]
     pub noise: f64,
+    /// α of YOCO++; at 0 it starts as YOCO. Not written where it is 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub residual: f64,
+}
+
+impl Config for FusionInit {}
+
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
 }
 
 /// The mean of the initial fusion weights.
@@ -81,6 +91,27 @@ pub enum FusionStart {
 }
 
 impl FusionInit {
+    /// Start at a mean, without noise, and with α = 0.
+    pub fn new(start: FusionStart) -> Self {
+        Self {
+            start,
+            noise: 0.0,
+            residual: 0.0,
+        }
+    }
+
+    /// Sets the standard deviation of the noise.
+    #[must_use]
+    pub fn with_noise(self, noise: f64) -> Self {
+        Self { noise, ..self }
+    }
+
+    /// Sets α of YOCO++.
+    #[must_use]
+    pub fn with_residual(self, residual: f64) -> Self {
+        Self { residual, ..self }
+    }
+
     /// Start where FusedKV-Lite is.
     pub fn lite() -> Self {
         Self::new(FusionStart::Lite)
@@ -199,6 +230,12 @@ impl FusedKvDecoderConfig {
                 self.fusion_init.noise,
                 not_negative(self.fusion_init.noise),
                 "0 or more",
+            ),
+            (
+                "fusion_init.residual",
+                self.fusion_init.residual,
+                self.fusion_init.residual.is_finite(),
+                "a number",
             ),
         ] {
             if !fits {

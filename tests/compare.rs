@@ -206,7 +206,13 @@ fn windows_that_are_not_there_are_an_error() {
     let model = base().init::<Flex>(&FlexDevice).unwrap();
     for cache in [None, Some(CacheDtype::Model)] {
         let error = evaluate(&model, &Hollow, 4, cache).unwrap_err();
-        let refused = matches!(error, TrainError::Forward(_) | TrainError::Cache(_));
+        let refused = matches!(
+            error,
+            TrainError::MissingWindow {
+                index: 0,
+                windows: 1
+            }
+        );
         assert!(refused, "{error}");
     }
 }
@@ -294,11 +300,17 @@ fn methods_are_read_with_their_options() {
     );
     assert_eq!(parse("gqa").unwrap().model.n_kv_heads, 2);
     assert_eq!(parse("yoco:ffn=80").unwrap().model.ffn_size, 80);
+    let alpha = parse("yoco-plus-plus:noise=0.2,alpha=0.1,init=equal").unwrap();
+    assert_eq!(
+        alpha.model.fusion_init,
+        FusionInit::equal().with_noise(0.2).with_residual(0.1)
+    );
     let cla = parse("cla:factor=4").unwrap().model;
     assert_eq!(cla.costs().unwrap().cache_bytes_per_token(4), 2 * 32 * 4);
 
     let option = |text: &str| matches!(parse(text), Err(MethodError::UnknownOption { .. }));
     assert!(option("standard:n=2") && option("fused-kv:factor=2") && option("yoco:depth=1"));
+    assert!(option("yoco:alpha=0.1"));
     let value = |text: &str| matches!(parse(text), Err(MethodError::OptionValue { .. }));
     assert!(value("yoco:n=few") && value("yoco:n") && value("fused-kv:init=none"));
     assert!(matches!(parse("mystery"), Err(MethodError::Plan { .. })));

@@ -64,7 +64,9 @@ impl<B: Backend> Attention<B> {
                 .init(device),
             },
             kv_residual: match layer {
-                LayerKv::Store { residual: Some(_) } => Some(KvResidual::new(device)),
+                LayerKv::Store { residual: Some(_) } => {
+                    Some(KvResidual::new(config.fusion_init.residual, device))
+                }
                 _ => None,
             },
             head_dim,

@@ -25,7 +25,7 @@ use crate::error::AttentionError;
 /// ```
 /// use burn::tensor::{Distribution, Tensor};
 /// use fusedkv::backend::{Flex, FlexDevice};
-/// use fusedkv::{BlendWeights, FusionInit, FusionStart, KvFusionConfig, Mix, fused_attention};
+/// use fusedkv::{BlendWeights, FusionInit, KvFusionConfig, Mix, fused_attention};
 ///
 /// let device = FlexDevice::default();
 /// let random = |heads, seq| {
@@ -37,7 +37,7 @@ use crate::error::AttentionError;
 ///     head_dim: 8,
 ///     key: mix.clone(),
 ///     value: mix,
-///     init: FusionInit { start: FusionStart::Equal, noise: 0.0 },
+///     init: FusionInit::equal(),
 /// };
 /// let fusion = fusion.init(&device).expect("the mix has weights");
 ///

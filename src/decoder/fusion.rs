@@ -113,7 +113,7 @@ fn per_source<B: Backend>(weight: Tensor<B, 3>) -> Vec<Tensor<B, 4>> {
 }
 
 /// The α of YOCO++ (arXiv 2604.13556): what a storing layer adds of a lower layer's cached keys
-/// and values to its own. Starts at 0, where it is YOCO.
+/// and values to its own. At 0 it is YOCO.
 #[derive(Module, Debug)]
 pub struct KvResidual<B: Backend> {
     /// α of the keys, `[1]`.
@@ -123,12 +123,12 @@ pub struct KvResidual<B: Backend> {
 }
 
 impl<B: Backend> KvResidual<B> {
-    /// α = 0.
-    pub fn new(device: &B::Device) -> Self {
-        let zero = || Param::from_tensor(Tensor::zeros([1], device));
+    /// Both α at `start`.
+    pub fn new(start: f64, device: &B::Device) -> Self {
+        let alpha = || Param::from_tensor(Tensor::full([1], start, device));
         Self {
-            key_weight: zero(),
-            value_weight: zero(),
+            key_weight: alpha(),
+            value_weight: alpha(),
         }
     }
 }

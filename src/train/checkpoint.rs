@@ -284,6 +284,14 @@ impl KeepLastAndBest {
 
 impl CheckpointingStrategy for KeepLastAndBest {
     fn checkpointing(&mut self, epoch: usize, _: &EventStoreClient) -> Vec<CheckpointingAction> {
+        self.ended(epoch)
+    }
+}
+
+impl KeepLastAndBest {
+    /// What is kept once an epoch has ended: nothing of one whose validation may have been stopped,
+    /// which is made again when the run is resumed.
+    fn ended(&mut self, epoch: usize) -> Vec<CheckpointingAction> {
         // A closed channel means that the metrics' thread died.
         let losses = EpochLosses {
             epoch,
@@ -291,6 +299,9 @@ impl CheckpointingStrategy for KeepLastAndBest {
             valid: self.valid.recv().unwrap_or(f64::NAN),
             gradient_norms: self.gradient_norms.recv().ok().flatten(),
         };
+        if self.interrupter.should_stop() {
+            return Vec::new();
+        }
         let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
         let finite = losses.train.is_finite() && losses.valid.is_finite();
         history.push(losses);
@@ -339,5 +350,45 @@ impl EarlyStoppingStrategy for Patience {
     // The epoch's losses are there: checkpoints, which wait for them, come first.
     fn should_stop(&mut self, _: usize, _: &EventStoreClient) -> bool {
         self.is_over()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::{FusedKvDecoderConfig, KvPlan};
+
+    #[test]
+    fn an_epoch_whose_validation_was_stopped_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let model = FusedKvDecoderConfig::tiny(16, KvPlan::Standard);
+        let config = TrainingConfig::new(model, 8, 4, 10);
+        let run = RunDirectory::start(directory.path(), &config).unwrap();
+        let (train, valid, norms) = (channel(), channel(), channel());
+        let (history, interrupter) = (History::default(), Interrupter::new());
+        let mut strategy = KeepLastAndBest::new(
+            run.clone(),
+            history.clone(),
+            train.1,
+            valid.1,
+            norms.1,
+            interrupter.clone(),
+        );
+        let mut epoch = |epoch, loss| {
+            train.0.send(loss).unwrap();
+            valid.0.send(loss).unwrap();
+            norms.0.send(None).unwrap();
+            strategy.ended(epoch).len()
+        };
+        assert_eq!(epoch(1, 2.0), 1);
+        // Of the few windows read before the stop.
+        interrupter.stop(Some("enough"));
+        assert_eq!(epoch(2, 0.1), 0);
+        let kept: Vec<EpochLosses> = read(&directory.path().join(LOSSES)).unwrap();
+        assert_eq!(kept, *history.lock().unwrap());
+        let epochs: Vec<_> = kept.iter().map(|losses| losses.epoch).collect();
+        assert_eq!(epochs, [1]);
     }
 }

@@ -38,10 +38,11 @@ pub struct TrainingConfig {
     /// End the training when this many epochs in a row have not lowered the validation loss; never
     /// if none.
     pub patience: Option<usize>,
-    /// Highest learning rate, after warmup.
+    /// Highest learning rate, that of the first step after warmup.
     #[config(default = 1e-3)]
     pub learning_rate: f64,
-    /// What a cosine takes the learning rate down to, as a share of it.
+    /// What a cosine takes the learning rate down to from there until the last step, as a share of
+    /// it.
     #[config(default = 0.1)]
     pub min_learning_rate_ratio: f64,
     /// Steps over which the learning rate rises linearly.

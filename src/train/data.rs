@@ -1,19 +1,11 @@
-//! Packed token windows, their split, and the order training reads them in.
+//! Windows of tokens to train on: what they are, and a text cut into them.
 
 use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use burn::data::dataloader::batcher::Batcher;
-use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
-use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use burn_dataset::Dataset;
-use rand::SeedableRng;
-use rand::rngs::ChaCha8Rng;
-use rand::seq::SliceRandom;
 
-use super::config::TrainingConfig;
 use super::error::TrainError;
 use super::token_file::TokenFile;
 
@@ -24,9 +16,33 @@ pub struct TokenWindow {
     pub inputs: Vec<u32>,
     /// What it should predict, position by position.
     pub targets: Vec<u32>,
-    /// The positions whose targets count towards the loss, the same number in every window of a
-    /// data set; none: all count.
+    /// The targets that count towards the loss, any number of them; none: all count.
     pub answers: Option<Vec<Answer>>,
+}
+
+impl TokenWindow {
+    /// Whether each target counts, position by position.
+    ///
+    /// # Panics
+    /// If there is an answer beyond the targets.
+    pub fn counts(&self) -> Vec<bool> {
+        let Some(answers) = &self.answers else {
+            return vec![true; self.targets.len()];
+        };
+        let mut counts = vec![false; self.targets.len()];
+        for answer in answers {
+            counts[answer.position] = true;
+        }
+        counts
+    }
+
+    /// How many targets count.
+    pub(super) fn counted(&self) -> usize {
+        match self.answers {
+            None => self.targets.len(),
+            Some(_) => self.counts().into_iter().filter(|&counts| counts).count(),
+        }
+    }
 }
 
 /// A target that can be told from what was read before.
@@ -51,6 +67,55 @@ pub trait Windows: Dataset<TokenWindow> {
 
     /// A number that other data most likely do not have.
     fn fingerprint(&self) -> u64;
+
+    /// Whether any window may have [`answers`](TokenWindow::answers): what the first one says,
+    /// unless data whose windows differ in that say it themselves.
+    ///
+    /// Where some targets do not count, every part of a step that is read in several must know how
+    /// many do in the others.
+    fn has_answers(&self) -> bool {
+        self.get(0).is_some_and(|window| window.answers.is_some())
+    }
+}
+
+/// A window of a data set, if it is what the data set says.
+///
+/// # Errors
+/// [`TrainError::MissingWindow`] or [`TrainError::Window`].
+pub(super) fn read_window(
+    windows: &dyn Windows,
+    index: usize,
+    has_answers: bool,
+) -> Result<TokenWindow, TrainError> {
+    let Some(window) = windows.get(index) else {
+        let windows = windows.len();
+        return Err(TrainError::MissingWindow { index, windows });
+    };
+    let context = windows.context();
+    let wrong = |field, found, expected: &str| TrainError::Window {
+        index,
+        field,
+        found,
+        expected: expected.to_owned(),
+    };
+    for (field, found) in [
+        ("inputs", window.inputs.len()),
+        ("targets", window.targets.len()),
+    ] {
+        if found != context {
+            return Err(wrong(field, found, &format!("the context, {context}")));
+        }
+    }
+    let answers = window.answers.as_deref().unwrap_or_default();
+    if window.answers.is_some() && !has_answers {
+        let expected = "none, as its data set says that windows have none";
+        return Err(wrong("answers", answers.len(), expected));
+    }
+    if let Some(answer) = answers.iter().find(|answer| answer.position >= context) {
+        let expected = format!("below the context, {context}");
+        return Err(wrong("answer position", answer.position, &expected));
+    }
+    Ok(window)
 }
 
 /// A text cut into windows of `context` tokens, one after the other. Every token but the first is
@@ -222,230 +287,4 @@ pub(super) fn fnv_1a(hash: u64, bytes: impl Iterator<Item = u8>) -> u64 {
     bytes.fold(hash, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     })
-}
-
-/// Windows as tensors.
-#[derive(Clone, Debug)]
-pub struct LanguageBatch<B: Backend> {
-    /// `[batch, context]`.
-    pub tokens: Tensor<B, 2, Int>,
-    /// The token after each, `[batch, context]`.
-    pub targets: Tensor<B, 2, Int>,
-    /// The positions whose targets count, `[batch, answers]`; none: all count.
-    pub answers: Option<Tensor<B, 2, Int>>,
-}
-
-/// Stacks windows of equal length.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct LanguageBatcher;
-
-impl<B: Backend> Batcher<B, TokenWindow, LanguageBatch<B>> for LanguageBatcher {
-    fn batch(&self, items: Vec<TokenWindow>, device: &B::Device) -> LanguageBatch<B> {
-        let stack = |row: fn(&TokenWindow) -> &[u32]| {
-            let context = items.first().map_or(0, |item| row(item).len());
-            let ids: Vec<i64> = items.iter().flat_map(row).map(|&id| id.into()).collect();
-            Tensor::from_data(TensorData::new(ids, [items.len(), context]), device)
-        };
-        let answers: Option<Vec<i64>> = items
-            .iter()
-            .map(|item| item.answers.as_deref())
-            .collect::<Option<Vec<_>>>()
-            .map(|rows| rows.concat().iter().map(|a| a.position as i64).collect());
-        LanguageBatch {
-            answers: answers.map(|positions| {
-                let shape = [items.len(), positions.len() / items.len().max(1)];
-                Tensor::from_data(TensorData::new(positions, shape), device)
-            }),
-            tokens: stack(|item| &item.inputs),
-            targets: stack(|item| &item.targets),
-        }
-    }
-}
-
-/// How many windows training reads, in which portions, in which order.
-///
-/// All windows are read once, shuffled, before any is read again, shuffled anew. The order is a
-/// function of the seed and the step alone, so that a resumed run goes on where the first stopped:
-/// Burn's own loaders would start their shuffling over.
-#[derive(Clone, Debug)]
-pub(super) struct Schedule {
-    batch_size: usize,
-    steps: usize,
-    epochs: usize,
-    seed: u64,
-    accumulation: usize,
-}
-
-impl Schedule {
-    pub fn new(config: &TrainingConfig) -> Self {
-        Self {
-            batch_size: config.batch_size,
-            steps: config.steps,
-            epochs: config.epochs,
-            seed: config.seed,
-            accumulation: config.accumulation,
-        }
-    }
-
-    /// Steps before the end of `epoch`, counted from 1.
-    pub fn steps_until(&self, epoch: usize) -> usize {
-        self.steps * epoch / self.epochs
-    }
-
-    /// The order in which `pass` reads `windows`.
-    fn order(&self, pass: usize, windows: usize) -> Vec<usize> {
-        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        rng.set_stream(pass as u64);
-        let mut order: Vec<usize> = (0..windows).collect();
-        order.shuffle(&mut rng);
-        order
-    }
-}
-
-/// Training batches: an epoch of the [`Schedule`] per iteration, starting with `next_epoch`.
-pub(super) struct TrainLoader<B: Backend> {
-    windows: Arc<dyn Windows>,
-    schedule: Schedule,
-    next_epoch: AtomicUsize,
-    /// The rows of every batch that are read, where several devices share it.
-    rows: Range<usize>,
-    /// Batches that each step's rows are read in, one after the other.
-    parts: usize,
-    device: B::Device,
-}
-
-impl<B: Backend> TrainLoader<B> {
-    pub fn new(
-        windows: Arc<dyn Windows>,
-        schedule: Schedule,
-        first_epoch: usize,
-        device: &B::Device,
-    ) -> Self {
-        Self {
-            windows,
-            next_epoch: AtomicUsize::new(first_epoch),
-            rows: 0..schedule.batch_size,
-            parts: schedule.accumulation,
-            schedule,
-            device: device.clone(),
-        }
-    }
-
-    fn with(&self, rows: Range<usize>, device: &B::Device) -> Self {
-        let next = self.next_epoch.load(Ordering::Relaxed);
-        Self {
-            rows,
-            ..Self::new(self.windows.clone(), self.schedule.clone(), next, device)
-        }
-    }
-}
-
-impl<B: Backend> DataLoader<B, LanguageBatch<B>> for TrainLoader<B> {
-    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<LanguageBatch<B>> + 'a> {
-        let epoch = self.next_epoch.fetch_add(1, Ordering::Relaxed);
-        Box::new(TrainBatches {
-            loader: self,
-            steps: self.schedule.steps_until(epoch - 1)..self.schedule.steps_until(epoch),
-            parts: 0,
-            order: None,
-        })
-    }
-
-    fn num_items(&self) -> usize {
-        let epoch = self.next_epoch.load(Ordering::Relaxed);
-        let steps = self.schedule.steps_until(epoch) - self.schedule.steps_until(epoch - 1);
-        steps * self.rows.len()
-    }
-
-    fn to_device(&self, device: &B::Device) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
-        Arc::new(self.with(self.rows.clone(), device))
-    }
-
-    /// A share of every batch, not of the steps: devices that train together read, step by step,
-    /// what one device would.
-    fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
-        let row = |item: usize| self.rows.start + item * self.rows.len() / self.num_items().max(1);
-        Arc::new(self.with(row(start)..row(end), &self.device))
-    }
-}
-
-struct TrainBatches<'a, B: Backend> {
-    loader: &'a TrainLoader<B>,
-    steps: Range<usize>,
-    /// Batches read so far.
-    parts: usize,
-    /// The pass under way and its order.
-    order: Option<(usize, Vec<usize>)>,
-}
-
-impl<B: Backend> TrainBatches<'_, B> {
-    fn window(&mut self, read: usize) -> Option<TokenWindow> {
-        let windows = self.loader.windows.len();
-        let pass = read / windows;
-        if self
-            .order
-            .as_ref()
-            .is_none_or(|(current, _)| *current != pass)
-        {
-            self.order = Some((pass, self.loader.schedule.order(pass, windows)));
-        }
-        let (_, order) = self.order.as_ref()?;
-        self.loader.windows.get(order[read % windows])
-    }
-}
-
-impl<B: Backend> Iterator for TrainBatches<'_, B> {
-    type Item = LanguageBatch<B>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let (step, part) = (
-            self.steps.start + self.parts / self.loader.parts,
-            self.parts % self.loader.parts,
-        );
-        if step >= self.steps.end {
-            return None;
-        }
-        let rows = &self.loader.rows;
-        let first = step * self.loader.schedule.batch_size + rows.start;
-        let row = |part: usize| first + part * rows.len() / self.loader.parts;
-        let reads = row(part)..row(part + 1);
-        self.parts += 1;
-        let items: Vec<_> = reads.filter_map(|read| self.window(read)).collect();
-        (!items.is_empty()).then(|| LanguageBatcher.batch(items, &self.loader.device))
-    }
-}
-
-impl<B: Backend> DataLoaderIterator<LanguageBatch<B>> for TrainBatches<'_, B> {
-    fn progress(&self) -> Progress {
-        let rows = self.loader.rows.len();
-        Progress::new(
-            self.parts * rows / self.loader.parts,
-            self.steps.len() * rows,
-        )
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_pass_reads_every_window_and_epochs_join_up() {
-        let schedule = Schedule {
-            batch_size: 2,
-            steps: 10,
-            epochs: 3,
-            seed: 1,
-            accumulation: 1,
-        };
-        let ends: Vec<_> = (0..=3).map(|epoch| schedule.steps_until(epoch)).collect();
-        assert_eq!(ends, [0, 3, 6, 10]);
-        let (first, second) = (schedule.order(0, 50), schedule.order(1, 50));
-        assert_ne!(first, second);
-        assert_eq!(first, schedule.order(0, 50));
-        for mut order in [first, second] {
-            order.sort_unstable();
-            assert_eq!(order, (0..50).collect::<Vec<_>>());
-        }
-    }
 }

@@ -64,9 +64,38 @@ pub enum TrainError {
     /// A cache that the backend cannot keep.
     #[error(transparent)]
     Cache(#[from] CacheError),
-    /// Windows that are not what they say, which the decoder cannot read.
+    /// What the decoder cannot read.
     #[error(transparent)]
     Forward(#[from] ForwardError),
+    /// A window that is not there, among those a data set says it has.
+    #[error("window {index} is missing, expected all {windows} of the data set")]
+    MissingWindow {
+        /// Its place in the data set.
+        index: usize,
+        /// Windows in the data set.
+        windows: usize,
+    },
+    /// A window that is not what its data set says.
+    #[error("window {index} has {field} {found}, expected {expected}")]
+    Window {
+        /// Its place in the data set.
+        index: usize,
+        /// What is wrong of it.
+        field: &'static str,
+        /// Its length or value.
+        found: usize,
+        /// What it may be.
+        expected: String,
+    },
+    /// Windows none of whose targets count: there is nothing to learn, or to measure.
+    #[error("no target counts in {}, expected one or more", match step {
+        Some(step) => format!("step {step}"),
+        None => "the windows to validate with".to_owned(),
+    })]
+    NoTargets {
+        /// The step, counted from 1; none: in validation.
+        step: Option<usize>,
+    },
     /// A token the decoder has no embedding for.
     #[error("token {token} at {position}, expected ids below the vocabulary's size, {vocab_size}")]
     OutOfVocabulary {

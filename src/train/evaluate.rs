@@ -1,10 +1,10 @@
 //! How good a model is on held-out windows: loss and recall, with a cache or without.
 
-use burn::data::dataloader::batcher::Batcher;
 use burn::tensor::{ElementConversion, Int, Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
-use super::data::{LanguageBatcher, TokenWindow, Windows};
+use super::batch::LanguageBatch;
+use super::data::{TokenWindow, Windows, read_window};
 use super::error::TrainError;
 use super::recall::DistanceAccuracy;
 use super::step::losses_of;
@@ -29,8 +29,9 @@ pub struct Evaluation {
 /// # Errors
 /// [`TrainError::Setting`] if `batch_size` is 0 or there are no windows,
 /// [`TrainError::ContextTooLong`] or another of [`Windows::check_vocabulary`] if the model cannot
-/// read them, [`TrainError::Cache`] if the backend has no such numbers, [`TrainError::Forward`] for
-/// windows that are fewer or longer than they say.
+/// read them, [`TrainError::Cache`] if the backend has no such numbers,
+/// [`TrainError::MissingWindow`] or [`TrainError::Window`] for windows that are not what they say,
+/// [`TrainError::NoTargets`] if none of their targets counts.
 pub fn evaluate<B: Backend>(
     model: &FusedKvDecoder<B>,
     windows: &impl Windows,
@@ -56,25 +57,29 @@ pub fn evaluate<B: Backend>(
     }
     windows.check_vocabulary(config.vocab_size)?;
     let device = model.embed_tokens.weight.val().device();
-    let (mut sum, mut count) = (0.0, 0);
+    let has_answers = windows.has_answers();
+    let (mut sum, mut targets) = (0.0, 0);
     let mut accuracy = Vec::new();
     for start in (0..windows.len()).step_by(batch_size) {
         let end = windows.len().min(start + batch_size);
-        let items: Vec<_> = (start..end).filter_map(|i| windows.get(i)).collect();
-        let batch = LanguageBatcher.batch(items.clone(), &device);
+        let items: Vec<_> = (start..end)
+            .map(|index| read_window(windows, index, has_answers))
+            .collect::<Result<_, _>>()?;
+        let batch = LanguageBatch::stack(&items, has_answers, &device);
         let logits = logits(model, batch.tokens, cache)?;
-        if batch.answers.is_some() {
+        if has_answers {
             let likeliest = likeliest(logits.clone());
             count_answers(&mut accuracy, &items, &likeliest);
         }
-        let (losses, _) = losses_of(logits, batch.targets, batch.answers);
-        for loss in losses.into_data().iter::<f64>() {
-            sum += loss;
-            count += 1;
-        }
+        let output = losses_of(logits, batch.targets, batch.mask);
+        sum += output.losses.into_data().iter::<f64>().sum::<f64>();
+        targets += output.targets;
+    }
+    if targets == 0 {
+        return Err(TrainError::NoTargets { step: None });
     }
     Ok(Evaluation {
-        loss: sum / f64::from(count),
+        loss: sum / (targets as f64 / windows.context() as f64),
         accuracy,
     })
 }

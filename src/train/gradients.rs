@@ -6,6 +6,8 @@ use burn::tensor::Tensor;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use serde::{Deserialize, Serialize};
 
+use super::precision::at_least_f32;
+
 /// The module of a decoder whose children are its layers.
 const LAYERS: &str = "layers";
 
@@ -84,6 +86,14 @@ pub(super) fn clip_to_norm<B: AutodiffBackend, M: AutodiffModule<B>>(
     scale(module, grads, factor);
 }
 
+/// Turns gradients of less precision than f32 into f32, before they are added up and squared.
+pub(super) fn widen<B: AutodiffBackend, M: AutodiffModule<B>>(
+    module: &M,
+    grads: &mut GradientsParams,
+) {
+    module.visit(&mut Widen(grads));
+}
+
 /// Multiplies all gradients by a factor, `[1]`.
 pub(super) fn scale<B: AutodiffBackend, M: AutodiffModule<B>>(
     module: &M,
@@ -125,6 +135,17 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for SumSquares<'_, B> {
             Some(sum) => sum + square,
             None => square,
         });
+    }
+}
+
+struct Widen<'g>(&'g mut GradientsParams);
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for Widen<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        if let Some(grad) = self.0.remove::<B::InnerBackend, D>(param.id) {
+            let dtype = at_least_f32(grad.dtype());
+            self.0.register(param.id, grad.cast(dtype));
+        }
     }
 }
 

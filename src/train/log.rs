@@ -12,8 +12,8 @@ use burn_train::metric::{MetricDefinition, MetricId, NumericEntry};
 use serde::{Deserialize, Serialize};
 
 use super::config::TrainingConfig;
-use super::data::Schedule;
 use super::gradients::GradientNorms;
+use super::loader::Schedule;
 use super::metrics::{StepEnds, TokenLosses, perplexity};
 use crate::file;
 
@@ -199,15 +199,17 @@ impl MetricLogger for JsonLines {
             return;
         }
         let step = self.schedule.steps_until(self.epoch);
-        let loss = self.valid.mean;
-        self.valid = TokenLosses::NONE;
-        self.write(&LogLine::Valid {
-            epoch: self.epoch,
-            step,
-            tokens: step * self.tokens_per_step,
-            loss,
-            perplexity: perplexity(loss),
-        });
+        let loss = std::mem::replace(&mut self.valid, TokenLosses::NONE).mean;
+        // A validation that was stopped has read some of the windows.
+        if !self.interrupter.should_stop() {
+            self.write(&LogLine::Valid {
+                epoch: self.epoch,
+                step,
+                tokens: step * self.tokens_per_step,
+                loss,
+                perplexity: perplexity(loss),
+            });
+        }
         self.epoch += 1;
         self.step.restart();
     }

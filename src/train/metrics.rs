@@ -14,18 +14,16 @@ use burn_train::metric::{
 
 use super::gradients::{GradientNorms, Squares};
 
-/// The loss of some tokens.
+/// The loss of some targets.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TokenLosses {
-    /// Mean negative log-likelihood in nats.
+    /// Mean negative log-likelihood in nats; not a number if there are none.
     pub mean: f64,
-    /// How many tokens it is the mean of.
+    /// How many targets it is the mean of.
     pub tokens: usize,
 }
 
-/// Perplexity: e to the mean negative log-likelihood, every token of the epoch counting alike.
-///
-/// Burn's own takes all logits to the CPU and normalises them again.
+/// e to a mean negative log-likelihood in nats.
 ///
 /// ```
 /// use fusedkv::train::perplexity;
@@ -33,26 +31,80 @@ pub struct TokenLosses {
 /// // A model that finds 50 tokens equally likely.
 /// assert!((perplexity(50f64.ln()) - 50.0).abs() < 1e-9);
 /// ```
-#[derive(Clone, Debug)]
-pub struct PerplexityMetric {
-    name: MetricName,
-    last: TokenLosses,
-    epoch: TokenLosses,
-    report: Option<Sender<f64>>,
-}
-
-/// e to a mean negative log-likelihood in nats.
 pub fn perplexity(mean_loss: f64) -> f64 {
     mean_loss.exp()
 }
 
-impl PerplexityMetric {
+impl TokenLosses {
+    /// Of no target.
+    pub(super) const NONE: Self = Self {
+        mean: f64::NAN,
+        tokens: 0,
+    };
+
+    /// Both together, every target counting alike.
+    pub(super) fn joined(self, other: Self) -> Self {
+        let tokens = self.tokens + other.tokens;
+        if tokens == 0 {
+            return Self::NONE;
+        }
+        let part = |part: Self| match part.tokens {
+            0 => 0.0,
+            n => part.mean * n as f64 / tokens as f64,
+        };
+        Self {
+            mean: part(self) + part(other),
+            tokens,
+        }
+    }
+}
+
+/// What some targets' losses come to: of the last batch, and of all since the epoch's start.
+#[derive(Clone, Copy, Debug)]
+struct Losses {
+    last: TokenLosses,
+    epoch: TokenLosses,
+}
+
+impl Losses {
+    const NONE: Self = Self {
+        last: TokenLosses::NONE,
+        epoch: TokenLosses::NONE,
+    };
+
+    /// Takes in a batch and formats what `of` makes of both means.
+    fn update(&mut self, losses: TokenLosses, of: fn(f64) -> f64) -> SerializedEntry {
+        self.last = losses;
+        self.epoch = self.epoch.joined(losses);
+        let [epoch, batch] = [self.epoch, self.last].map(|l| format_float(of(l.mean), 2));
+        let serialized = entry(self.last, of).serialize();
+        SerializedEntry::new(format!("epoch {epoch} - batch {batch}"), serialized)
+    }
+}
+
+fn entry(losses: TokenLosses, of: fn(f64) -> f64) -> NumericEntry {
+    NumericEntry::Aggregated {
+        aggregated_value: of(losses.mean),
+        count: losses.tokens,
+    }
+}
+
+/// Mean negative log-likelihood in nats, every target that counts counting alike.
+///
+/// Burn's own weighs windows alike, whatever number of their targets count.
+#[derive(Clone, Debug)]
+pub struct LossMetric {
+    name: MetricName,
+    losses: Losses,
+    report: Option<Sender<f64>>,
+}
+
+impl LossMetric {
     /// The metric.
     pub fn new() -> Self {
         Self {
-            name: Arc::new("Perplexity".to_owned()),
-            last: TokenLosses::NONE,
-            epoch: TokenLosses::NONE,
+            name: Arc::new("Loss".to_owned()),
+            losses: Losses::NONE,
             report: None,
         }
     }
@@ -66,37 +118,68 @@ impl PerplexityMetric {
     }
 }
 
-impl Default for PerplexityMetric {
+impl Default for LossMetric {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl TokenLosses {
-    /// Of no token.
-    pub(super) const NONE: Self = Self {
-        mean: f64::NAN,
-        tokens: 0,
-    };
+impl Metric for LossMetric {
+    type Input = TokenLosses;
 
-    /// Both together, every token counting alike.
-    pub(super) fn joined(self, other: Self) -> Self {
-        let tokens = self.tokens + other.tokens;
-        let part = |part: Self| match part.tokens {
-            0 => 0.0,
-            n => part.mean * n as f64 / tokens as f64,
-        };
-        Self {
-            mean: part(self) + part(other),
-            tokens,
-        }
+    fn name(&self) -> MetricName {
+        self.name.clone()
     }
 
-    fn perplexity(self) -> NumericEntry {
-        NumericEntry::Aggregated {
-            aggregated_value: perplexity(self.mean),
-            count: self.tokens,
+    fn attributes(&self) -> MetricAttributes {
+        lower_is_better()
+    }
+
+    fn update(&mut self, losses: &TokenLosses, _metadata: &MetricMetadata) -> SerializedEntry {
+        self.losses.update(*losses, std::convert::identity)
+    }
+
+    fn clear(&mut self) {
+        if let Some(report) = &self.report {
+            // Nobody listens once training is over.
+            let _ = report.send(self.losses.epoch.mean);
         }
+        self.losses = Losses::NONE;
+    }
+}
+
+impl Numeric for LossMetric {
+    fn value(&self) -> NumericEntry {
+        entry(self.losses.last, std::convert::identity)
+    }
+
+    fn running_value(&self) -> NumericEntry {
+        entry(self.losses.epoch, std::convert::identity)
+    }
+}
+
+/// Perplexity: e to the mean negative log-likelihood, every target that counts counting alike.
+///
+/// Burn's own takes all logits to the CPU and normalises them again.
+#[derive(Clone, Debug)]
+pub struct PerplexityMetric {
+    name: MetricName,
+    losses: Losses,
+}
+
+impl PerplexityMetric {
+    /// The metric.
+    pub fn new() -> Self {
+        Self {
+            name: Arc::new("Perplexity".to_owned()),
+            losses: Losses::NONE,
+        }
+    }
+}
+
+impl Default for PerplexityMetric {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -112,39 +195,21 @@ impl Metric for PerplexityMetric {
     }
 
     fn update(&mut self, losses: &TokenLosses, _metadata: &MetricMetadata) -> SerializedEntry {
-        self.last = *losses;
-        self.epoch = self.epoch.joined(*losses);
-        let (epoch, batch) = (self.running_value().current(), self.value().current());
-        SerializedEntry::new(
-            format!(
-                "epoch {} - batch {}",
-                format_float(epoch, 2),
-                format_float(batch, 2)
-            ),
-            self.value().serialize(),
-        )
+        self.losses.update(*losses, perplexity)
     }
 
     fn clear(&mut self) {
-        if let Some(report) = &self.report {
-            // Nobody listens once training is over.
-            let _ = report.send(self.epoch.mean);
-        }
-        let report = self.report.take();
-        *self = Self {
-            report,
-            ..Self::new()
-        };
+        self.losses = Losses::NONE;
     }
 }
 
 impl Numeric for PerplexityMetric {
     fn value(&self) -> NumericEntry {
-        self.last.perplexity()
+        entry(self.losses.last, perplexity)
     }
 
     fn running_value(&self) -> NumericEntry {
-        self.epoch.perplexity()
+        entry(self.losses.epoch, perplexity)
     }
 }
 
@@ -336,7 +401,7 @@ pub(super) struct MemoryMetric {
 }
 
 impl MemoryMetric {
-    /// None where the system does not tell: anywhere but on Linux.
+    /// None where the system does not tell.
     pub fn new() -> Option<Self> {
         resident_mib()?;
         Some(Self {
@@ -382,14 +447,10 @@ impl Numeric for MemoryMetric {
     }
 }
 
-/// What of the process's memory is resident; the kernel's KiB.
+/// What of the process's memory is resident.
 fn resident_mib() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
-    let kib: f64 = line.trim().strip_suffix("kB")?.trim_end().parse().ok()?;
-    Some(kib / 1024.0)
+    let memory = memory_stats::memory_stats()?;
+    Some(memory.physical_mem as f64 / f64::from(1 << 20))
 }
 
 fn lower_is_better() -> MetricAttributes {
@@ -416,16 +477,21 @@ mod tests {
     }
 
     #[test]
-    fn perplexity_weighs_tokens_alike() {
+    fn targets_weigh_alike() {
         let (sender, receiver) = std::sync::mpsc::channel();
-        let mut metric = PerplexityMetric::reporting(sender);
-        for (mean, tokens) in [(1.0, 30), (3.0, 10)] {
-            metric.update(&TokenLosses { mean, tokens }, &metadata());
+        let mut loss = LossMetric::reporting(sender);
+        let mut perplexity = PerplexityMetric::new();
+        for (mean, tokens) in [(f64::NAN, 0), (1.0, 30), (3.0, 10), (f64::NAN, 0)] {
+            loss.update(&TokenLosses { mean, tokens }, &metadata());
+            perplexity.update(&TokenLosses { mean, tokens }, &metadata());
         }
-        assert_eq!(metric.value().current(), 3f64.exp());
-        assert_eq!(metric.running_value().current(), 1.5f64.exp());
-        metric.clear();
+        assert_eq!(loss.running_value().current(), 1.5);
+        assert_eq!(perplexity.running_value().current(), 1.5f64.exp());
+        assert!(loss.value().current().is_nan());
+        loss.clear();
         assert_eq!(receiver.recv(), Ok(1.5));
-        assert!(metric.running_value().current().is_nan());
+        assert!(loss.running_value().current().is_nan());
+        assert_eq!(TokenLosses::NONE.joined(TokenLosses::NONE).tokens, 0);
+        assert!(TokenLosses::NONE.joined(TokenLosses::NONE).mean.is_nan());
     }
 }

@@ -29,6 +29,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod adam_w;
+mod batch;
 mod checkpoint;
 pub mod compare;
 mod config;
@@ -38,24 +40,28 @@ mod error;
 mod evaluate;
 mod gradients;
 mod learning_rate;
+mod loader;
 mod log;
 mod metrics;
 mod optimizer;
+mod precision;
 mod progress;
 mod recall;
+mod roles;
 mod run;
 mod step;
 mod token_file;
 
+pub use batch::{LanguageBatch, LanguageBatcher, TargetMask};
 pub use checkpoint::EpochLosses;
 pub use config::TrainingConfig;
 pub use corpus::{Corpus, Part};
-pub use data::{Answer, LanguageBatch, LanguageBatcher, TokenWindow, TokenWindows, Windows};
+pub use data::{Answer, TokenWindow, TokenWindows, Windows};
 pub use error::TrainError;
 pub use evaluate::{Evaluation, evaluate};
 pub use gradients::GradientNorms;
 pub use log::LogLine;
-pub use metrics::{PerplexityMetric, TokenLosses, TokenRateMetric, perplexity};
+pub use metrics::{LossMetric, PerplexityMetric, TokenLosses, TokenRateMetric, perplexity};
 pub use progress::{Progress, StepReport};
 pub use recall::{AssociativeRecall, DistanceAccuracy, Needle};
 pub use run::{Run, Trained, train, train_from, train_on};

@@ -3,135 +3,85 @@
 
 use std::sync::mpsc::Sender;
 
-use burn::module::AutodiffModule;
+use burn::module::{AutodiffModule, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::adaptor::OptimizerAdaptor;
-use burn::optim::{
-    AdamW, AdamWConfig, AdamWState, GradientsParams, MultiGradientsParams, Optimizer,
-    SimpleOptimizer,
-};
+use burn::optim::record::AdaptorRecord;
+use burn::optim::{GradientsParams, MultiGradientsParams, Optimizer, SimpleOptimizer};
 use burn::tensor::Tensor;
-use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::backend::AutodiffBackend;
 
+use super::adam_w::DecoderAdamW;
 use super::config::TrainingConfig;
 use super::gradients::{Squares, clip_to_norm, scale};
-use crate::kernels::{self, AdamWRates};
+use super::roles::{Role, Roles};
 
-const EPSILON: f32 = 1e-8;
+/// States by parameter, in the form of Burn's own adaptor of optimizers.
+type Records<M, B> = <OptimizerAdaptor<DecoderAdamW, M, B> as Optimizer<M, B>>::Record;
 
 /// The optimizer of a training, which sends the gradients' squares of every step to `report`.
 pub(super) fn optimizer<B: AutodiffBackend, M: AutodiffModule<B>>(
     config: &TrainingConfig,
     devices: usize,
     report: Sender<Squares<B::InnerBackend>>,
-) -> ClippedToNorm<B::InnerBackend, OptimizerAdaptor<DecoderAdamW, M, B>> {
-    ClippedToNorm {
-        inner: OptimizerAdaptor::from(DecoderAdamW {
-            betas: [config.beta_1, config.beta_2],
-            weight_decay: config.weight_decay,
-            fusion_weight_decay: config.fusion_weight_decay,
-            fusion_learning_rate_ratio: config.fusion_learning_rate_ratio,
-        }),
+) -> DecoderOptimizer<M, B> {
+    let adam_w = |weight_decay, learning_rate_ratio| DecoderAdamW {
+        betas: [config.beta_1, config.beta_2],
+        weight_decay,
+        learning_rate_ratio,
+    };
+    DecoderOptimizer {
+        rules: Rules {
+            matrix: adam_w(config.weight_decay, 1.0),
+            // Pulling a norm's gain towards zero regularises nothing.
+            gain: adam_w(0.0, 1.0),
+            fusion: adam_w(
+                config.fusion_weight_decay,
+                config.fusion_learning_rate_ratio,
+            ),
+        },
+        roles: None,
+        records: Records::<M, B>::default(),
         max_norm: config.grad_clip,
         summed: config.accumulation * devices,
         report,
     }
 }
 
-/// AdamW whose rates depend on what a parameter is. An optimizer of Burn's sees a tensor alone; in a
-/// decoder its dimensions tell: norms have one, matrices two, and fusion weights three.
+/// AdamW by what a parameter is, after the norm of all gradients together was clipped and reported.
+///
+/// Burn's own adaptor shows an optimizer a tensor, not where in the module it is.
 #[derive(Clone)]
-pub(super) struct DecoderAdamW {
-    betas: [f32; 2],
-    weight_decay: f32,
-    fusion_weight_decay: f32,
-    fusion_learning_rate_ratio: f64,
-}
-
-impl DecoderAdamW {
-    /// Learning rate of a parameter of `rank` dimensions.
-    fn learning_rate(&self, lr: f64, rank: usize) -> f64 {
-        if rank == 3 {
-            lr * self.fusion_learning_rate_ratio
-        } else {
-            lr
-        }
-    }
-
-    /// Decay of a parameter of `rank` dimensions: pulling a norm's gain towards zero regularises
-    /// nothing.
-    fn decay(&self, rank: usize) -> f32 {
-        match rank {
-            2 => self.weight_decay,
-            3 => self.fusion_weight_decay,
-            _ => 0.0,
-        }
-    }
-
-    /// Burn's own.
-    fn adam_w(&self, rank: usize) -> AdamW {
-        AdamWConfig::new()
-            .with_beta_1(self.betas[0])
-            .with_beta_2(self.betas[1])
-            .with_epsilon(EPSILON)
-            .with_weight_decay(self.decay(rank))
-            .build()
-    }
-}
-
-impl<B: Backend> SimpleOptimizer<B> for DecoderAdamW {
-    type State<const D: usize> = AdamWState<B, D>;
-
-    fn step<const D: usize>(
-        &self,
-        lr: f64,
-        tensor: Tensor<B, D>,
-        grad: Tensor<B, D>,
-        state: Option<Self::State<D>>,
-    ) -> (Tensor<B, D>, Option<Self::State<D>>) {
-        let lr = self.learning_rate(lr, D);
-        let Some(AdamWState { mut momentum }) = state else {
-            return self.adam_w(D).step(lr, tensor, grad, None);
-        };
-        let rates = AdamWRates::new(lr, self.betas, EPSILON, self.decay(D), momentum.time);
-        let tensors = [tensor, grad, momentum.moment_1, momentum.moment_2];
-        match kernels::adam_w(&rates, tensors) {
-            Ok([tensor, moment_1, moment_2]) => {
-                momentum.moment_1 = moment_1;
-                momentum.moment_2 = moment_2;
-                momentum.time += 1;
-                (tensor, Some(AdamWState { momentum }))
-            }
-            Err([tensor, grad, moment_1, moment_2]) => {
-                momentum.moment_1 = moment_1;
-                momentum.moment_2 = moment_2;
-                let state = Some(AdamWState { momentum });
-                self.adam_w(D).step(lr, tensor, grad, state)
-            }
-        }
-    }
-
-    fn to_device<const D: usize>(state: Self::State<D>, device: &B::Device) -> Self::State<D> {
-        <AdamW as SimpleOptimizer<B>>::to_device(state, device)
-    }
-}
-
-/// Clips the norm of all gradients together, and reports the norms.
-#[derive(Clone)]
-pub(super) struct ClippedToNorm<B: Backend, O> {
-    inner: O,
+pub(super) struct DecoderOptimizer<M: AutodiffModule<B>, B: AutodiffBackend> {
+    rules: Rules,
+    /// Once a module was seen.
+    roles: Option<Roles>,
+    records: Records<M, B>,
     max_norm: f64,
-    /// Burn sums the gradients of this many equal parts of a batch; the update takes their mean.
+    /// Burn sums the gradients of this many parts of a batch; the update takes their mean.
     summed: usize,
-    report: Sender<Squares<B>>,
+    report: Sender<Squares<B::InnerBackend>>,
 }
 
-impl<B, M, O> Optimizer<M, B> for ClippedToNorm<B::InnerBackend, O>
-where
-    B: AutodiffBackend,
-    M: AutodiffModule<B>,
-    O: Optimizer<M, B>,
-{
-    type Record = O::Record;
+/// How parameters of each role are updated.
+#[derive(Clone, Copy, Debug)]
+struct Rules {
+    matrix: DecoderAdamW,
+    gain: DecoderAdamW,
+    fusion: DecoderAdamW,
+}
+
+impl Rules {
+    fn of(&self, role: Role) -> &DecoderAdamW {
+        match role {
+            Role::Matrix => &self.matrix,
+            Role::Gain => &self.gain,
+            Role::Fusion => &self.fusion,
+        }
+    }
+}
+
+impl<M: AutodiffModule<B>, B: AutodiffBackend> Optimizer<M, B> for DecoderOptimizer<M, B> {
+    type Record = Records<M, B>;
 
     fn step(&mut self, lr: f64, module: M, mut grads: GradientsParams) -> M {
         if self.summed > 1 {
@@ -144,78 +94,292 @@ where
             // Nobody listens where nothing is measured.
             let _ = self.report.send(squares);
         }
-        self.inner.step(lr, module, grads)
+        let roles = self.roles.get_or_insert_with(|| Roles::of(&module));
+        module.map(&mut Update::<M, B> {
+            lr,
+            rules: &self.rules,
+            roles,
+            records: &mut self.records,
+            grads,
+        })
     }
 
-    /// Gradients of several devices are not clipped: their sum is only formed by the optimizer.
-    fn step_multi(&mut self, lr: f64, module: M, grads: MultiGradientsParams) -> M {
-        self.inner.step_multi(lr, module, grads)
+    /// The sum of all devices' gradients is formed before it is clipped.
+    fn step_multi(&mut self, lr: f64, module: M, mut grads: MultiGradientsParams) -> M {
+        let mut sums = GradientsParams::new();
+        module.visit(&mut Sum::<'_> {
+            grads: &mut grads,
+            sums: &mut sums,
+        });
+        self.step(lr, module, sums)
     }
 
     fn to_record(&self) -> Self::Record {
-        self.inner.to_record()
+        self.records.clone()
     }
 
-    fn load_record(self, record: Self::Record) -> Self {
+    fn load_record(self, records: Self::Record) -> Self {
         Self {
-            inner: self.inner.load_record(record),
+            roles: None,
+            records,
             ..self
+        }
+    }
+}
+
+/// Updates the parameters that have a gradient.
+struct Update<'o, M: AutodiffModule<B>, B: AutodiffBackend> {
+    lr: f64,
+    rules: &'o Rules,
+    roles: &'o Roles,
+    records: &'o mut Records<M, B>,
+    grads: GradientsParams,
+}
+
+impl<M: AutodiffModule<B>, B: AutodiffBackend> ModuleMapper<B> for Update<'_, M, B> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        let Some(grad) = self.grads.remove::<B::InnerBackend, D>(param.id) else {
+            return param;
+        };
+        let role = self.roles.get(param.id);
+        let role = role.expect("a module's parameters keep their names while it is trained");
+        let rule = self.rules.of(role);
+        let (id, tensor, mapper) = param.consume();
+        let device = grad.device();
+        let state = self.records.remove(&id).map(|record| {
+            let state = record.into_state();
+            <DecoderAdamW as SimpleOptimizer<B::InnerBackend>>::to_device(state, &device)
+        });
+        let tracked = tensor.is_require_grad();
+        let tensor = tensor.inner().to_device(&device);
+        let (tensor, state) = rule.step(self.lr, tensor, grad, state);
+        if let Some(state) = state {
+            self.records.insert(id, AdaptorRecord::from_state(state));
+        }
+        let tensor = Tensor::from_inner(tensor).set_require_grad(tracked);
+        Param::from_mapped_value(id, tensor, mapper)
+    }
+}
+
+/// Sums each parameter's gradients of several devices on its own.
+struct Sum<'g> {
+    grads: &'g mut MultiGradientsParams,
+    sums: &'g mut GradientsParams,
+}
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for Sum<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        if let Some((grad, _)) = self.grads.remove::<B::InnerBackend, D>(param.id) {
+            let grad = grad.to_device(&param.val().device());
+            self.sums.register(param.id, grad);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::channel;
+
+    use burn::backend::Autodiff;
+    use burn::module::Module;
+    use burn::optim::{AdamW, AdamWConfig};
+    use burn::prelude::DeviceOps;
+    use burn::record::{Record, Recorder};
+    use burn::tensor::{Distribution, Tolerance};
     use burn_flex::{Flex, FlexDevice};
 
     use super::*;
+    use crate::train::checkpoint::CompleteFileRecorder;
+    use crate::{FusedKvDecoder, FusedKvDecoderConfig, FusionInit, KvPlan};
 
-    /// Three steps of the kernel, and of Burn's AdamW.
-    fn after_three_steps<const D: usize>(shape: [usize; D]) {
-        let random = || {
-            let spread = burn::tensor::Distribution::Normal(0.0, 1.0);
-            Tensor::<Flex, D>::random(shape, spread, &FlexDevice)
-        };
-        let optimizer = DecoderAdamW {
-            betas: [0.9, 0.95],
-            weight_decay: 0.1,
-            fusion_weight_decay: 0.3,
-            fusion_learning_rate_ratio: 0.5,
-        };
-        let (lr, decay) = match D {
-            1 => (0.01, 0.0),
-            2 => (0.01, 0.1),
-            _ => (0.005, 0.3),
-        };
-        let adam_w = AdamWConfig::new()
-            .with_beta_2(0.95)
-            .with_epsilon(EPSILON)
-            .with_weight_decay(decay)
-            .build();
-        let start = random();
-        let (mut found, mut expected) = ((start.clone(), None), (start.clone(), None));
-        for _ in 0..3 {
-            let grad = random();
-            let (tensor, state) = found;
-            found = optimizer.step(0.01, tensor, grad.clone(), state);
-            let (tensor, state) = expected;
-            expected = adam_w.step(lr, tensor, grad, state);
+    type Train = Autodiff<Flex>;
+    type Model = FusedKvDecoder<Train>;
+
+    const LR: f64 = 0.01;
+
+    fn config(plan: KvPlan) -> TrainingConfig {
+        let model = FusedKvDecoderConfig::new(32, 16, 4, 2, 2, 8, 24, plan)
+            .with_fusion_init(FusionInit::equal().with_residual(0.5));
+        TrainingConfig::new(model, 8, 4, 10)
+            .with_grad_clip(1e9)
+            .with_beta_1(0.8)
+            .with_beta_2(0.99)
+            .with_weight_decay(0.1)
+            .with_fusion_weight_decay(0.3)
+            .with_fusion_learning_rate_ratio(0.5)
+    }
+
+    /// Values and new random gradients of all parameters, as vectors by their names.
+    #[derive(Default)]
+    struct Vectors {
+        path: Vec<String>,
+        names: Vec<String>,
+        values: Vec<Tensor<Flex, 1>>,
+        vectors: Vec<Tensor<Flex, 1>>,
+        grads: GradientsParams,
+    }
+
+    impl Vectors {
+        fn of(model: &Model) -> Self {
+            let mut vectors = Self::default();
+            model.visit(&mut vectors);
+            vectors
         }
-        let [found, expected] = [found, expected].map(|(tensor, state)| {
-            let AdamWState { momentum } = state.unwrap();
-            assert_eq!(momentum.time, 3);
-            [tensor, momentum.moment_1, momentum.moment_2]
-        });
-        for (found, expected) in found.into_iter().zip(expected) {
-            let (found, expected) = (found.into_data(), expected.into_data());
-            found.assert_approx_eq::<f32>(&expected, burn::tensor::Tolerance::rel_abs(1e-5, 1e-6));
+    }
+
+    impl ModuleVisitor<Train> for Vectors {
+        fn enter_module(&mut self, name: &str, _container: &str) {
+            self.path.push(name.to_owned());
+        }
+
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.path.pop();
+        }
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Train, D>>) {
+            let value = param.val().inner();
+            let numbers = value.shape().num_elements();
+            // So small that an ε which is not far below them shows.
+            let spread = Distribution::Normal(0.0, 1e-5);
+            let grad = Tensor::<Flex, D>::random(value.shape(), spread, &FlexDevice);
+            self.names.push(self.path.join("."));
+            self.values.push(value.reshape([numbers]));
+            self.vectors.push(grad.clone().reshape([numbers]));
+            self.grads.register::<Flex, D>(param.id, grad);
+        }
+    }
+
+    fn assert_close(found: &Tensor<Flex, 1>, expected: &Tensor<Flex, 1>) {
+        let (found, expected) = (found.to_data(), expected.to_data());
+        found.assert_approx_eq::<f32>(&expected, Tolerance::rel_abs(1e-5, 1e-6));
+    }
+
+    #[test]
+    fn every_parameter_is_updated_as_burns_adam_w_does_at_the_rates_of_its_role() {
+        for plan in [
+            KvPlan::FusedKv { storage_layers: 2 },
+            KvPlan::YocoPlusPlus { storage_layers: 2 },
+        ] {
+            let config = config(plan);
+            let mut model: Model = config.model.init(&FlexDevice).unwrap();
+            let mut optimizer = optimizer::<Train, Model>(&config, 1, channel().0);
+            let Vectors { names, values, .. } = Vectors::of(&model);
+            assert!(names.iter().any(|name| name.contains(".kv_")));
+            let mut expected: Vec<_> = values.into_iter().map(|value| (value, None)).collect();
+            for _ in 0..3 {
+                let step = Vectors::of(&model);
+                model = optimizer.step(LR, model, step.grads);
+                for ((name, parameter), grad) in names.iter().zip(&mut expected).zip(step.vectors) {
+                    let (lr, decay) = if name.contains(".kv_") {
+                        (LR * 0.5, 0.3)
+                    } else if name.ends_with("gamma") {
+                        (LR, 0.0)
+                    } else {
+                        (LR, 0.1)
+                    };
+                    let rule: AdamW = AdamWConfig::new()
+                        .with_beta_1(0.8)
+                        .with_beta_2(0.99)
+                        .with_epsilon(1e-8)
+                        .with_weight_decay(decay)
+                        .build();
+                    let (value, state) = parameter.clone();
+                    *parameter = rule.step(lr, value, grad, state);
+                }
+            }
+            for (found, (expected, _)) in Vectors::of(&model).values.iter().zip(&expected) {
+                assert_close(found, expected);
+            }
         }
     }
 
     #[test]
-    fn the_kernel_steps_as_adam_w_does() {
-        after_three_steps([70, 301]);
-        after_three_steps([301]);
-        after_three_steps([2, 3, 5]);
+    fn the_gradients_of_all_parts_are_averaged_before_they_are_clipped() {
+        let config = config(KvPlan::Standard).with_accumulation(2);
+        let model: Model = config.model.init(&FlexDevice).unwrap();
+        let (report, squares) = channel();
+        let mut optimizer = optimizer::<Train, Model>(&config, 3, report);
+        let step = Vectors::of(&model);
+        let sum = Squares::of(&model, &step.grads).unwrap().norms().all;
+        optimizer.step(LR, model, step.grads);
+        let mean = squares.recv().unwrap().norms().all;
+        assert!((mean - sum / 6.0).abs() < 1e-5 * mean, "{mean} {sum}");
+    }
+
+    #[test]
+    fn gradients_of_several_devices_are_summed() {
+        let config = config(KvPlan::Standard);
+        let model: Model = config.model.init(&FlexDevice).unwrap();
+        let (report, squares) = channel();
+        let mut optimizer = optimizer::<Train, Model>(&config, 1, report);
+        let step = Vectors::of(&model);
+        let one = Squares::of(&model, &step.grads).unwrap().norms().all;
+        let mut copies = [GradientsParams::new(), GradientsParams::new()];
+        model.visit(&mut Twice {
+            from: &step.grads,
+            to: &mut copies,
+        });
+        let both = MultiGradientsParams {
+            grads: copies.map(|grads| (grads, FlexDevice.to_id())).into(),
+        };
+        optimizer.step_multi(LR, model, both);
+        let sum = squares.recv().unwrap().norms().all;
+        assert!((sum - 2.0 * one).abs() < 1e-5 * sum, "{sum} {one}");
+    }
+
+    fn through_a_file<R: Record<Train>, S: Record<Train>>(record: R) -> S {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("optim-1");
+        let recorder = CompleteFileRecorder::default();
+        Recorder::<Train>::record(&recorder, record, path.clone()).unwrap();
+        Recorder::<Train>::load(&recorder, path, &FlexDevice).unwrap()
+    }
+
+    #[test]
+    fn records_are_read_as_those_of_burns_adam_w_and_the_other_way() {
+        let config = config(KvPlan::Standard)
+            .with_weight_decay(0.0)
+            .with_fusion_weight_decay(0.0);
+        let model: Model = config.model.init(&FlexDevice).unwrap();
+        let mut burns = AdamWConfig::new()
+            .with_beta_1(0.8)
+            .with_beta_2(0.99)
+            .with_epsilon(1e-8)
+            .with_weight_decay(0.0)
+            .init::<Train, Model>();
+        let model = burns.step(LR, model.clone(), Vectors::of(&model).grads);
+        let record = through_a_file(burns.to_record());
+        let mut ours = optimizer::<Train, Model>(&config, 1, channel().0).load_record(record);
+        for _ in 0..2 {
+            let seed = Vectors::of(&model);
+            let mut both = [GradientsParams::new(), GradientsParams::new()];
+            model.visit(&mut Twice {
+                from: &seed.grads,
+                to: &mut both,
+            });
+            let [a, b] = both;
+            let expected = Vectors::of(&burns.step(LR, model.clone(), a));
+            let found = Vectors::of(&ours.step(LR, model.clone(), b));
+            for (found, expected) in found.values.iter().zip(&expected.values) {
+                assert_close(found, expected);
+            }
+            let record = through_a_file(ours.to_record());
+            burns = burns.load_record(record);
+        }
+    }
+
+    /// Two copies of gradients.
+    struct Twice<'g> {
+        from: &'g GradientsParams,
+        to: &'g mut [GradientsParams; 2],
+    }
+
+    impl ModuleVisitor<Train> for Twice<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Train, D>>) {
+            let grad = self.from.get::<Flex, D>(param.id).unwrap();
+            for to in self.to.iter_mut() {
+                to.register::<Flex, D>(param.id, grad.clone());
+            }
+        }
     }
 }

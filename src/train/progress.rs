@@ -13,7 +13,7 @@ use burn_train::renderer::{
 };
 
 use super::config::TrainingConfig;
-use super::data::Schedule;
+use super::loader::Schedule;
 use super::metrics::{TokenLosses, perplexity};
 
 /// Where progress is shown.
@@ -66,7 +66,8 @@ pub(super) struct PlainRenderer<W> {
     /// Since the last training step.
     valid: TokenLosses,
     learning_rate: f64,
-    loss: f64,
+    /// Of the parts of the step under way.
+    step: TokenLosses,
     observer: Option<Observer>,
     started: Option<Point>,
     last: Option<Point>,
@@ -92,7 +93,7 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
             train: TokenLosses::NONE,
             valid: TokenLosses::NONE,
             learning_rate: f64::NAN,
-            loss: f64::NAN,
+            step: TokenLosses::NONE,
             observer: None,
             started: None,
             last: None,
@@ -104,7 +105,7 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
         Self { observer, ..self }
     }
 
-    fn step(&self, progress: &TrainingProgress) -> usize {
+    fn step_of(&self, progress: &TrainingProgress) -> usize {
         let epoch = progress.global_progress.items_processed;
         let part = progress.iteration.unwrap_or(0);
         self.schedule.steps_until(epoch - 1) + part.div_ceil(self.parts)
@@ -160,9 +161,10 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
     fn update_train(&mut self, state: MetricState) {
         match self.metric(state) {
             ("Loss", mean, tokens) => {
-                self.train = self.train.joined(TokenLosses { mean, tokens });
+                let part = TokenLosses { mean, tokens };
+                self.train = self.train.joined(part);
+                self.step = self.step.joined(part);
                 self.valid = TokenLosses::NONE;
-                self.loss = mean;
             }
             ("Learning Rate", rate, _) => self.learning_rate = rate,
             _ => {}
@@ -181,12 +183,13 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
             return;
         }
         let now = Instant::now();
-        let step = self.step(&progress);
+        let step = self.step_of(&progress);
+        let losses = std::mem::replace(&mut self.step, TokenLosses::NONE);
         if let Some(Observer(observer)) = &self.observer {
             observer(StepReport {
                 step,
                 steps: self.steps,
-                loss: self.loss,
+                loss: losses.mean,
             });
         }
         let here = Point { step, time: now };

@@ -99,11 +99,13 @@ impl AssociativeRecall {
     /// Where the keys return, in pairs of tokens after the last value: distinct, power-law.
     fn gaps(&self, rng: &mut ChaCha8Rng) -> Vec<usize> {
         let slots = (self.context - 2 * self.pairs) / 2;
-        // Weighted sampling without replacement: the largest of u^(1/w) (Efraimidis and Spirakis).
+        // Weighted sampling without replacement: the largest of u^(1/w) (Efraimidis and Spirakis), by
+        // their logarithms, as small powers are 0. The first drawn is the first key's: rand's
+        // `sample_weighted` returns them in no order, and promises no values for a seed.
         let mut keyed: Vec<(f64, usize)> = (0..slots)
             .map(|gap| {
                 let weight = ((gap + 1) as f64).powf(self.alpha - 1.0);
-                (rng.random::<f64>().powf(1.0 / weight), gap)
+                (rng.random::<f64>().ln() / weight, gap)
             })
             .collect();
         keyed.sort_by(|a, b| b.0.total_cmp(&a.0));
@@ -265,5 +267,24 @@ impl DistanceAccuracy {
             });
         all[place].total += 1;
         all[place].correct += usize::from(right);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn far_gaps_of_a_long_window_are_drawn_as_well() {
+        let task = AssociativeRecall::new(20_000, 20_000, 4_900, 1);
+        let gaps = task.gaps(&mut window_rng(0, 0));
+        let slots = 20_000 / 2 - 4_900;
+        let mut drawn = vec![false; slots];
+        for gap in gaps {
+            drawn[gap] = true;
+        }
+        // Of the 200 that are not drawn, most are somewhere before the last 500.
+        let left_out = drawn[..slots - 500].iter().filter(|&&drawn| !drawn);
+        assert!(left_out.count() > 50);
     }
 }

@@ -6,13 +6,13 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use burn::data::dataloader::{DataLoader, DataLoaderBuilder};
 use burn::lr_scheduler::LrScheduler;
-use burn::module::Module;
+use burn::module::{Module, ModuleMapper, Param};
 use burn::optim::Optimizer;
 use burn::record::{Record, Recorder};
+use burn::tensor::Tensor;
 use burn::tensor::backend::{AutodiffBackend, Backend, BackendTypes};
-use burn_train::metric::{LearningRateMetric, LossMetric};
+use burn_train::metric::LearningRateMetric;
 use burn_train::{
     ExecutionStrategy, Interrupter, Learner, LearningComponentsTypes, MultiDeviceOptim,
     SupervisedTraining, TrainingStrategy,
@@ -22,16 +22,16 @@ use super::checkpoint::{
     CompleteFileRecorder, EpochLosses, History, KeepLastAndBest, Patience, RunDirectory,
 };
 use super::config::TrainingConfig;
-use super::data::{
-    LanguageBatch, LanguageBatcher, Schedule, TokenWindows, TrainLoader, Windows, check_vocabulary,
-};
+use super::data::{TokenWindows, Windows, check_vocabulary, read_window};
 use super::error::TrainError;
-use super::learning_rate::{OncePerStep, learning_rates};
+use super::learning_rate::WarmupCosine;
+use super::loader::{Failure, Schedule, TrainLoader, ValidLoader};
 use super::log::JsonLines;
 use super::metrics::{
-    GradientNormMetric, MemoryMetric, PerplexityMetric, TokenRateMetric, perplexity,
+    GradientNormMetric, LossMetric, MemoryMetric, PerplexityMetric, TokenRateMetric, perplexity,
 };
 use super::optimizer::optimizer;
+use super::precision::at_least_f32;
 use super::progress::{Observer, PlainRenderer, Progress, StepReport};
 use crate::decoder::FusedKvDecoder;
 
@@ -86,7 +86,8 @@ impl Run {
     }
 
     /// The model of the epoch with the lowest validation loss, and the losses of that epoch. Its
-    /// checkpoint is kept whatever comes after it.
+    /// checkpoint is kept whatever comes after it. Parameters are in the backend's float type, with
+    /// the numbers of the run's own.
     ///
     /// ```no_run
     /// use fusedkv::backend::{Flex, FlexDevice};
@@ -216,7 +217,9 @@ pub fn train_from<B: AutodiffBackend>(
 /// many threads of work.
 ///
 /// # Errors
-/// As [`train`], and [`TrainError::Setting`] if the windows' length is not the configured context
+/// As [`train`], [`TrainError::MissingWindow`], [`TrainError::Window`] or
+/// [`TrainError::NoTargets`] for windows that are not what they say or in which nothing counts,
+/// when they are read, and [`TrainError::Setting`] if the windows' length is not the configured context
 /// or a data set or the list of devices is empty, or `batch_size` cannot be divided among the devices.
 pub fn train_on<B: AutodiffBackend>(
     config: &TrainingConfig,
@@ -280,6 +283,7 @@ fn run_training<B: AutodiffBackend>(
             }
         }
     }
+    check_targets(&valid_windows)?;
 
     B::seed(device, config.seed);
     let model = match model {
@@ -287,9 +291,10 @@ fn run_training<B: AutodiffBackend>(
         // Parameters draw their values when first used; a fork uses them all, in order.
         None => config.model.init::<B>(device)?.fork(device),
     };
+    let model = model.map(&mut KeepPrecision);
     let (squares, squares_of_steps) = channel();
     let optimizer = optimizer::<B, FusedKvDecoder<B>>(config, devices.len(), squares);
-    let scheduler = OncePerStep::new(learning_rates(config)?, config.accumulation);
+    let scheduler = WarmupCosine::new(config);
 
     let (directory, done, losses) = if run.resume {
         let (directory, epoch, losses) = RunDirectory::resume(&run.directory, config)?;
@@ -325,29 +330,39 @@ fn run_training<B: AutodiffBackend>(
         source,
     })?;
     let schedule = Schedule::new(config);
-    let train_loader = TrainLoader::new(Arc::new(train_windows), schedule, done + 1, device);
-    let valid_loader = valid_loader::<B::InnerBackend>(valid_windows, config.batch_size, device);
-    let mut training =
-        SupervisedTraining::new(directory.path(), Arc::new(train_loader), valid_loader)
-            .metrics((LossMetric::<B::InnerBackend>::new(),))
-            .metric_train_numeric(PerplexityMetric::reporting(train_report))
-            .metric_valid_numeric(PerplexityMetric::reporting(valid_report))
-            .metric_train_numeric(LearningRateMetric::new())
-            .metric_train_numeric(TokenRateMetric::new(config.tokens_per_step(), parts))
-            .metric_train_numeric(GradientNormMetric::new(
-                squares_of_steps,
-                parts,
-                norm_report,
-            ))
-            .with_metric_logger(log)
-            .with_file_checkpointer(CompleteFileRecorder::default())
-            .with_checkpointing_strategy(strategy)
-            .with_interrupter(interrupter.clone())
-            // A library does not install a logger, nor a panic hook.
-            .with_application_logger(None)
-            .with_training_strategy(strategy_of(devices))
-            .grads_accumulation(config.accumulation)
-            .num_epochs(last_epoch);
+    let failure = Failure::new(interrupter.clone());
+    let train_windows = Arc::new(train_windows);
+    let train_loader = TrainLoader::new(train_windows, schedule, done + 1, failure.clone(), device);
+    let valid_loader = ValidLoader::<B::InnerBackend>::new(
+        Arc::new(valid_windows),
+        config.batch_size,
+        failure.clone(),
+        device,
+    );
+    let mut training = SupervisedTraining::new(
+        directory.path(),
+        Arc::new(train_loader),
+        Arc::new(valid_loader),
+    )
+    .metric_train_numeric(LossMetric::reporting(train_report))
+    .metric_valid_numeric(LossMetric::reporting(valid_report))
+    .metrics((PerplexityMetric::new(),))
+    .metric_train_numeric(LearningRateMetric::new())
+    .metric_train_numeric(TokenRateMetric::new(config.tokens_per_step(), parts))
+    .metric_train_numeric(GradientNormMetric::new(
+        squares_of_steps,
+        parts,
+        norm_report,
+    ))
+    .with_metric_logger(log)
+    .with_file_checkpointer(CompleteFileRecorder::default())
+    .with_checkpointing_strategy(strategy)
+    .with_interrupter(interrupter.clone())
+    // A library does not install a logger, nor a panic hook.
+    .with_application_logger(None)
+    .with_training_strategy(strategy_of(devices))
+    .grads_accumulation(config.accumulation)
+    .num_epochs(last_epoch);
     if let Some(memory) = MemoryMetric::new() {
         training = training.metric_train_numeric(memory);
     }
@@ -370,6 +385,9 @@ fn run_training<B: AutodiffBackend>(
     };
     let result = training.launch(Learner::new(model, optimizer, scheduler));
 
+    if let Some(error) = failure.take() {
+        return Err(error);
+    }
     let epochs = history
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
@@ -411,15 +429,29 @@ fn strategy_of<LC: LearningComponentsTypes>(
     TrainingStrategy::Default(ExecutionStrategy::multi(devices.to_vec(), main))
 }
 
-fn valid_loader<B: Backend>(
-    windows: impl Windows + 'static,
-    batch_size: usize,
-    device: &B::Device,
-) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
-    DataLoaderBuilder::new(LanguageBatcher)
-        .batch_size(batch_size)
-        .set_device(device.clone())
-        .build(windows)
+/// Checks that there is a target to validate with.
+fn check_targets(windows: &impl Windows) -> Result<(), TrainError> {
+    let has_answers = windows.has_answers();
+    for index in 0..windows.len() {
+        if read_window(windows, index, has_answers)?.counted() > 0 {
+            return Ok(());
+        }
+    }
+    Err(TrainError::NoTargets { step: None })
+}
+
+/// Has parameters of less precision than f32 stay so when a checkpoint is loaded, whose numbers are
+/// f32.
+struct KeepPrecision;
+
+impl<B: Backend> ModuleMapper<B> for KeepPrecision {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        let dtype = param.val().dtype();
+        if at_least_f32(dtype) == dtype {
+            return param;
+        }
+        param.load_mapper(move |tensor| tensor.cast(dtype).detach())
+    }
 }
 
 /// Reads a checkpoint's files: Burn's learner panics where it cannot.

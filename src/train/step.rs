@@ -2,25 +2,29 @@
 
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{Int, Tensor};
-use burn_train::metric::{Adaptor, ItemLazy, LossInput};
+use burn_train::metric::{Adaptor, ItemLazy};
 use burn_train::{InferenceStep, TrainOutput, TrainStep};
 
-use super::data::LanguageBatch;
+use super::batch::{LanguageBatch, TargetMask};
+use super::gradients::widen;
 use super::metrics::TokenLosses;
+use super::precision::at_least_f32;
 use crate::decoder::FusedKvDecoder;
 use crate::kernels::cross_entropy;
 
 /// What metrics are told of a step. Losses alone: logits are as large as the vocabulary.
 #[derive(Clone, Debug)]
 pub struct LanguageOutput<B: Backend> {
-    /// Mean negative log-likelihood of each window's targets in nats, `[batch]`.
+    /// Negative log-likelihood in nats of each window's targets that count, over the window's
+    /// length, `[batch]`: their mean where all count.
     pub losses: Tensor<B, 1>,
-    /// Targets per window that count.
+    /// Targets of the batch that count.
     pub targets: usize,
+    /// Tokens per window.
+    pub context: usize,
 }
 
-/// Mean negative log-likelihood, in nats, of each window's targets that count, `[batch]`, and how
-/// many of a window's do.
+/// The losses of a batch.
 ///
 /// # Panics
 /// Of what [`FusedKvDecoder::forward`] returns an error for: windows longer than the decoder's
@@ -28,29 +32,35 @@ pub struct LanguageOutput<B: Backend> {
 fn window_losses<B: Backend>(
     model: &FusedKvDecoder<B>,
     batch: LanguageBatch<B>,
-) -> (Tensor<B, 1>, usize) {
+) -> LanguageOutput<B> {
     let logits = model
         .forward(batch.tokens)
         .expect("training checks the windows' length, and batches are never empty");
-    losses_of(logits, batch.targets, batch.answers)
+    losses_of(logits, batch.targets, batch.mask)
 }
 
-/// [`window_losses`] of logits `[batch, context, vocab_size]`, targets `[batch, context]` and the
-/// positions that count, `[batch, answers]`.
+/// [`window_losses`] of logits `[batch, context, vocab_size]`, targets `[batch, context]` and which
+/// of them count. In f32 at least: a sum over a vocabulary has no precision in half the bits.
 pub(super) fn losses_of<B: Backend>(
     logits: Tensor<B, 3>,
     targets: Tensor<B, 2, Int>,
-    answers: Option<Tensor<B, 2, Int>>,
-) -> (Tensor<B, 1>, usize) {
+    mask: Option<TargetMask<B>>,
+) -> LanguageOutput<B> {
     let [rows, context, vocab_size] = logits.dims();
-    let logits = logits.reshape([rows * context, vocab_size]);
+    let precise = at_least_f32(logits.dtype());
+    let logits = logits.reshape([rows * context, vocab_size]).cast(precise);
     let targets = targets.reshape([rows * context, 1]);
     let mut losses = cross_entropy(logits, targets).reshape([rows, context]);
-    if let Some(answers) = answers {
-        losses = losses.gather(1, answers);
+    let mut counted = rows * context;
+    if let Some(mask) = mask {
+        losses = losses * mask.weights.cast(precise);
+        counted = mask.targets;
     }
-    let [_, counted] = losses.dims();
-    (losses.mean_dim(1).reshape([rows]), counted)
+    LanguageOutput {
+        losses: losses.mean_dim(1).reshape([rows]),
+        targets: counted,
+        context,
+    }
 }
 
 impl<B: AutodiffBackend> TrainStep for FusedKvDecoder<B> {
@@ -58,12 +68,24 @@ impl<B: AutodiffBackend> TrainStep for FusedKvDecoder<B> {
     type Output = LanguageOutput<B::InnerBackend>;
 
     fn step(&self, batch: Self::Input) -> TrainOutput<Self::Output> {
-        let (losses, targets) = window_losses(self, batch);
+        let divisor = batch.mask.as_ref().map(|mask| mask.divisor);
+        let LanguageOutput {
+            losses,
+            targets,
+            context,
+        } = window_losses(self, batch);
         let output = LanguageOutput {
             losses: losses.clone().inner(),
             targets,
+            context,
         };
-        TrainOutput::new(self, losses.mean().backward(), output)
+        let loss = match divisor {
+            None => losses.mean(),
+            Some(divisor) => losses.sum() * (context as f64 / divisor),
+        };
+        let mut output = TrainOutput::new(self, loss.backward(), output);
+        widen(self, &mut output.grads);
+        output
     }
 }
 
@@ -72,8 +94,7 @@ impl<B: Backend> InferenceStep for FusedKvDecoder<B> {
     type Output = LanguageOutput<B>;
 
     fn step(&self, batch: Self::Input) -> Self::Output {
-        let (losses, targets) = window_losses(self, batch);
-        LanguageOutput { losses, targets }
+        window_losses(self, batch)
     }
 }
 
@@ -85,27 +106,27 @@ impl<B: Backend> ItemLazy for LanguageOutput<B> {
     }
 }
 
-impl<B: Backend> Adaptor<LossInput<B>> for LanguageOutput<B> {
-    fn adapt(&self) -> LossInput<B> {
-        LossInput::new(self.losses.clone())
-    }
-}
-
 impl<B: Backend> Adaptor<TokenLosses> for LanguageOutput<B> {
     fn adapt(&self) -> TokenLosses {
-        let losses: Vec<f64> = self.losses.to_data().iter().collect();
+        let windows = self.targets as f64 / self.context as f64;
         TokenLosses {
-            mean: losses.iter().sum::<f64>() / losses.len() as f64,
-            tokens: losses.len() * self.targets,
+            mean: self.losses.to_data().iter::<f64>().sum::<f64>() / windows,
+            tokens: self.targets,
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use burn::backend::Autodiff;
+    use burn::module::{Module, ModuleMapper, Param};
+    use burn::tensor::{DType, Distribution, Tolerance};
     use burn_flex::{Flex, FlexDevice};
 
     use super::*;
+    use crate::{FusedKvDecoderConfig, KvPlan};
+
+    type Train = Autodiff<Flex>;
 
     #[test]
     fn cross_entropy_is_that_of_log_softmax() {
@@ -119,5 +140,79 @@ mod tests {
         cross_entropy(logits, targets)
             .into_data()
             .assert_approx_eq::<f32>(&expected.into_data(), Default::default());
+    }
+
+    #[test]
+    fn losses_of_bf16_logits_are_those_of_the_same_logits_in_f32() {
+        let (rows, vocab_size) = (3, 50_000);
+        let normal = Distribution::Normal(0.0, 2.0);
+        let logits = Tensor::<Flex, 3>::random([rows, 2, vocab_size], normal, &FlexDevice);
+        let logits = logits.cast(DType::BF16);
+        let targets = Tensor::<Flex, 2, Int>::from_data([[5, 49_999], [0, 7], [1, 1]], &FlexDevice);
+        let losses = |logits| losses_of(logits, targets.clone(), None).losses.into_data();
+        let found = losses(logits.clone());
+        let tolerance = Tolerance::rel_abs(0.0, 1e-5);
+        found.assert_approx_eq::<f32>(&losses(logits.cast(DType::F32)), tolerance);
+    }
+
+    struct Half;
+
+    impl ModuleMapper<Train> for Half {
+        fn map_float<const D: usize>(
+            &mut self,
+            param: Param<Tensor<Train, D>>,
+        ) -> Param<Tensor<Train, D>> {
+            param.map(|tensor| tensor.cast(DType::BF16).detach().require_grad())
+        }
+    }
+
+    #[test]
+    fn gradients_of_bf16_parameters_are_added_up_in_f32() {
+        let config = FusedKvDecoderConfig::tiny(16, KvPlan::Standard);
+        let model = config.init::<Train>(&FlexDevice).unwrap().map(&mut Half);
+        let batch = LanguageBatch {
+            tokens: Tensor::from_data([[1, 2, 3]], &FlexDevice),
+            targets: Tensor::from_data([[2, 3, 4]], &FlexDevice),
+            mask: None,
+        };
+        let output = TrainStep::step(&model, batch);
+        let embedding = &model.embed_tokens.weight;
+        assert_eq!(embedding.val().dtype(), DType::BF16);
+        let grad = output.grads.get::<Flex, 2>(embedding.id).unwrap();
+        assert_eq!(grad.dtype(), DType::F32);
+    }
+
+    #[test]
+    fn the_mean_is_over_the_targets_that_count() {
+        let logits = Tensor::<Flex, 3>::zeros([2, 4, 8], &FlexDevice);
+        let logits = logits.slice_assign(
+            [1..2, 2..3, 5..6],
+            Tensor::from_data([[[3.0]]], &FlexDevice),
+        );
+        let targets = Tensor::<Flex, 2, Int>::full([2, 4], 5, &FlexDevice);
+        let mask = |weights: [[f32; 4]; 2]| TargetMask {
+            targets: weights.iter().flatten().filter(|&&w| w > 0.0).count(),
+            weights: Tensor::from_data(weights, &FlexDevice),
+            divisor: 1.0,
+        };
+        let certain = (3f64.exp() + 7.0).ln() - 3.0;
+        for (weights, expected) in [
+            (
+                [[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]],
+                (8f64.ln() * 2.0 + certain) / 3.0,
+            ),
+            ([[0.0; 4], [0.0, 0.0, 1.0, 0.0]], certain),
+        ] {
+            let mask = mask(weights);
+            let counted = mask.targets;
+            let output = losses_of(logits.clone(), targets.clone(), Some(mask));
+            let TokenLosses { mean, tokens } = output.adapt();
+            assert_eq!(tokens, counted);
+            assert!((mean - expected).abs() < 1e-6, "{mean} {expected}");
+        }
+        assert_eq!(
+            losses_of(logits, targets, Some(mask([[0.0; 4]; 2]))).targets,
+            0
+        );
     }
 }

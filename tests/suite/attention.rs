@@ -4,8 +4,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Distribution, Tensor, backend::Backend};
 use fusedkv::backend::{Autodiff, Flex};
 use fusedkv::{
-    AttentionError, BlendWeights, FusionInit, FusionStart, KvFusion, KvFusionConfig, Mix,
-    fused_attention,
+    AttentionError, BlendWeights, FusionInit, KvFusion, KvFusionConfig, Mix, fused_attention,
 };
 use proptest::prelude::*;
 
@@ -115,10 +114,7 @@ fn fusion<B: Backend>(sources: usize, shape: &Shape) -> KvFusion<B> {
         head_dim: shape.head_dim,
         key: mix.clone(),
         value: mix,
-        init: FusionInit {
-            start: FusionStart::Equal,
-            noise: 1.0,
-        },
+        init: FusionInit::equal().with_noise(1.0),
     };
     config.init(&Default::default()).unwrap()
 }

@@ -162,6 +162,10 @@ fn configurations_nobody_can_build_are_refused() {
         range(refused(|c| c.fusion_init.noise = f64::INFINITY)),
         "fusion_init.noise"
     );
+    assert_eq!(
+        range(refused(|c| c.fusion_init.residual = f64::NAN)),
+        "fusion_init.residual"
+    );
     let plan = refused(|c| c.plan = KvPlan::Cla { factor: 0 });
     assert_eq!(
         plan,
@@ -203,10 +207,16 @@ fn configuration_survives_json() {
     let plan = KvPlan::from_method("dense_fusion", 6).unwrap();
     let config = FusedKvDecoderConfig::tiny(300, plan)
         .with_tie_embeddings(false)
-        .with_fusion_init(FusionInit::equal().with_noise(0.125));
+        .with_fusion_init(FusionInit::equal().with_noise(0.125).with_residual(-0.5));
     let file = tempfile::NamedTempFile::new().unwrap();
     config.save(file.path()).unwrap();
     assert_eq!(FusedKvDecoderConfig::load(file.path()).unwrap(), config);
+
+    // As it was written before α had a start, and still is where that is 0.
+    let init = r#"{"start":"Equal","noise":0.125}"#;
+    let read: FusionInit = serde_json::from_str(init).unwrap();
+    assert_eq!(read, FusionInit::equal().with_noise(0.125));
+    assert_eq!(serde_json::to_string(&read).unwrap(), init);
 }
 
 #[test]
@@ -233,6 +243,18 @@ fn fusion_weights_start_where_they_are_told() {
     assert!(key.iter().chain(&value).all(|&w| w == 0.5));
     let (key, _) = weights(FusionInit::new(FusionStart::Equal).with_noise(0.1));
     assert!(key.iter().all(|w| (w - 0.5).abs() < 1.0) && key.iter().any(|&w| w != 0.5));
+
+    for start in [0.0, 0.25] {
+        let plan = KvPlan::YocoPlusPlus { storage_layers: 3 };
+        let model = FusedKvDecoderConfig::new(VOCAB, 12, 4, 4, 2, 4, 10, plan)
+            .with_fusion_init(FusionInit::lite().with_residual(start))
+            .init::<F64>(&Default::default())
+            .unwrap();
+        let residual = model.layers[1].self_attn.kv_residual.as_ref().unwrap();
+        for alpha in [&residual.key_weight, &residual.value_weight] {
+            assert_eq!(values(&alpha.val()), [start]);
+        }
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::config::{FusedKvDecoderConfig, FusionInit};
+use crate::config::{FusedKvDecoderConfig, FusionStart};
 use crate::error::{ConfigError, PlanError};
 use crate::plan::KvPlan;
 
@@ -97,7 +97,7 @@ impl Method {
     /// half of `base`'s kv heads. Options: `n`, the layers that store; `factor`, for `cla`;
     /// `kv-heads`; `ffn`, the inner width of the SwiGLU blocks, for methods of equal parameters;
     /// `init`, `lite` or `equal`, where learned fusion weights start; `noise`, the standard deviation
-    /// around it.
+    /// around it; `alpha`, for `yoco-plus-plus`, where its α start.
     ///
     /// ```
     /// use fusedkv::train::compare::Method;
@@ -220,16 +220,17 @@ fn set_option(
             | KvPlan::DenseFusion { storage_layers },
         ) => *storage_layers = count()?,
         ("init", _) => {
-            let noise = model.fusion_init.noise;
-            model.fusion_init = match value {
-                "lite" => FusionInit::lite(),
-                "equal" => FusionInit::equal(),
+            model.fusion_init.start = match value {
+                "lite" => FusionStart::Lite,
+                "equal" => FusionStart::Equal,
                 _ => return Err(wrong("lite or equal")),
-            }
-            .with_noise(noise);
+            };
         }
         ("noise", _) => {
             model.fusion_init.noise = value.parse().map_err(|_| wrong("a number"))?;
+        }
+        ("alpha", KvPlan::YocoPlusPlus { .. }) => {
+            model.fusion_init.residual = value.parse().map_err(|_| wrong("a number"))?;
         }
         (_, plan) => {
             return Err(MethodError::UnknownOption {
@@ -238,6 +239,7 @@ fn set_option(
                 expected: match plan {
                     KvPlan::Standard => "kv-heads, ffn, init or noise",
                     KvPlan::Cla { .. } => "factor, kv-heads, ffn, init or noise",
+                    KvPlan::YocoPlusPlus { .. } => "n, kv-heads, ffn, init, noise or alpha",
                     _ => "n, kv-heads, ffn, init or noise",
                 },
             });

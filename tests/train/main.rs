@@ -1,9 +1,12 @@
 //! Training, its data and files: what is learned, resumed, kept, refused.
 
+mod precision;
+mod targets;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::backend::Backend;
 use burn_dataset::Dataset;
@@ -13,7 +16,7 @@ use fusedkv::train::{
     LogLine, Progress, Run, TokenWindows, TrainError, Trained, TrainingConfig, evaluate,
     perplexity, train, train_from,
 };
-use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
+use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, FusionInit, KvPlan, TokenBatch};
 use proptest::prelude::*;
 use tempfile::tempdir;
 
@@ -112,6 +115,38 @@ fn fusion_weights_have_a_learning_rate_and_a_decay_of_their_own() {
     assert!((learned - lite).abs() > 1e-3 * lite);
     assert!((fused(2.0, 0.0) - learned).abs() > 1e-4 * learned);
     assert!((fused(1.0, 0.5) - learned).abs() > 1e-4 * learned);
+}
+
+#[test]
+fn alpha_is_a_fusion_weight() {
+    let n = 2;
+    let alphas = |start, ratio, decay| {
+        let directory = tempdir().unwrap();
+        let mut config = config()
+            .with_fusion_learning_rate_ratio(ratio)
+            .with_fusion_weight_decay(decay);
+        config.model = decoder(KvPlan::YocoPlusPlus { storage_layers: n })
+            .with_fusion_init(FusionInit::lite().with_residual(start));
+        let trained = run(&config, directory.path(), false).unwrap();
+        let residual = trained.model.layers[1].self_attn.kv_residual.clone();
+        let residual = residual.unwrap();
+        [residual.key_weight, residual.value_weight].map(|alpha| alpha.val().into_scalar())
+    };
+    // Where they do not learn, they stay where they start.
+    assert_eq!(alphas(0.5, 0.0, 0.5), [0.5; 2]);
+    let [learned, faster, decayed] =
+        [(1.0, 0.0), (2.0, 0.0), (1.0, 0.5)].map(|(ratio, decay)| alphas(0.5, ratio, decay));
+    for i in 0..2 {
+        assert!((learned[i] - 0.5).abs() > 1e-3, "{learned:?}");
+        assert!(
+            (faster[i] - learned[i]).abs() > 1e-3,
+            "{faster:?} {learned:?}"
+        );
+        assert!(
+            decayed[i].abs() < learned[i].abs(),
+            "{decayed:?} {learned:?}"
+        );
+    }
 }
 
 #[test]
@@ -242,6 +277,30 @@ fn the_log_has_every_step_once() {
     fs::write(&path, &whole[..whole.len() - 30]).unwrap();
     run(&config, directory, true).unwrap();
     assert_eq!(log(directory), lines);
+}
+
+#[test]
+fn observers_are_told_the_loss_of_all_parts_of_a_step() {
+    let directory = tempdir().unwrap();
+    let config = short().with_accumulation(4).with_epochs(1);
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let run = {
+        let told = told.clone();
+        Run::new(directory.path())
+            .with_progress(Progress::Quiet)
+            .with_observer(move |report| told.lock().unwrap().push(report.loss))
+    };
+    {
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        train::<Autodiff<Flex>>(&config, tokens(), &run, &FlexDevice).unwrap();
+    }
+    let logged = log(directory.path())
+        .into_iter()
+        .filter_map(|line| match line {
+            LogLine::Train { loss, .. } => Some(loss),
+            LogLine::Valid { .. } => None,
+        });
+    assert_eq!(*told.lock().unwrap(), logged.collect::<Vec<_>>());
 }
 
 #[test]
