@@ -1,6 +1,7 @@
 //! Generation against the plainest loop there is, and what stops it.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, backend::Backend};
+use fusedkv::backend::Flex;
 use fusedkv::generate::FinishReason;
 use fusedkv::{
     ForwardError, FusedKvDecoder, GenerateError, GeneratedToken, GenerationConfig, TokensError,
@@ -153,10 +154,10 @@ fn wrong_settings_and_prompts_are_refused_before_any_work() {
 }
 
 /// A decoder that knows every token but `unknown`, whose embedding is not a number.
-fn without(unknown: usize) -> FusedKvDecoder<F64> {
+fn without<B: Backend>(unknown: usize) -> FusedKvDecoder<B> {
     let mut case = fixed_case();
     case.config.tie_embeddings = false;
-    let mut model = case.model::<F64>();
+    let mut model = case.model::<B>();
     model.embed_tokens.weight = model.embed_tokens.weight.map(|weight| {
         let [_, width] = weight.dims();
         let row = Tensor::full([1, width], f64::NAN, &weight.device());
@@ -166,10 +167,9 @@ fn without(unknown: usize) -> FusedKvDecoder<F64> {
 }
 
 /// A row without numbers ends in its turn; the others are given what they are given without it.
-#[test]
-fn logits_that_are_not_numbers_end_their_row_alone() {
+fn ends_its_row_alone<B: Backend>() {
     let config = GenerationConfig::new().with_max_new_tokens(4);
-    let model = without(7);
+    let model = without::<B>(7);
     let good = [vec![1, 2], vec![3, 4, 5]];
     let tokens = generate(&model, &good, &config).unwrap();
     let expected = rows(tokens.map(Result::unwrap), 2);
@@ -189,14 +189,20 @@ fn logits_that_are_not_numbers_end_their_row_alone() {
 }
 
 #[test]
+fn logits_that_are_not_numbers_end_their_row_alone() {
+    ends_its_row_alone::<F64>();
+    ends_its_row_alone::<Flex>();
+}
+
+#[test]
 fn a_row_that_fails_later_says_when() {
     let config = GenerationConfig::new().with_max_new_tokens(4);
     let prompt = [vec![1, 2]];
-    let start = generate(&without(VOCAB - 1), &prompt, &config)
+    let start = generate(&without::<F64>(VOCAB - 1), &prompt, &config)
         .unwrap()
         .next();
     let drawn = start.unwrap().unwrap().id;
-    let model = without(drawn as usize);
+    let model = without::<F64>(drawn as usize);
     let mut tokens = generate(&model, &prompt, &config).unwrap();
     assert_eq!(tokens.next().unwrap().unwrap().id, drawn);
     let failed = GenerateError::NotANumber {
