@@ -70,7 +70,8 @@ impl<B: Backend> FusedKvDecoder<B> {
         Ok(self.load_record(record))
     }
 
-    fn check_record(&self, record: &DecoderRecord<B>) -> Result<(), RecordError> {
+    /// Whether a record is of this decoder.
+    pub(crate) fn check_record(&self, record: &DecoderRecord<B>) -> Result<(), RecordError> {
         record.plan.check(&self.plan.layout)?;
         if record.layers.len() != self.layers.len() {
             return Err(RecordError::Depth {

@@ -66,8 +66,13 @@ pub enum FinishReason {
 }
 
 /// Continues each prompt, streaming tokens as they are drawn: step by step, within a step row by
-/// row. Rows do not influence each other: each is given the logits it is given alone, draws from a
-/// random stream of its own (row i from stream i of the seed), and leaves the batch when finished.
+/// row. Rows do not influence each other: each draws from a random stream of its own (row i from
+/// stream i of the seed), and leaves the batch when finished.
+///
+/// A row's logits are those it has alone but for rounding, within 1e-5 of the largest on Flex: sums
+/// over more rows, or beside padding, are formed in another order. On Flex, batches of up to 16 prompts
+/// of one length, longer than 16 tokens, change no bit of a row's logits, and neither does the number
+/// of threads.
 ///
 /// The cache is sized for the longest prompt and `max_new_tokens`; it is half a standard
 /// decoder's for plans that store half the layers. Work happens as the iterator is advanced,

@@ -19,7 +19,8 @@ use super::metrics::{TokenLosses, perplexity};
 /// Where progress is shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Progress {
-    /// Burn's interface if standard output is a terminal, otherwise [`Plain`](Self::Plain).
+    /// Burn's interface if standard output is a terminal and the feature `tui` is on, otherwise
+    /// [`Plain`](Self::Plain).
     #[default]
     Auto,
     /// A line every few seconds, on standard output.

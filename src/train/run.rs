@@ -33,7 +33,7 @@ use super::metrics::{
 use super::optimizer::optimizer;
 use super::precision::at_least_f32;
 use super::progress::{Observer, PlainRenderer, Progress, StepReport};
-use crate::decoder::FusedKvDecoder;
+use crate::decoder::{DecoderRecord, FusedKvDecoder};
 
 /// How often plain progress is printed.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
@@ -130,6 +130,7 @@ impl Run {
         let losses = choose(epochs).ok_or_else(none)?;
         let model = config.model.init::<B>(device)?;
         let record = read_part(&directory, "model", losses.epoch, device)?;
+        check_record(&directory, losses.epoch, &model, &record)?;
         Ok((model.load_record(record), losses))
     }
 }
@@ -298,7 +299,7 @@ fn run_training<B: AutodiffBackend>(
 
     let (directory, done, losses) = if run.resume {
         let (directory, epoch, losses) = RunDirectory::resume(&run.directory, config)?;
-        check_checkpoint(&directory, epoch, &optimizer, &scheduler, device)?;
+        check_checkpoint(&directory, epoch, &model, &optimizer, &scheduler, device)?;
         (directory, epoch, losses)
     } else {
         (RunDirectory::start(&run.directory, config)?, 0, Vec::new())
@@ -373,7 +374,7 @@ fn run_training<B: AutodiffBackend>(
         training = training.checkpoint(done);
     }
     training = match run.progress {
-        Progress::Auto if io::stdout().is_terminal() => training,
+        Progress::Auto if cfg!(feature = "tui") && io::stdout().is_terminal() => training,
         Progress::Auto | Progress::Plain => training.renderer(
             PlainRenderer::new(io::stdout(), config, parts, LINE_INTERVAL)
                 .with_observer(run.observer.clone()),
@@ -454,10 +455,12 @@ impl<B: Backend> ModuleMapper<B> for KeepPrecision {
     }
 }
 
-/// Reads a checkpoint's files: Burn's learner panics where it cannot.
+/// Reads a checkpoint's files: Burn's learner panics where it cannot, or where they are of another
+/// decoder.
 fn check_checkpoint<B: AutodiffBackend, O, S: LrScheduler>(
     directory: &RunDirectory,
     epoch: usize,
+    model: &FusedKvDecoder<B>,
     _optimizer: &O,
     _scheduler: &S,
     device: &B::Device,
@@ -465,11 +468,24 @@ fn check_checkpoint<B: AutodiffBackend, O, S: LrScheduler>(
 where
     O: Optimizer<FusedKvDecoder<B>, B>,
 {
-    type ModelRecord<B> = <FusedKvDecoder<B> as Module<B>>::Record;
-    read_part::<B, ModelRecord<B>>(directory, "model", epoch, device)?;
+    let record = read_part(directory, "model", epoch, device)?;
+    check_record(directory, epoch, model, &record)?;
     read_part::<B, O::Record>(directory, "optim", epoch, device)?;
     read_part::<B, S::Record<B>>(directory, "scheduler", epoch, device)?;
     Ok(())
+}
+
+fn check_record<B: Backend>(
+    directory: &RunDirectory,
+    epoch: usize,
+    model: &FusedKvDecoder<B>,
+    record: &DecoderRecord<B>,
+) -> Result<(), TrainError> {
+    let checked = model.check_record(record);
+    checked.map_err(|error| TrainError::Unreadable {
+        path: directory.part("model", epoch).with_extension("mpk"),
+        reason: error.to_string(),
+    })
 }
 
 fn read_part<B: Backend, R: Record<B>>(

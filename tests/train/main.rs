@@ -1,5 +1,6 @@
 //! Training, its data and files: what is learned, resumed, kept, refused.
 
+mod before;
 mod precision;
 mod targets;
 
