@@ -163,7 +163,7 @@ fn configurations_nobody_can_build_are_refused() {
         "fusion_init.noise"
     );
     assert_eq!(
-        range(refused(|c| c.fusion_init.residual = f64::NAN)),
+        range(refused(|c| c.fusion_init.residual = f64::INFINITY)),
         "fusion_init.residual"
     );
     let plan = refused(|c| c.plan = KvPlan::Cla { factor: 0 });
