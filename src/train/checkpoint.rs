@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use burn::config::Config;
+use burn::config::config_to_json;
 use burn::record::{
     FileRecorder, FullPrecisionSettings, NamedMpkFileRecorder, Recorder, RecorderError,
 };
@@ -77,7 +77,7 @@ impl RunDirectory {
             fs::remove_file(run.log()).map_err(write(&run.log()))?;
         }
         run.save_losses(&[]).map_err(write(&path.join(LOSSES)))?;
-        file::replace(&config_path, |partial| config.save(partial)).map_err(write(&config_path))?;
+        file::write(&config_path, config_to_json(config)).map_err(write(&config_path))?;
         Ok(run)
     }
 
@@ -172,7 +172,7 @@ impl RunDirectory {
 
     fn save_losses(&self, losses: &[EpochLosses]) -> io::Result<()> {
         let json = serde_json::to_vec_pretty(losses)?;
-        file::replace(&self.0.join(LOSSES), |partial| fs::write(partial, json))
+        file::write(&self.0.join(LOSSES), json)
     }
 }
 
@@ -229,9 +229,10 @@ impl<B: Backend> Recorder<B> for CompleteFileRecorder {
 
     fn save_item<I: Serialize>(&self, item: I, mut path: PathBuf) -> Result<(), RecorderError> {
         path.set_extension(<Self as FileRecorder<B>>::file_extension());
-        let partial = file::partial(&path);
-        Recorder::<B>::save_item(&self.0, item, partial.clone())?;
-        fs::rename(partial, path).map_err(|error| RecorderError::Unknown(error.to_string()))
+        let write = |partial: &Path| {
+            Recorder::<B>::save_item(&self.0, item, partial.to_owned()).map_err(io::Error::other)
+        };
+        file::write_by_name(&path, write).map_err(|error| RecorderError::Unknown(error.to_string()))
     }
 
     fn load_item<I: DeserializeOwned>(&self, path: &mut PathBuf) -> Result<I, RecorderError> {

@@ -73,7 +73,7 @@ pub(super) fn keep_until(path: &Path, epoch: usize) -> io::Result<()> {
     let kept =
         |line: &&str| serde_json::from_str::<LogLine>(line).is_ok_and(|line| line.epoch() <= epoch);
     let kept: String = log.split_inclusive('\n').filter(kept).collect();
-    file::replace(path, |partial| fs::write(partial, kept))
+    file::write(path, kept)
 }
 
 /// Writes a [`LogLine`] per step and validation.

@@ -1,14 +1,14 @@
 //! Tokens in a file, for data larger than memory.
 
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::data::{FNV_BASIS, fnv_1a};
 use super::error::TrainError;
-use crate::file;
+use crate::file::Replacement;
 
 /// Tokens read and hashed at a time when a file is opened.
 const BLOCK: usize = 1 << 16;
@@ -70,23 +70,19 @@ impl TokenFile {
     ) -> Result<Self, TrainError> {
         let path = path.into();
         let width = width(vocab_size);
-        let written = file::replace(&path, |partial| {
-            let mut out = BufWriter::new(File::create(partial)?);
-            for part in parts {
-                for token in part? {
-                    out.write_all(&token.to_le_bytes()[..width])?;
-                }
+        let write = |source| TrainError::Write {
+            path: path.clone(),
+            source,
+        };
+        let mut file = Replacement::create(&path).map_err(write)?;
+        for part in parts {
+            for token in part? {
+                let bytes = token.to_le_bytes();
+                file.write_all(&bytes[..width]).map_err(write)?;
             }
-            out.into_inner()
-                .map_err(io::IntoInnerError::into_error)?
-                .sync_all()?;
-            Ok(())
-        });
-        match written {
-            Ok(()) => Self::open(path, vocab_size),
-            Err(Failure::Part(error)) => Err(error),
-            Err(Failure::File(source)) => Err(TrainError::Write { path, source }),
         }
+        file.finish().map_err(write)?;
+        Self::open(path, vocab_size)
     }
 
     /// How many tokens there are.
@@ -176,22 +172,4 @@ fn tokens(bytes: &[u8], width: usize) -> impl Iterator<Item = u32> {
         let byte = |place: u32, &byte: &u8| u32::from(byte) << (8 * place);
         (0..).zip(bytes).map(|(place, b)| byte(place, b)).sum()
     })
-}
-
-/// What may fail while tokens are written.
-enum Failure {
-    File(io::Error),
-    Part(TrainError),
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Self::File(error)
-    }
-}
-
-impl From<TrainError> for Failure {
-    fn from(error: TrainError) -> Self {
-        Self::Part(error)
-    }
 }

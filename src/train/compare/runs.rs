@@ -323,7 +323,7 @@ fn check_same(
 fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
     serde_json::to_vec_pretty(value)
         .map_err(Into::into)
-        .and_then(|json| file::replace(path, |partial| fs::write(partial, json)))
+        .and_then(|json| file::write(path, json))
         .map_err(|source| TrainError::Write {
             path: path.to_owned(),
             source,
