@@ -95,6 +95,13 @@ pub enum TrainError {
         /// Its value in the configuration given.
         expected: String,
     },
+    /// The comparison is of a version that told data apart by another hash.
+    #[error(
+        "{} holds a comparison of an older version, whose data were hashed otherwise, expected a new \
+         directory or one of this version",
+        .0.display()
+    )]
+    OlderComparison(PathBuf),
     /// A file of the run cannot be read back.
     #[error("cannot read {}: {reason}", path.display())]
     Unreadable {

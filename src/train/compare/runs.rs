@@ -24,6 +24,8 @@ use crate::train::run::{Run, train_on};
 
 const RESULT: &str = "result.json";
 const COMPARISON: &str = "comparison.json";
+/// What fingerprints of the data are made by.
+const HASH: &str = "xxh3";
 
 /// Several methods to be trained alike, several seeds each.
 #[derive(Clone, Debug)]
@@ -112,6 +114,7 @@ impl Comparison {
     ///
     /// # Errors
     /// [`TrainError::OtherRun`] if the directory holds a comparison of other data or settings,
+    /// [`TrainError::OlderComparison`] if one of an older version,
     /// [`TrainError::Cache`] if the backend cannot keep a cache of `cache_dtypes`, and whatever
     /// [`train_on`] returns.
     pub fn run<B: AutodiffBackend>(
@@ -280,10 +283,14 @@ impl Comparison {
             seed: 0,
             ..self.training.clone()
         };
-        let mark = serde_json::json!({ "training": training, "data": data });
+        let mark = serde_json::json!({ "training": training, "hash": HASH, "data": data });
         let path = self.directory.join(COMPARISON);
         if path.exists() {
-            return check_same(&self.directory, &read::<serde_json::Value>(&path)?, &mark);
+            let found: serde_json::Value = read(&path)?;
+            if found["hash"] != HASH {
+                return Err(TrainError::OlderComparison(self.directory.clone()));
+            }
+            return check_same(&self.directory, &found, &mark);
         }
         fs::create_dir_all(&self.directory).map_err(|source| TrainError::Write {
             path: self.directory.clone(),
