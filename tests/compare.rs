@@ -1,5 +1,8 @@
 //! Comparisons: what is kept, resumed and refused, and the tasks generated for them.
 
+#[path = "compare/kept.rs"]
+mod kept;
+
 use std::fs;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -38,6 +41,7 @@ fn comparison(directory: &Path, methods: &[&str], seeds: u64) -> Comparison {
             .map(|name| Method::parse(name, &base()).unwrap())
             .collect(),
         seeds: (0..seeds).collect(),
+        tokenizer: None,
         directory: directory.to_owned(),
         cache_dtypes: Vec::new(),
     }

@@ -233,6 +233,7 @@ impl Args {
             training,
             methods,
             seeds: (0..self.seeds).collect(),
+            tokenizer: None,
             directory: self.out.clone(),
             cache_dtypes: self.cache_dtypes.clone(),
         })

@@ -22,6 +22,7 @@ use super::config::TrainingConfig;
 use super::error::TrainError;
 use super::gradients::GradientNorms;
 use super::log;
+use super::number;
 use crate::file;
 
 const CONFIG: &str = "training.json";
@@ -37,8 +38,10 @@ pub struct EpochLosses {
     /// The epoch, counted from 1.
     pub epoch: usize,
     /// Mean loss of the batches trained on, each before its step, in nats per token.
+    #[serde(with = "number")]
     pub train: f64,
     /// Mean loss of the held-out windows after the epoch, in nats per token.
+    #[serde(with = "number")]
     pub valid: f64,
     /// Mean over the epoch's steps of the gradients' norms before they are clipped.
     #[serde(default)]
@@ -109,7 +112,7 @@ impl RunDirectory {
         }
         let epoch = run.last_checkpoint();
         let epoch = epoch.ok_or_else(|| TrainError::NoCheckpoint(path.to_owned()))?;
-        let mut losses: Vec<EpochLosses> = read(&path.join(LOSSES))?;
+        let mut losses = Self::losses(path)?;
         losses.retain(|losses| losses.epoch <= epoch);
         let log = run.log();
         log::keep_until(&log, epoch).map_err(|source| TrainError::Write { path: log, source })?;
@@ -123,10 +126,15 @@ impl RunDirectory {
         if !path.join(CONFIG).exists() || !path.join(LOSSES).exists() {
             return Err(TrainError::NoCheckpoint(path.to_owned()));
         }
-        let mut losses: Vec<EpochLosses> = read(&path.join(LOSSES))?;
+        let mut losses = Self::losses(path)?;
         let saved = run.checkpoints();
         losses.retain(|losses| saved.contains(&losses.epoch));
         Ok((run, read(&path.join(CONFIG))?, losses))
+    }
+
+    /// The losses of every epoch of a run, those after the last checkpoint included.
+    pub fn losses(path: &Path) -> Result<Vec<EpochLosses>, TrainError> {
+        read(&path.join(LOSSES))
     }
 
     pub fn path(&self) -> &Path {
@@ -295,12 +303,12 @@ impl CheckpointingStrategy for KeepLastAndBest {
         let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
         let finite = losses.train.is_finite() && losses.valid.is_finite();
         history.push(losses);
+        if let Err(error) = self.run.save_losses(&history) {
+            self.interrupter.stop(Some(&error.to_string()));
+        }
         if !finite {
             self.interrupter.stop(Some("the loss is not a number"));
             return Vec::new();
-        }
-        if let Err(error) = self.run.save_losses(&history) {
-            self.interrupter.stop(Some(&error.to_string()));
         }
         let best = history.iter().min_by(|a, b| a.valid.total_cmp(&b.valid));
         let best = best.map_or(epoch, |best| best.epoch);

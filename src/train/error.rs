@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::checkpoint::CheckpointError;
 use crate::config::FusedKvDecoderConfig;
 use crate::error::{CacheError, ConfigError, ForwardError};
 use crate::tokenizer::TokenizerError;
@@ -61,6 +62,9 @@ pub enum TrainError {
     /// A tokenizer that cannot take the text.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A model that cannot be saved for others to load.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// A cache that the backend cannot keep.
     #[error(transparent)]
     Cache(#[from] CacheError),

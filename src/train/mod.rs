@@ -40,6 +40,7 @@ mod gradients;
 mod learning_rate;
 mod log;
 mod metrics;
+mod number;
 mod optimizer;
 mod progress;
 mod recall;
