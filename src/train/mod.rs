@@ -59,6 +59,6 @@ pub use log::LogLine;
 pub use metrics::{PerplexityMetric, TokenLosses, TokenRateMetric, perplexity};
 pub use progress::{Progress, StepReport};
 pub use recall::{AssociativeRecall, DistanceAccuracy, Needle};
-pub use run::{Run, Trained, train, train_from, train_on};
+pub use run::{Run, Trained, train, train_from, train_from_on, train_on};
 pub use step::LanguageOutput;
 pub use token_file::TokenFile;

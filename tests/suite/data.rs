@@ -272,6 +272,19 @@ fn about_the_share_of_many_documents_is_held_out() {
 }
 
 #[test]
+fn the_text_of_the_examples_is_the_one_it_always_was() {
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/examples/corpus/fusedkv-0.1.txt"
+    );
+    assert_eq!(fs::metadata(path).unwrap().len(), 672_762);
+    let corpus = Corpus::open(path, 0.05).unwrap();
+    let [train, valid] = [Part::Train, Part::Valid].map(|part| corpus.documents(part));
+    assert_eq!((train, valid), (94, 5));
+    assert_eq!(corpus.bytes(Part::Valid), 20_129);
+}
+
+#[test]
 fn threads_read_a_token_file_at_once() {
     let directory = tempdir().unwrap();
     let path = directory.path().join("tokens.bin");
