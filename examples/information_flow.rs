@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use burn::tensor::backend::Backend;
 use clap::Parser;
-use fusedkv::checkpoint::load_checkpoint;
+use fusedkv::checkpoint::{CheckpointError, load_checkpoint};
 use fusedkv::flow::LayerFlow;
 use fusedkv::information_flow;
 use plotters::prelude::*;
@@ -52,9 +52,14 @@ impl Program for Args {
         if flow.keys.is_empty() {
             return Err("every layer of the model has keys and values of its own".into());
         }
-        fs::create_dir_all(&self.out)?;
+        let write = |path: &Path| {
+            let path = path.to_owned();
+            move |source| CheckpointError::Write { path, source }
+        };
+        fs::create_dir_all(&self.out).map_err(write(&self.out))?;
         let json = self.out.join("information_flow.json");
-        fs::write(&json, serde_json::to_string_pretty(&flow)? + "\n")?;
+        let text = serde_json::to_string_pretty(&flow)? + "\n";
+        fs::write(&json, text).map_err(write(&json))?;
         println!("{}", json.display());
         font::register()?;
         for (name, layers) in [("keys", &flow.keys), ("values", &flow.values)] {

@@ -1,4 +1,5 @@
-//! Trains a tiny decoder on a text, by default the sources of this crate, and writes with it.
+//! Trains a tiny decoder on a text, by default a frozen one of this crate's sources, and writes with
+//! it.
 //!
 //! ```sh
 //! cargo run --release --example train_tiny
@@ -12,7 +13,6 @@ mod corpus;
 mod plan;
 
 use std::error::Error;
-use std::fs;
 use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,7 +23,9 @@ use clap::{Parser, ValueEnum};
 use fusedkv::backend::Autodiff;
 use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
 use fusedkv::tokenizer::Tokenizer;
-use fusedkv::train::{Run, Trained, TrainingConfig, perplexity, train, train_from};
+use fusedkv::train::{
+    Corpus, Part, Run, Trained, TrainingConfig, perplexity, train_from_on, train_on,
+};
 use fusedkv::{
     ConfigError, FusedKvDecoder, FusedKvDecoderConfig, FusionInit, GenerationConfig, KvPlan,
     generate,
@@ -42,9 +44,12 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// Train a tiny decoder on a text and write with it.
 #[derive(Parser)]
 struct Args {
-    /// Text to train on; the sources of this crate if not given
-    #[arg(long, value_name = "FILE")]
+    /// Text file or folder to train on; a frozen text of this crate's sources if not given
+    #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
+    /// Share of the text that is held out
+    #[arg(long, default_value_t = 0.05)]
+    valid: f64,
     #[command(flatten)]
     plan: PlanArgs,
     /// Model to go on with, a directory in Hugging Face's layout; its shape, plan and tokenizer are
@@ -138,11 +143,7 @@ fn main() -> ExitCode {
 
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
-        let text = match &self.data {
-            Some(path) => fs::read_to_string(path)
-                .map_err(|error| format!("cannot read {}: {error}", path.display()))?,
-            None => corpus::default_text(),
-        };
+        let corpus = corpus::open(self.data.as_deref(), self.valid)?;
         let init = match &self.init {
             Some(path) => Some(load_checkpoint::<Autodiff<B>>(
                 path,
@@ -156,31 +157,32 @@ impl Program for Args {
                 let tokenizer = loaded.tokenizer.ok_or("the model has no tokenizer.json")?;
                 (Some(loaded.model), tokenizer)
             }
-            None => (None, self.tokenizer(&text)?),
+            None => (None, self.tokenizer(&corpus)?),
         };
-        let tokens = tokenizer.encode(&text)?;
         let mut config = self.config(tokenizer.vocab_size())?;
         if let Some(model) = &init {
             config.model = model.config().clone();
         }
         config.validate()?;
         println!(
-            "{} parameters, {}, {} layers; {} bytes of text are {} tokens; a step reads {}",
+            "{} parameters, {}, {} layers; a step reads {} tokens of {} bytes of text",
             config.model.costs()?.parameters(),
             config.model.plan.method(),
             config.model.n_layers,
-            text.len(),
-            tokens.len(),
             config.tokens_per_step(),
+            corpus.bytes(Part::Train),
         );
 
-        fs::create_dir_all(&self.out)
-            .map_err(|error| format!("cannot make {}: {error}", self.out.display()))?;
+        corpus::make_directory(&self.out)?;
         tokenizer.save(self.run_tokenizer())?;
+        let (train, valid) = corpus::windows(&corpus, &tokenizer, self.context, &self.out)?;
         let run = Run::new(self.out.join("run")).with_resume(self.resume);
+        let devices = std::slice::from_ref(device);
         let mut trained = match init {
-            Some(model) => train_from::<Autodiff<B>>(&config, model, tokens, &run, device)?,
-            None => train::<Autodiff<B>>(&config, tokens, &run, device)?,
+            Some(model) => {
+                train_from_on::<Autodiff<B>>(&config, model, train, valid, &run, devices)?
+            }
+            None => train_on::<Autodiff<B>>(&config, train, valid, &run, devices)?,
         };
         if self.best {
             let (model, losses) = run.best::<B>(device)?;
@@ -205,12 +207,12 @@ impl Program for Args {
 }
 
 impl Args {
-    /// The tokenizer asked for, that of the run to resume, or a new one.
-    fn tokenizer(&self, text: &str) -> Result<Tokenizer, Box<dyn Error>> {
+    /// The tokenizer asked for, that of the run to resume, or a new one of what is trained on.
+    fn tokenizer(&self, corpus: &Corpus) -> Result<Tokenizer, Box<dyn Error>> {
         Ok(match &self.tokenizer {
             Some(path) => Tokenizer::load(path)?,
             None if self.resume => Tokenizer::load(self.run_tokenizer())?,
-            None => Tokenizer::train_bpe(text, self.vocab)?,
+            None => corpus.train_tokenizer(self.vocab)?,
         })
     }
 
@@ -246,6 +248,7 @@ impl Args {
                 .with_epochs(self.validations.min(self.steps))
                 .with_patience(self.patience)
                 .with_warmup_steps(self.steps / 20)
+                .with_valid_fraction(self.valid)
                 .with_seed(self.seed),
         )
     }
@@ -318,4 +321,76 @@ fn init<B: Backend>(
 /// Bytes of a cache for one row, as allocated.
 fn cache_bytes<B: Backend>(model: &FusedKvDecoder<B>) -> Result<usize, Box<dyn Error>> {
     Ok(model.new_cache(1, CACHE_TOKENS)?.bytes_allocated())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use fusedkv::train::TrainError;
+    use tempfile::tempdir;
+
+    use super::*;
+
+    /// A training that takes a moment, of a small decoder or by `more` arguments.
+    fn train_tiny(data: &Path, out: &Path, more: &[&str]) -> Result<(), Box<dyn Error>> {
+        let small =
+            "train_tiny --steps 1 --validations 1 --context 4 --batch 1 --valid 0.4 --prompt the";
+        let shape = [
+            "--layers", "4", "--hidden", "16", "--heads", "2", "--vocab", "270",
+        ];
+        let shape = if more.is_empty() { &shape[..] } else { more };
+        let args = small.split_whitespace().chain(shape.iter().copied());
+        let mut args: Vec<_> = args.map(Into::into).collect();
+        args.extend(["--data".into(), data.as_os_str().to_owned()]);
+        args.extend(["--out".into(), out.as_os_str().to_owned()]);
+        let args = Args::try_parse_from(args)?;
+        args.backend.run(args)
+    }
+
+    #[test]
+    fn the_tokenizer_is_learned_from_what_is_trained_on() {
+        let directory = tempdir().unwrap();
+        let [text, out] = ["text.txt", "out"].map(|name| directory.path().join(name));
+        fs::write(&text, "the hat\nthe cat\nthe bat\nzyzzyzyzzyzyzzyz\n").unwrap();
+        train_tiny(&text, &out, &[]).unwrap();
+        let tokenizer = Tokenizer::load(out.join("tokenizer.json")).unwrap();
+        assert!(tokenizer.encode("the").unwrap().len() < 3);
+        assert_eq!(tokenizer.encode("zyz").unwrap().len(), 3);
+
+        // A folder is read as well, and gone on with.
+        let folder = directory.path().join("folder");
+        fs::create_dir(&folder).unwrap();
+        for name in ["one", "two", "three"] {
+            fs::write(folder.join(name), format!("the {name}, the {name}")).unwrap();
+        }
+        let more = directory.path().join("more");
+        let init = ["--init", out.to_str().unwrap()];
+        train_tiny(&folder, &more, &init).unwrap();
+        let kept = Tokenizer::load(more.join("tokenizer.json")).unwrap();
+        assert_eq!(kept.vocab_size(), tokenizer.vocab_size());
+    }
+
+    #[test]
+    fn what_cannot_be_read_or_written_is_said_in_a_line() {
+        let directory = tempdir().unwrap();
+        let [empty, file, out] = ["empty", "file", "out"].map(|name| directory.path().join(name));
+        fs::create_dir(&empty).unwrap();
+        fs::write(&file, "a text\nof two lines").unwrap();
+        let line = |data: &Path, out: &Path| {
+            let error = train_tiny(data, out, &[]).unwrap_err();
+            assert!(!error.to_string().contains('\n'), "{error}");
+            error.downcast::<TrainError>().unwrap()
+        };
+        assert!(matches!(*line(&empty, &out), TrainError::NoText(_)));
+        let missing = directory.path().join("missing");
+        assert!(matches!(
+            *line(&missing, &out),
+            TrainError::Unreadable { .. }
+        ));
+        let within = file.join("out");
+        assert!(matches!(*line(&file, &within), TrainError::Write { .. }));
+        assert!(!out.exists());
+    }
 }

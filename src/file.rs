@@ -1,30 +1,186 @@
-//! Files that are either the old or the new one, whenever the process dies.
+//! Files that are either the old or the new one, whenever the process dies or the power fails.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, IntoInnerError, Write};
 use std::path::{Path, PathBuf};
 
-/// Writes a file through `write`, which is given a temporary name beside `path`, then renames it.
-/// Nothing is left of one that could not be written.
-pub(crate) fn replace<E: From<io::Error>>(
-    path: &Path,
-    write: impl FnOnce(&Path) -> Result<(), E>,
-) -> Result<(), E> {
-    let partial = partial(path);
-    let written = write(&partial).and_then(|()| Ok(fs::rename(&partial, path)?));
-    if written.is_err() {
-        // It may never have been made; the error that counts is the first.
-        let _ = fs::remove_file(&partial);
-    }
-    written
+use tempfile::{Builder, NamedTempFile};
+
+/// A file that takes the place of the one at its path once it is [finished](Self::finish). Until
+/// then it has a name of its own beside it; dropped unfinished, it is gone.
+#[derive(Debug)]
+pub(crate) struct Replacement {
+    path: PathBuf,
+    file: BufWriter<NamedTempFile>,
 }
 
-/// The temporary name, with the extension of `path`: some writers choose a format by it.
-pub(crate) fn partial(path: &Path) -> PathBuf {
-    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    let name = format!("{stem}.partial");
-    match path.extension() {
-        Some(extension) => path.with_file_name(format!("{name}.{}", extension.to_string_lossy())),
-        None => path.with_file_name(name),
+impl Replacement {
+    pub fn create(path: &Path) -> io::Result<Self> {
+        Ok(Self {
+            path: path.to_owned(),
+            file: BufWriter::new(partial(path)?),
+        })
+    }
+
+    /// Gives the file its name, when its content is on the disk.
+    pub fn finish(self) -> io::Result<()> {
+        let file = self.file.into_inner().map_err(IntoInnerError::into_error)?;
+        file.as_file().sync_all()?;
+        file.persist(&self.path)?;
+        sync_directory(directory_of(&self.path))
+    }
+}
+
+impl Write for Replacement {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+/// Replaces a file by these bytes.
+pub(crate) fn write(path: &Path, bytes: impl AsRef<[u8]>) -> io::Result<()> {
+    let mut file = Replacement::create(path)?;
+    file.write_all(bytes.as_ref())?;
+    file.finish()
+}
+
+/// Replaces a file through a writer that opens files itself, at the name it is given.
+#[cfg(feature = "train")]
+pub(crate) fn write_by_name(
+    path: &Path,
+    write: impl FnOnce(&Path) -> io::Result<()>,
+) -> io::Result<()> {
+    let partial = partial(path)?.into_temp_path();
+    write(&partial)?;
+    // The writer may have made the file anew.
+    let written = fs::OpenOptions::new().write(true).open(&partial)?;
+    written.sync_all()?;
+    drop(written);
+    partial.persist(path)?;
+    sync_directory(directory_of(path))
+}
+
+/// Makes what was renamed in a directory outlast a loss of power, where directories can be synced.
+pub(crate) fn sync_directory(directory: &Path) -> io::Result<()> {
+    match cfg!(unix) {
+        true => File::open(directory)?.sync_all(),
+        false => Ok(()),
+    }
+}
+
+/// A file beside `path` with its extension, by which some writers choose a format, and hidden from
+/// those who read the directory. What a process that was killed has left of the same file is
+/// deleted.
+fn partial(path: &Path) -> io::Result<NamedTempFile> {
+    let directory = directory_of(path);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let prefix = format!(".{name}.partial-");
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(&prefix) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    let extension = path.extension().unwrap_or_default().to_string_lossy();
+    let suffix = match &*extension {
+        "" => String::new(),
+        extension => format!(".{extension}"),
+    };
+    let mut builder = Builder::new();
+    builder.prefix(&prefix).suffix(&suffix);
+    // Temporary files are their owner's alone; this one is to be a file like others.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(directory)
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::tempdir;
+
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let entries = fs::read_dir(directory).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_file_is_the_old_one_until_the_new_one_is_finished() {
+        let directory = tempdir().unwrap();
+        let path = directory.path().join("file.json");
+        write(&path, "old").unwrap();
+        let mut file = Replacement::create(&path).unwrap();
+        file.write_all(b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        drop(file);
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(directory.path()), ["file.json"]);
+
+        let mut file = Replacement::create(&path).unwrap();
+        file.write_all(b"new").unwrap();
+        file.finish().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(names(directory.path()), ["file.json"]);
+    }
+
+    #[cfg(feature = "train")]
+    #[test]
+    fn writers_by_name_leave_nothing_when_they_fail() {
+        let directory = tempdir().unwrap();
+        let path = directory.path().join("file.mpk");
+        for made_anew in [false, true] {
+            let write = |bytes: &[u8], result| {
+                write_by_name(&path, |partial| {
+                    assert_eq!(partial.extension(), path.extension());
+                    if made_anew {
+                        fs::remove_file(partial)?;
+                    }
+                    fs::write(partial, bytes)?;
+                    result
+                })
+            };
+            write(b"whole", Ok(())).unwrap();
+            write(b"half", Err(io::Error::other("full"))).unwrap_err();
+            assert_eq!(fs::read(&path).unwrap(), b"whole");
+            assert_eq!(names(directory.path()), ["file.mpk"]);
+        }
+    }
+
+    #[test]
+    fn what_a_killed_process_left_of_a_file_is_deleted_with_the_next() {
+        let directory = tempdir().unwrap();
+        for name in ["model-1.mpk", "model-10.mpk"] {
+            fs::write(directory.path().join(format!(".{name}.partial-ab.mpk")), "").unwrap();
+        }
+        write(&directory.path().join("model-1.mpk"), "").unwrap();
+        let left = [".model-10.mpk.partial-ab.mpk", "model-1.mpk"];
+        assert_eq!(names(directory.path()), left);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn new_files_have_the_permissions_of_others() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempdir().unwrap();
+        let [plain, written] = ["plain", "written"].map(|name| directory.path().join(name));
+        fs::write(&plain, "").unwrap();
+        write(&written, "").unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode(&written), mode(&plain));
     }
 }

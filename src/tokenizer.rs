@@ -1,6 +1,5 @@
 //! Byte-level BPE: text to tokens and back, without loss.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -94,11 +93,9 @@ impl Tokenizer {
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), TokenizerError> {
         let path = path.as_ref();
         let json = self.inner.to_string(true).map_err(failed)?;
-        file::replace(path, |partial| fs::write(partial, json)).map_err(|source| {
-            TokenizerError::Write {
-                path: path.to_owned(),
-                source,
-            }
+        file::write(path, json).map_err(|source| TokenizerError::Write {
+            path: path.to_owned(),
+            source,
         })
     }
 

@@ -1,5 +1,8 @@
 //! Comparisons: what is kept, resumed and refused, and the tasks generated for them.
 
+#[path = "compare/kept.rs"]
+mod kept;
+
 use std::fs;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -38,6 +41,7 @@ fn comparison(directory: &Path, methods: &[&str], seeds: u64) -> Comparison {
             .map(|name| Method::parse(name, &base()).unwrap())
             .collect(),
         seeds: (0..seeds).collect(),
+        tokenizer: None,
         directory: directory.to_owned(),
         cache_dtypes: Vec::new(),
     }
@@ -115,6 +119,15 @@ fn a_comparison_goes_on_only_with_its_own_data_and_settings() {
         matches!(&error, TrainError::OtherRun { field, .. } if field == "data"),
         "{error}"
     );
+
+    // As it was when data were hashed otherwise.
+    let mark = directory.path().join("comparison.json");
+    let mut old: serde_json::Value = serde_json::from_slice(&fs::read(&mark).unwrap()).unwrap();
+    old.as_object_mut().unwrap().remove("hash").unwrap();
+    fs::write(&mark, old.to_string()).unwrap();
+    let error = run(&first).unwrap_err();
+    let older = matches!(&error, TrainError::OlderComparison(path) if *path == first.directory);
+    assert!(older, "{error}");
 }
 
 #[test]

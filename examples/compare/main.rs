@@ -16,22 +16,25 @@ mod corpus;
 #[path = "../font/mod.rs"]
 mod font;
 mod plots;
+mod report;
 mod text;
 mod watch;
 
 use std::error::Error;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use burn::tensor::backend::Backend;
 use clap::{Parser, ValueEnum};
 use fusedkv::backend::Autodiff;
-use fusedkv::train::compare::{Comparison, DEFAULT_METHODS, Method, markdown, measure_speed};
+use fusedkv::tokenizer::Tokenizer;
+use fusedkv::train::compare::{Comparison, DEFAULT_METHODS, Method, RunEvent, measure_speed};
 use fusedkv::train::{AssociativeRecall, Needle, TrainingConfig, Windows};
 use fusedkv::{CacheDtype, FusedKvDecoderConfig, KvPlan};
 
 use backend::{BackendName, Program, exit_code};
+use report::Report;
+use text::Text;
 use watch::Watch;
 
 // Keeps freed blocks; the system's gives large ones back and faults them in again.
@@ -63,7 +66,7 @@ struct Args {
     seeds: u64,
     #[arg(long, value_enum, default_value = "text")]
     task: Task,
-    /// Text file or folder; the sources of this crate if not given
+    /// Text file or folder; a frozen text of this crate's sources if not given
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
     /// Token files to train on and to validate with, of --vocab tokens, instead of text
@@ -144,21 +147,24 @@ impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
         match self.task {
             Task::Text => {
-                let (tokenizer, train, valid) = text::windows(&self)?;
-                self.compare::<B>(tokenizer, &train, &valid, device)
+                let text = Text::open(&self)?;
+                let comparison = self.comparison(text.vocab_size, text.tokenizer)?;
+                self.compare::<B>(&comparison, &text.train, &text.valid, device)
             }
             Task::Recall => {
                 let [train, valid] = self.generated_windows().map(|(windows, seed)| {
                     AssociativeRecall::new(self.vocab, self.context, self.pairs, windows)
                         .with_seed(seed)
                 });
-                self.compare::<B>(self.vocab, &train, &valid, device)
+                let comparison = self.comparison(self.vocab, None)?;
+                self.compare::<B>(&comparison, &train, &valid, device)
             }
             Task::Needle => {
                 let [train, valid] = self.generated_windows().map(|(windows, seed)| {
                     Needle::new(self.vocab, self.context, windows).with_seed(seed)
                 });
-                self.compare::<B>(self.vocab, &train, &valid, device)
+                let comparison = self.comparison(self.vocab, None)?;
+                self.compare::<B>(&comparison, &train, &valid, device)
             }
         }
     }
@@ -174,32 +180,46 @@ impl Args {
 
     fn compare<B: Backend>(
         &self,
-        vocab_size: usize,
+        comparison: &Comparison,
         train: &(impl Windows + Clone + 'static),
         valid: &(impl Windows + Clone + 'static),
         device: &B::Device,
     ) -> Result<(), Box<dyn Error>> {
-        let comparison = self.comparison(vocab_size)?;
-        let watch = Watch::new(&comparison);
+        let watch = Watch::new(comparison);
+        let report = Report::new(&self.out);
         let devices = vec![device.clone(); self.devices];
         let results = comparison.run::<Autodiff<B>>(train, valid, &devices, move |event| {
             watch.tell(event);
+            // The runs are kept, whatever becomes of tables and plots; those at the end are of all.
+            if let RunEvent::Finished { result, kept } = event
+                && let Err(error) = report.add(result, kept)
+            {
+                watch.say(&format!("warning: {error}"));
+            }
         })?;
-        let methods = &comparison.methods;
-        let speeds = measure_speed::<B>(methods, self.prompt, 16, 5, device)?;
-        let table = markdown(&results, &speeds);
-        println!("{table}");
-        self.publish(|directory| {
-            fs::write(directory.join("table.md"), &table)?;
-            let speeds = serde_json::to_string_pretty(&speeds)?;
-            Ok(fs::write(directory.join("speed.json"), speeds)?)
-        })?;
-        self.publish(|directory| plots::draw(&results, directory))?;
+        let speeds = measure_speed::<B>(&comparison.methods, self.prompt, 16, 5, device)?;
+        let report = Report::new(&self.out);
+        println!("{}", report.table(&results, &speeds)?);
+        let drawn = report.plots(&results);
         println!("Table, plots and runs are in {}", self.out.display());
-        Ok(())
+        if let Some(finished) = results.iter().find(|result| result.diverged.is_none()) {
+            let mut methods = comparison.methods.iter();
+            if let Some(method) = methods.find(|method| method.name == finished.method) {
+                let model = comparison.model_directory(method, finished.config.seed);
+                println!(
+                    "The examples generate, score and information_flow open each run's model, e.g. {}",
+                    model.display(),
+                );
+            }
+        }
+        drawn
     }
 
-    fn comparison(&self, vocab_size: usize) -> Result<Comparison, Box<dyn Error>> {
+    fn comparison(
+        &self,
+        vocab_size: usize,
+        tokenizer: Option<Tokenizer>,
+    ) -> Result<Comparison, Box<dyn Error>> {
         let model = FusedKvDecoderConfig::new(
             vocab_size,
             self.hidden,
@@ -233,36 +253,125 @@ impl Args {
             training,
             methods,
             seeds: (0..self.seeds).collect(),
+            tokenizer,
             directory: self.out.clone(),
             cache_dtypes: self.cache_dtypes.clone(),
         })
     }
+}
 
-    /// Moves the files that `write` makes in a directory of its own to the output directory, so
-    /// that none there is half-written.
-    fn publish(
-        &self,
-        write: impl FnOnce(&Path) -> Result<(), Box<dyn Error>>,
-    ) -> Result<(), Box<dyn Error>> {
-        let publish = || {
-            let partial = tempfile::tempdir_in(&self.out)?;
-            write(partial.path())?;
-            for entry in fs::read_dir(partial.path())? {
-                let entry = entry?;
-                fs::rename(entry.path(), self.out.join(entry.file_name()))?;
-            }
-            Ok(())
-        };
-        publish().map_err(|error: Box<dyn Error>| {
-            format!("cannot write results to {}: {error}", self.out.display()).into()
-        })
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use fusedkv::backend::{Flex, FlexDevice};
+    use fusedkv::checkpoint::load_checkpoint;
+    use fusedkv::information_flow;
+    use fusedkv::train::TrainError;
+    use fusedkv::train::compare::RunResult;
+    use tempfile::tempdir;
+
+    use super::*;
+
+    /// A comparison of two methods that takes a moment.
+    fn compare(data: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
+        let small = "compare --methods standard fused-kv --seeds 1 --steps 2 --validations 1 \
+            --layers 4 --hidden 16 --heads 2 --vocab 280 --context 8 --batch 2 --prompt 4";
+        let mut args: Vec<_> = small.split_whitespace().map(Into::into).collect();
+        args.extend(["--data".into(), data.as_os_str().to_owned()]);
+        args.extend(["--out".into(), out.as_os_str().to_owned()]);
+        let args = Args::try_parse_from(args)?;
+        args.backend.run(args)
     }
 
-    /// A file of the output directory, which is made if need be.
-    fn kept(&self, name: &str) -> Result<PathBuf, Box<dyn Error>> {
-        let directory: &Path = &self.out;
-        fs::create_dir_all(directory)
-            .map_err(|error| format!("cannot make {}: {error}", directory.display()))?;
-        Ok(directory.join(name))
+    fn text(directory: &Path) -> PathBuf {
+        let path = directory.join("text.txt");
+        fs::write(&path, "one fish two fish red fish blue fish\n".repeat(40)).unwrap();
+        path
+    }
+
+    #[test]
+    fn a_comparison_leaves_tables_plots_and_models_to_open() {
+        let directory = tempdir().unwrap();
+        let out = directory.path().join("out");
+        compare(&text(directory.path()), &out).unwrap();
+        for file in ["table.md", "speed.json", "loss.svg", "quality.png"] {
+            assert!(out.join(file).exists(), "{file}");
+        }
+        let mut entries = fs::read_dir(&out).unwrap();
+        assert!(!entries.any(|entry| {
+            let name = entry.unwrap().file_name();
+            name.to_string_lossy().starts_with('.')
+        }));
+        let model = out.join("runs/fused-kv-seed-0/model");
+        let loaded = load_checkpoint::<Flex>(&model, Default::default(), &FlexDevice).unwrap();
+        assert!(loaded.tokenizer.is_some());
+        assert!(!loaded.eos.is_empty());
+        assert_eq!(information_flow(&loaded.model).keys.len(), 2);
+    }
+
+    #[test]
+    fn every_run_is_reported_and_a_plot_that_fails_costs_no_table() {
+        let directory = tempdir().unwrap();
+        let out = directory.path().join("out");
+        compare(&text(directory.path()), &out).unwrap();
+        let result = fs::read(out.join("runs/standard-seed-0/result.json")).unwrap();
+        let result: RunResult = serde_json::from_slice(&result).unwrap();
+
+        let place = directory.path().join("report");
+        fs::create_dir(&place).unwrap();
+        let report = Report::new(&place);
+        let other = RunResult {
+            method: "kept".to_owned(),
+            ..result.clone()
+        };
+        report.add(&other, true).unwrap();
+        assert!(!place.join("table.md").exists());
+        report.add(&result, false).unwrap();
+        let table = fs::read_to_string(place.join("table.md")).unwrap();
+        assert!(table.contains("| kept |") && table.contains("| standard |"));
+        assert!(place.join("loss.svg").exists());
+
+        // A directory where a plot should be.
+        fs::remove_file(place.join("loss.png")).unwrap();
+        fs::create_dir(place.join("loss.png")).unwrap();
+        let diverged = RunResult {
+            method: "diverged".to_owned(),
+            diverged: Some(1),
+            valid_loss: f64::NAN,
+            ..result
+        };
+        report.add(&diverged, false).unwrap_err();
+        let table = fs::read_to_string(place.join("table.md")).unwrap();
+        assert!(table.contains("| diverged | 0, 1 diverged |"), "{table}");
+
+        // Where all have diverged there is nothing to draw, and no failure.
+        let none = Report::new(&place);
+        none.add(&diverged, false).unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_read_or_written_is_said_in_a_line() {
+        let directory = tempdir().unwrap();
+        let [empty, file] = ["empty", "file"].map(|name| directory.path().join(name));
+        fs::create_dir(&empty).unwrap();
+        fs::write(&file, "").unwrap();
+        let text = text(directory.path());
+        let out = directory.path().join("out");
+        for (data, out, written) in [
+            (&empty, &out, false),
+            (&file, &out, false),
+            (&text, &file.join("out"), true),
+        ] {
+            let error = compare(data, out).unwrap_err();
+            assert!(!error.to_string().contains('\n'), "{error}");
+            let error = error.downcast_ref::<TrainError>();
+            match written {
+                true => assert!(matches!(error, Some(TrainError::Write { .. })), "{error:?}"),
+                false => assert!(matches!(error, Some(TrainError::NoText(_))), "{error:?}"),
+            }
+        }
+        assert!(!out.exists());
     }
 }

@@ -13,8 +13,11 @@ use super::font;
 const SIZE: (u32, u32) = (1000, 620);
 
 /// Writes `loss.{svg,png}`, `gradients.{svg,png}`, `quality.{svg,png}` and, where answers were
-/// recalled, `recall.{svg,png}` to the directory.
+/// recalled, `recall.{svg,png}` to the directory. Runs that diverged are in none of them.
 pub fn draw(results: &[RunResult], directory: &Path) -> Result<(), Box<dyn Error>> {
+    if by_method(results).next().is_none() {
+        return Ok(());
+    }
     font::register()?;
     let mut plots = vec![("loss", Plot::Loss), ("quality", Plot::Quality)];
     if gradients(results)
@@ -23,10 +26,7 @@ pub fn draw(results: &[RunResult], directory: &Path) -> Result<(), Box<dyn Error
     {
         plots.push(("gradients", Plot::Gradients));
     }
-    if summarise(results)
-        .iter()
-        .any(|summary| summary.accuracy.is_some())
-    {
+    if summaries(results).any(|summary| summary.accuracy.is_some()) {
         plots.push(("recall", Plot::Recall));
     }
     for (name, plot) in plots {
@@ -82,12 +82,28 @@ impl Plot {
 /// A method's name and its points.
 type Curve = (String, Vec<(f64, f64)>);
 
-/// The runs of every method.
+/// The methods of which runs are finished.
+fn summaries(results: &[RunResult]) -> impl Iterator<Item = MethodSummary> {
+    let summaries = summarise(results).into_iter();
+    summaries.filter(|summary| summary.seeds > 0)
+}
+
+/// The finished runs of every method.
 fn by_method(results: &[RunResult]) -> impl Iterator<Item = (String, Vec<&RunResult>)> {
-    summarise(results).into_iter().map(|summary| {
-        let runs = results.iter().filter(|run| run.method == summary.method);
-        (summary.method.clone(), runs.collect())
+    let finished = |run: &&RunResult| run.diverged.is_none();
+    summaries(results).map(move |summary| {
+        let runs = results.iter().filter(finished);
+        let runs = runs.filter(|run| run.method == summary.method);
+        (label(&summary), runs.collect())
     })
+}
+
+/// A method's name, and how many of its runs are left out.
+fn label(summary: &MethodSummary) -> String {
+    match summary.diverged {
+        0 => summary.method.clone(),
+        diverged => format!("{} ({diverged} diverged)", summary.method),
+    }
 }
 
 /// Mean validation loss over the tokens read.
@@ -175,10 +191,12 @@ fn trails(
     value: impl Fn(Option<MeanDeviation>, MeanDeviation) -> Option<MeanDeviation>,
 ) -> Vec<Vec<Point>> {
     let point = |label, bytes: usize, accuracy, loss| {
-        Some(Point {
+        let value = value(accuracy, loss)?;
+        // A cache of too few bits may make a loss that is no number.
+        value.mean.is_finite().then_some(Point {
             label,
             bytes: bytes as f64,
-            value: value(accuracy, loss)?,
+            value,
         })
     };
     let trail = |summary: MethodSummary| {
@@ -187,10 +205,11 @@ fn trails(
             point(c.dtype.to_string(), bytes, c.accuracy, c.valid_loss)
         });
         let bytes = summary.cache_bytes_per_token;
-        let plain = point(summary.method, bytes, summary.accuracy, summary.valid_loss);
+        let name = label(&summary);
+        let plain = point(name, bytes, summary.accuracy, summary.valid_loss);
         plain.into_iter().chain(cached).collect::<Vec<_>>()
     };
-    let trails = summarise(results).into_iter().map(trail);
+    let trails = summaries(results).map(trail);
     trails.filter(|trail| !trail.is_empty()).collect()
 }
 

@@ -68,20 +68,27 @@ impl Watch {
                     state.skipped += self.steps;
                 }
                 self.bar.set_position(state.before);
-                let line = format!(
-                    "{} seed {}: validation loss {:.4}{}",
+                let outcome = match result.diverged {
+                    Some(epoch) => format!("diverged at validation {epoch}"),
+                    None => format!("validation loss {:.4}", result.valid_loss),
+                };
+                self.say(&format!(
+                    "{} seed {}: {outcome}{}",
                     result.method,
                     result.config.seed,
-                    result.valid_loss,
                     if kept { ", kept" } else { "" },
-                );
-                // Without a terminal the bar is hidden, and so would be what it prints.
-                if self.bar.is_hidden() {
-                    println!("{line}");
-                } else {
-                    self.bar.println(line);
-                }
+                ));
             }
+        }
+    }
+
+    /// Prints a line above the bar. Without a terminal the bar is hidden, and so would be what it
+    /// prints.
+    pub fn say(&self, line: &str) {
+        if self.bar.is_hidden() {
+            println!("{line}");
+        } else {
+            self.bar.println(line);
         }
     }
 }

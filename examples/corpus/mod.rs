@@ -1,60 +1,51 @@
-//! The text `train_tiny` trains on by default: this crate.
+//! The text that examples learn from.
 
-/// Joins files of this repository.
-macro_rules! files {
-    ($($path:literal),* $(,)?) => {
-        &[$(include_str!(concat!("../../", $path))),*]
-    };
+use std::fs;
+use std::path::Path;
+
+use fusedkv::tokenizer::Tokenizer;
+use fusedkv::train::{Corpus, Part, TokenWindows, TrainError};
+
+/// A text of this crate that does not change with it; README.md beside it says more.
+const FROZEN: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/examples/corpus/fusedkv-0.1.txt"
+);
+
+/// Opens a file or folder, the frozen text if none is given.
+pub fn open(data: Option<&Path>, valid_fraction: f64) -> Result<Corpus, TrainError> {
+    Corpus::open(data.unwrap_or(Path::new(FROZEN)), valid_fraction)
 }
 
-/// The crate's own docs and sources; the last of them are held out for validation.
-const FILES: &[&str] = files![
-    "README.md",
-    "docs/method.md",
-    "docs/architecture.md",
-    "src/lib.rs",
-    "src/plan.rs",
-    "src/config.rs",
-    "src/cost.rs",
-    "src/decoder/mod.rs",
-    "src/decoder/layer.rs",
-    "src/decoder/attention.rs",
-    "src/decoder/attend.rs",
-    "src/decoder/fusion.rs",
-    "src/decoder/kv.rs",
-    "src/decoder/rope.rs",
-    "src/tokens.rs",
-    "src/backend.rs",
-    "src/generate/mod.rs",
-    "src/generate/sampling.rs",
-    "src/error.rs",
-    "src/train/mod.rs",
-    "src/train/run.rs",
-    "src/train/config.rs",
-    "src/train/data.rs",
-    "src/train/step.rs",
-    "src/train/metrics.rs",
-    "src/train/optimizer.rs",
-    "src/train/checkpoint.rs",
-    "src/train/progress.rs",
-    "src/tokenizer.rs",
-    "src/file.rs",
-    "src/checkpoint/mod.rs",
-    "src/checkpoint/config.rs",
-    "src/checkpoint/directory.rs",
-    "src/checkpoint/load.rs",
-    "src/checkpoint/names.rs",
-    "src/checkpoint/safetensors.rs",
-    "src/checkpoint/save.rs",
-    "src/checkpoint/weights.rs",
-    "src/score.rs",
-    "src/train/error.rs",
-    "examples/train_tiny.rs",
-    "examples/generate.rs",
-    "src/cache.rs",
-];
+/// Windows to train on and to validate with. Their tokens are kept in two files of a directory.
+pub fn windows(
+    corpus: &Corpus,
+    tokenizer: &Tokenizer,
+    context: usize,
+    directory: &Path,
+) -> Result<(TokenWindows, TokenWindows), TrainError> {
+    let windows = |part, name| {
+        let tokens = corpus.tokenize(part, tokenizer, directory.join(name))?;
+        println!(
+            "{name}: {} document(s), {} bytes, {} tokens",
+            corpus.documents(part),
+            corpus.bytes(part),
+            tokens.len(),
+        );
+        TokenWindows::of_file(tokens, context)
+    };
+    let train = windows(Part::Train, "train.bin")?;
+    let valid = windows(Part::Valid, "valid.bin")?;
+    if corpus.passed_over() > 0 {
+        println!("{} files are no text", corpus.passed_over());
+    }
+    Ok((train, valid))
+}
 
-/// All files, one after the other.
-pub fn default_text() -> String {
-    FILES.join("\n")
+/// Makes the directory that an example writes to, if need be.
+pub fn make_directory(path: &Path) -> Result<(), TrainError> {
+    fs::create_dir_all(path).map_err(|source| TrainError::Write {
+        path: path.to_owned(),
+        source,
+    })
 }

@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use super::error::CheckpointError;
+use crate::file;
 
 /// Makes `target` the directory that `write` fills, in one step once it is complete. Files of the
 /// old directory stay, except those whose names are `replaced`.
@@ -73,20 +74,24 @@ fn commit(
     partial: &Path,
     replaced: impl Fn(&str) -> bool,
 ) -> io::Result<()> {
-    if target.exists() {
+    let exists = target.exists();
+    if exists {
         for entry in fs::read_dir(target)? {
             let entry = entry?;
             if !entry.file_name().to_str().is_some_and(&replaced) {
                 link(&entry.path(), &partial.join(entry.file_name()))?;
             }
         }
+    }
+    file::sync_directory(partial)?;
+    if exists {
         fs::set_permissions(partial, fs::metadata(target)?.permissions())?;
         exchange(parent, target, partial)?;
         remove(partial)?;
     } else {
         fs::rename(partial, target)?;
     }
-    sync(parent)
+    file::sync_directory(parent)
 }
 
 /// The same file under another name; directories are made again.
@@ -124,12 +129,4 @@ fn exchange(parent: &Path, target: &Path, partial: &Path) -> io::Result<()> {
         return Err(error);
     }
     remove(&old)
-}
-
-/// Makes a rename in `directory` outlast a loss of power.
-fn sync(directory: &Path) -> io::Result<()> {
-    match cfg!(unix) {
-        true => fs::File::open(directory)?.sync_all(),
-        false => Ok(()),
-    }
 }

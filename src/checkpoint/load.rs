@@ -113,7 +113,7 @@ fn check(config: &ModelConfig, weights: &mut Weights) -> Result<Vec<TensorSpec>,
     Ok(expected)
 }
 
-pub(super) fn check_vocabulary(
+pub(crate) fn check_vocabulary(
     directory: &Path,
     tokenizer: &Tokenizer,
     vocab_size: usize,

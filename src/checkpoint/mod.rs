@@ -37,6 +37,8 @@ mod save;
 mod weights;
 
 pub use error::CheckpointError;
+#[cfg(feature = "train")]
+pub(crate) use load::check_vocabulary;
 pub use load::{LoadedCheckpoint, load_checkpoint};
 pub use numbers::WeightDtype;
 pub use rows::RowWriter;

@@ -1,22 +1,21 @@
 //! A matrix written to a safetensors file row by row.
 
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::error::CheckpointError;
 use super::names::TensorSpec;
 use super::numbers::WeightDtype;
 use super::save::header;
-use crate::file;
+use crate::file::Replacement;
 
 /// Writes one f32 tensor `[rows, width]` to a safetensors file, without holding it: logits of a long
-/// text. The file appears when it is [finished](Self::finish).
+/// text. The file appears when it is [finished](Self::finish); of a writer that is dropped before,
+/// nothing is left.
 #[derive(Debug)]
 pub struct RowWriter {
     path: PathBuf,
-    partial: PathBuf,
-    file: BufWriter<File>,
+    file: Replacement,
     /// Numbers still to come.
     left: usize,
     elements: usize,
@@ -33,21 +32,19 @@ impl RowWriter {
         [rows, width]: [usize; 2],
     ) -> Result<Self, CheckpointError> {
         let path = path.as_ref().to_owned();
-        let partial = file::partial(&path);
         let spec = TensorSpec {
             name: name.to_owned(),
             shape: vec![rows, width],
         };
         let elements = spec.elements();
         let start = || {
-            let mut file = BufWriter::new(File::create(&partial)?);
+            let mut file = Replacement::create(&path)?;
             file.write_all(&header(&[spec], WeightDtype::F32))?;
             Ok(file)
         };
         match start() {
             Ok(file) => Ok(Self {
                 path,
-                partial,
                 file,
                 left: elements,
                 elements,
@@ -79,15 +76,11 @@ impl RowWriter {
     ///
     /// # Errors
     /// [`CheckpointError::Write`]; [`CheckpointError::Rows`] for fewer numbers than announced.
-    pub fn finish(mut self) -> Result<(), CheckpointError> {
+    pub fn finish(self) -> Result<(), CheckpointError> {
         if self.left > 0 {
             return Err(self.rows(self.elements - self.left));
         }
-        let done = self
-            .file
-            .flush()
-            .and_then(|()| fs::rename(&self.partial, &self.path));
-        done.map_err(|source| CheckpointError::Write {
+        self.file.finish().map_err(|source| CheckpointError::Write {
             path: self.path,
             source,
         })

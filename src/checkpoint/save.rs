@@ -1,7 +1,7 @@
 //! From a decoder to a directory, all of it or nothing.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +17,7 @@ use super::names::{self, ModulePath, ParameterVisitor, TensorSpec};
 use super::numbers::{Overflow, WeightDtype, encode};
 use super::{CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER, WEIGHTS, config};
 use crate::decoder::FusedKvDecoder;
+use crate::file;
 use crate::tokenizer::Tokenizer;
 
 /// Bytes per shard unless told otherwise, as Hugging Face's libraries have it.
@@ -173,7 +174,7 @@ fn is_weights(name: &str) -> bool {
 }
 
 fn write_json(path: &Path, json: &Value) -> Result<(), CheckpointError> {
-    fs::write(path, format!("{json:#}\n")).map_err(|source| CheckpointError::Write {
+    file::write(path, format!("{json:#}\n")).map_err(|source| CheckpointError::Write {
         path: path.to_owned(),
         source,
     })

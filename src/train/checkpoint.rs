@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use burn::config::Config;
+use burn::config::config_to_json;
 use burn::record::{
     FileRecorder, FullPrecisionSettings, NamedMpkFileRecorder, Recorder, RecorderError,
 };
@@ -22,6 +22,7 @@ use super::config::TrainingConfig;
 use super::error::TrainError;
 use super::gradients::GradientNorms;
 use super::log;
+use super::number;
 use crate::file;
 
 const CONFIG: &str = "training.json";
@@ -37,8 +38,10 @@ pub struct EpochLosses {
     /// The epoch, counted from 1.
     pub epoch: usize,
     /// Mean loss of the batches trained on, each before its step, in nats per token.
+    #[serde(with = "number")]
     pub train: f64,
     /// Mean loss of the held-out windows after the epoch, in nats per token.
+    #[serde(with = "number")]
     pub valid: f64,
     /// Mean over the epoch's steps of the gradients' norms before they are clipped.
     #[serde(default)]
@@ -77,7 +80,7 @@ impl RunDirectory {
             fs::remove_file(run.log()).map_err(write(&run.log()))?;
         }
         run.save_losses(&[]).map_err(write(&path.join(LOSSES)))?;
-        file::replace(&config_path, |partial| config.save(partial)).map_err(write(&config_path))?;
+        file::write(&config_path, config_to_json(config)).map_err(write(&config_path))?;
         Ok(run)
     }
 
@@ -109,7 +112,7 @@ impl RunDirectory {
         }
         let epoch = run.last_checkpoint();
         let epoch = epoch.ok_or_else(|| TrainError::NoCheckpoint(path.to_owned()))?;
-        let mut losses: Vec<EpochLosses> = read(&path.join(LOSSES))?;
+        let mut losses = Self::losses(path)?;
         losses.retain(|losses| losses.epoch <= epoch);
         let log = run.log();
         log::keep_until(&log, epoch).map_err(|source| TrainError::Write { path: log, source })?;
@@ -123,10 +126,15 @@ impl RunDirectory {
         if !path.join(CONFIG).exists() || !path.join(LOSSES).exists() {
             return Err(TrainError::NoCheckpoint(path.to_owned()));
         }
-        let mut losses: Vec<EpochLosses> = read(&path.join(LOSSES))?;
+        let mut losses = Self::losses(path)?;
         let saved = run.checkpoints();
         losses.retain(|losses| saved.contains(&losses.epoch));
         Ok((run, read(&path.join(CONFIG))?, losses))
+    }
+
+    /// The losses of every epoch of a run, those after the last checkpoint included.
+    pub fn losses(path: &Path) -> Result<Vec<EpochLosses>, TrainError> {
+        read(&path.join(LOSSES))
     }
 
     pub fn path(&self) -> &Path {
@@ -172,7 +180,7 @@ impl RunDirectory {
 
     fn save_losses(&self, losses: &[EpochLosses]) -> io::Result<()> {
         let json = serde_json::to_vec_pretty(losses)?;
-        file::replace(&self.0.join(LOSSES), |partial| fs::write(partial, json))
+        file::write(&self.0.join(LOSSES), json)
     }
 }
 
@@ -229,9 +237,10 @@ impl<B: Backend> Recorder<B> for CompleteFileRecorder {
 
     fn save_item<I: Serialize>(&self, item: I, mut path: PathBuf) -> Result<(), RecorderError> {
         path.set_extension(<Self as FileRecorder<B>>::file_extension());
-        let partial = file::partial(&path);
-        Recorder::<B>::save_item(&self.0, item, partial.clone())?;
-        fs::rename(partial, path).map_err(|error| RecorderError::Unknown(error.to_string()))
+        let write = |partial: &Path| {
+            Recorder::<B>::save_item(&self.0, item, partial.to_owned()).map_err(io::Error::other)
+        };
+        file::write_by_name(&path, write).map_err(|error| RecorderError::Unknown(error.to_string()))
     }
 
     fn load_item<I: DeserializeOwned>(&self, path: &mut PathBuf) -> Result<I, RecorderError> {
@@ -305,12 +314,12 @@ impl KeepLastAndBest {
         let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
         let finite = losses.train.is_finite() && losses.valid.is_finite();
         history.push(losses);
+        if let Err(error) = self.run.save_losses(&history) {
+            self.interrupter.stop(Some(&error.to_string()));
+        }
         if !finite {
             self.interrupter.stop(Some("the loss is not a number"));
             return Vec::new();
-        }
-        if let Err(error) = self.run.save_losses(&history) {
-            self.interrupter.stop(Some(&error.to_string()));
         }
         let best = history.iter().min_by(|a, b| a.valid.total_cmp(&b.valid));
         let best = best.map_or(epoch, |best| best.epoch);

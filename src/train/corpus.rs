@@ -1,11 +1,15 @@
 //! Text files as documents, some of them held out.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::data::{FNV_BASIS, check_fraction, fnv_1a};
+use ignore::WalkBuilder;
+use xxhash_rust::xxh3::Xxh3Default;
+
+use super::data::check_fraction;
 use super::error::TrainError;
 use super::token_file::TokenFile;
 use crate::tokenizer::{END_OF_TEXT, Tokenizer};
@@ -24,10 +28,14 @@ pub enum Part {
 
 /// The text of a file or a folder, divided into documents to train on and others to validate with.
 ///
-/// In a folder every UTF-8 file is a document, those below it included; other files and empty ones
-/// are passed over. Which are held out is decided by a hash of their content: files that are copies
-/// of one another are on the same side, and neither names nor order matter. Of a single document,
-/// the end is held out.
+/// A file is a document, or several: each line that is [`END_OF_TEXT`] alone ends one. In a folder
+/// every UTF-8 file is read, those below it included; other files and empty ones are passed over, and
+/// so are hidden ones and those that a `.gitignore` in the folder excludes.
+///
+/// A document is held out if its hash, XXH3 of its bytes, is below the fraction of all 2⁶⁴: copies
+/// of one another are on the same side, and neither names nor order nor the other documents matter.
+/// Only where that would hold out none is the one of the smallest hash held out, and where it would
+/// hold out all, the one of the largest trained on. Of a single document, the end is held out.
 ///
 /// ```
 /// use fusedkv::tokenizer::Tokenizer;
@@ -55,15 +63,16 @@ pub struct Corpus {
 /// A file, or a part of one.
 #[derive(Clone, Debug)]
 struct Document {
-    path: PathBuf,
+    /// Shared with the file's other documents, of which there may be millions.
+    path: Arc<Path>,
     bytes: Range<u64>,
     /// Of its text.
     hash: u64,
 }
 
 impl Corpus {
-    /// Finds the documents and holds out about `valid_fraction` of their bytes, at least one
-    /// document and never all. Every file is read once, in pieces.
+    /// Finds the documents and holds out about `valid_fraction` of them, at least one and never
+    /// all. Every file is read once, in pieces.
     ///
     /// # Errors
     /// [`TrainError::Setting`] if the fraction is not between 0 and 1, [`TrainError::Unreadable`]
@@ -75,12 +84,9 @@ impl Corpus {
         let mut documents = Vec::new();
         let mut passed_over = 0;
         if path.is_dir() {
-            let mut files = Vec::new();
-            list(path, &mut files)?;
-            files.sort();
-            for file in files {
+            for file in files(path)? {
                 match Document::scan(&file) {
-                    Ok(document) if !document.bytes.is_empty() => documents.push(document),
+                    Ok(found) if !found.is_empty() => documents.extend(found),
                     Err(error) if error.kind() != io::ErrorKind::InvalidData => {
                         return Err(unreadable(&file, &error));
                     }
@@ -88,22 +94,16 @@ impl Corpus {
                 }
             }
         } else {
-            documents.push(Document::scan(path).map_err(|error| unreadable(path, &error))?);
+            documents = Document::scan(path).map_err(|error| unreadable(path, &error))?;
         }
-        let total: u64 = documents.iter().map(Document::len).sum();
-        if total == 0 {
+        let Some(first) = documents.first() else {
             return Err(TrainError::NoText(path.to_owned()));
-        }
-        let quota = (total as f64 * valid_fraction) as u64;
-        documents.sort_by_key(|document| document.hash);
-        let copies = documents.chunk_by(|a, b| a.hash == b.hash);
-        let documents = if copies.count() > 1 {
-            hold_out(&documents, quota)
+        };
+        let documents = if documents.iter().all(|other| other.hash == first.hash) {
+            let cut = first.cut(valid_fraction);
+            cut.map_err(|error| unreadable(&first.path, &error))?
         } else {
-            let document = documents.swap_remove(0);
-            document
-                .cut(quota)
-                .map_err(|error| unreadable(&document.path, &error))?
+            hold_out(documents, valid_fraction)
         };
         Ok(Self {
             documents,
@@ -130,8 +130,8 @@ impl Corpus {
     /// [`END_OF_TEXT`].
     pub fn text(&self, part: Part) -> impl Iterator<Item = Result<String, TrainError>> + Send {
         self.of(part).flat_map(|document| {
-            let (pieces, error) = match document.pieces() {
-                Ok(pieces) => (Some(pieces), None),
+            let (pieces, error) = match document.reader() {
+                Ok(reader) => (Some(Pieces(reader)), None),
                 Err(error) => (None, Some(Err(error))),
             };
             let end = Some(Ok(END_OF_TEXT.to_owned()));
@@ -178,56 +178,74 @@ impl Corpus {
     }
 }
 
-/// Takes documents in order of their hashes, copies together, as long as they fit into `quota`
-/// bytes; the smallest if none does. Of two or more, that is never all.
-fn hold_out(documents: &[Document], quota: u64) -> Vec<(Document, Part)> {
-    let copies: Vec<&[Document]> = documents.chunk_by(|a, b| a.hash == b.hash).collect();
-    let bytes = |copies: &[Document]| copies.iter().map(Document::len).sum::<u64>();
-    let smallest = copies.iter().map(|copies| bytes(copies)).min();
-    let mut left = quota.max(smallest.unwrap_or(0));
-    let mut parts = Vec::with_capacity(documents.len());
-    for copies in copies {
-        let part = if bytes(copies) <= left {
-            left -= bytes(copies);
-            Part::Valid
-        } else {
-            Part::Train
-        };
-        parts.extend(copies.iter().map(|document| (document.clone(), part)));
-    }
-    parts.sort_by(|(a, _), (b, _)| a.path.cmp(&b.path));
-    parts
+/// Holds out the documents with a hash below the fraction of all 2⁶⁴, but no fewer than those with
+/// the smallest and none with the largest. Of two or more that differ, some are on either side.
+fn hold_out(documents: Vec<Document>, valid_fraction: f64) -> Vec<(Document, Part)> {
+    let hashes = || documents.iter().map(|document| document.hash);
+    let threshold = (valid_fraction * 2f64.powi(64)) as u64;
+    let threshold = threshold
+        .min(hashes().max().unwrap_or(0))
+        .max(hashes().min().unwrap_or(0).saturating_add(1));
+    documents
+        .into_iter()
+        .map(|document| match document.hash < threshold {
+            true => (document, Part::Valid),
+            false => (document, Part::Train),
+        })
+        .collect()
 }
 
 impl Document {
-    /// Reads a file to see that it is text.
-    fn scan(path: &Path) -> io::Result<Self> {
-        let mut document = Self {
-            path: path.to_owned(),
-            bytes: 0..File::open(path)?.metadata()?.len(),
-            hash: FNV_BASIS,
-        };
-        for piece in document.pieces()? {
-            document.hash = fnv_1a(document.hash, piece?.bytes());
+    /// Reads a file to find its documents, and to see that they are text. Empty ones are none.
+    fn scan(path: &Path) -> io::Result<Vec<Self>> {
+        let path: Arc<Path> = path.into();
+        let mut reader = BufReader::new(File::open(&path)?);
+        let mut documents = Vec::new();
+        let mut hash = Xxh3Default::new();
+        let (mut start, mut end) = (0, 0);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            let read = reader.read_until(b'\n', &mut line)? as u64;
+            let text = str::from_utf8(&line);
+            let text = text.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+            if read > 0 && text.trim_end_matches(['\r', '\n']) != END_OF_TEXT {
+                hash.update(&line);
+                end += read;
+                continue;
+            }
+            if end > start {
+                documents.push(Self {
+                    path: path.clone(),
+                    bytes: start..end,
+                    hash: hash.digest(),
+                });
+            }
+            if read == 0 {
+                return Ok(documents);
+            }
+            hash.reset();
+            end += read;
+            start = end;
         }
-        Ok(document)
     }
 
     fn len(&self) -> u64 {
         self.bytes.end - self.bytes.start
     }
 
-    fn pieces(&self) -> io::Result<Pieces> {
+    fn reader(&self) -> io::Result<io::Take<BufReader<File>>> {
         let mut file = File::open(&self.path)?;
         file.seek(SeekFrom::Start(self.bytes.start))?;
-        Ok(Pieces(BufReader::new(file).take(self.len())))
+        Ok(BufReader::new(file).take(self.len()))
     }
 
-    /// Cuts the whole document where a line ends, so that at least `quota` bytes are held out; a
+    /// Cuts the document where a line ends, so that at least a fraction of its bytes is held out; a
     /// text of one line where a character does.
-    fn cut(&self, quota: u64) -> io::Result<Vec<(Self, Part)>> {
+    fn cut(&self, valid_fraction: f64) -> io::Result<Vec<(Self, Part)>> {
+        let quota = (self.len() as f64 * valid_fraction) as u64;
         let last = self.len().saturating_sub(quota.max(1));
-        let mut reader = BufReader::new(File::open(&self.path)?);
+        let mut reader = self.reader()?;
         let mut line = Vec::new();
         let mut end = 0;
         loop {
@@ -245,9 +263,10 @@ impl Document {
             bytes,
             ..self.clone()
         };
+        let middle = self.bytes.start + end;
         Ok(vec![
-            (part(0..end), Part::Train),
-            (part(end..self.len()), Part::Valid),
+            (part(self.bytes.start..middle), Part::Train),
+            (part(middle..self.bytes.end), Part::Valid),
         ])
     }
 }
@@ -275,17 +294,29 @@ impl Iterator for Pieces {
     }
 }
 
-fn list(directory: &Path, files: &mut Vec<PathBuf>) -> Result<(), TrainError> {
-    let entries: io::Result<Vec<_>> = fs::read_dir(directory)
-        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
-    for path in entries.map_err(|error| unreadable(directory, &error))? {
-        if path.is_dir() {
-            list(&path, files)?;
-        } else {
-            files.push(path);
+/// The files of a folder in order, by the folder's own rules alone: neither those of folders above
+/// nor the user's decide what is read.
+fn files(directory: &Path) -> Result<Vec<PathBuf>, TrainError> {
+    let walk = WalkBuilder::new(directory)
+        .standard_filters(false)
+        .hidden(true)
+        .git_ignore(true)
+        .require_git(false)
+        .follow_links(true)
+        .build();
+    let mut files = Vec::new();
+    for entry in walk {
+        let entry = entry.map_err(|error| TrainError::Unreadable {
+            path: directory.to_owned(),
+            reason: error.to_string(),
+        })?;
+        // A pipe would be waited for.
+        if entry.file_type().is_some_and(|kind| kind.is_file()) {
+            files.push(entry.into_path());
         }
     }
-    Ok(())
+    files.sort();
+    Ok(files)
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> TrainError {

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn_dataset::Dataset;
+use xxhash_rust::xxh3::Xxh3Default;
 
 use super::error::TrainError;
 use super::token_file::TokenFile;
@@ -258,8 +259,11 @@ impl Windows for TokenWindows {
     fn fingerprint(&self) -> u64 {
         match &self.tokens {
             Tokens::Memory(tokens) => {
-                let bytes = tokens[self.range()].iter().flat_map(|t| t.to_le_bytes());
-                fnv_1a(FNV_BASIS, bytes)
+                let mut hash = Xxh3Default::new();
+                for token in &tokens[self.range()] {
+                    hash.update(&token.to_le_bytes());
+                }
+                hash.digest()
             }
             Tokens::File(file) => file.fingerprint(),
         }
@@ -276,15 +280,4 @@ pub(super) fn check_vocabulary(tokens: &[u32], vocab_size: usize) -> Result<(), 
         }),
         None => Ok(()),
     }
-}
-
-/// The hash of nothing, to start [`fnv_1a`] with.
-pub(super) const FNV_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
-
-/// The 64-bit FNV-1a hash, which unlike the standard library's is the same in every release, of
-/// what was hashed to `hash` and `bytes` after it.
-pub(super) fn fnv_1a(hash: u64, bytes: impl Iterator<Item = u8>) -> u64 {
-    bytes.fold(hash, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }

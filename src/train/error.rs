@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::checkpoint::CheckpointError;
 use crate::config::FusedKvDecoderConfig;
 use crate::error::{CacheError, ConfigError, ForwardError};
 use crate::tokenizer::TokenizerError;
@@ -61,6 +62,9 @@ pub enum TrainError {
     /// A tokenizer that cannot take the text.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A model that cannot be saved for others to load.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// A cache that the backend cannot keep.
     #[error(transparent)]
     Cache(#[from] CacheError),
@@ -124,6 +128,13 @@ pub enum TrainError {
         /// Its value in the configuration given.
         expected: String,
     },
+    /// The comparison is of a version that told data apart by another hash.
+    #[error(
+        "{} holds a comparison of an older version, whose data were hashed otherwise, expected a new \
+         directory or one of this version",
+        .0.display()
+    )]
+    OlderComparison(PathBuf),
     /// A file of the run cannot be read back.
     #[error("cannot read {}: {reason}", path.display())]
     Unreadable {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::batch::LanguageBatch;
 use super::data::{TokenWindow, Windows, read_window};
 use super::error::TrainError;
+use super::number;
 use super::recall::DistanceAccuracy;
 use super::step::losses_of;
 use crate::cache::CacheDtype;
@@ -15,6 +16,7 @@ use crate::decoder::{FusedKvDecoder, Logits};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Mean negative log-likelihood of the targets that count, in nats.
+    #[serde(with = "number")]
     pub loss: f64,
     /// Answers that were the most likely token, by the distance they recall over, nearest first;
     /// empty if the windows have no answers.

@@ -6,6 +6,7 @@ use burn::tensor::Tensor;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use serde::{Deserialize, Serialize};
 
+use super::number;
 use super::precision::at_least_f32;
 
 /// The module of a decoder whose children are its layers.
@@ -15,8 +16,10 @@ const LAYERS: &str = "layers";
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GradientNorms {
     /// Of all gradients, which is what is clipped.
+    #[serde(with = "number")]
     pub all: f64,
     /// Of the parameters of each decoder layer, bottom layer first.
+    #[serde(with = "number::list")]
     pub layers: Vec<f64>,
 }
 

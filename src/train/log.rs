@@ -15,9 +15,11 @@ use super::config::TrainingConfig;
 use super::gradients::GradientNorms;
 use super::loader::Schedule;
 use super::metrics::{StepEnds, TokenLosses, perplexity};
+use super::number;
 use crate::file;
 
-/// A line of a run's `metrics.jsonl`: a training step, or a validation.
+/// A line of a run's `metrics.jsonl`: a training step, or a validation. Numbers that are infinite or
+/// none are texts, `"inf"`, `"-inf"` and `"NaN"`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "split", rename_all = "lowercase")]
 pub enum LogLine {
@@ -30,10 +32,13 @@ pub enum LogLine {
         /// Tokens read since the first step.
         tokens: usize,
         /// Mean loss of the step's targets before it, in nats.
+        #[serde(with = "number")]
         loss: f64,
         /// What the step's update was made with.
+        #[serde(with = "number")]
         learning_rate: f64,
         /// Since the step before; an epoch's first one includes the validation before it.
+        #[serde(with = "number")]
         tokens_per_second: f64,
         /// Before they are clipped.
         gradient_norms: Option<GradientNorms>,
@@ -49,8 +54,10 @@ pub enum LogLine {
         /// Tokens read since the first step.
         tokens: usize,
         /// Mean loss of the held-out targets, in nats.
+        #[serde(with = "number")]
         loss: f64,
         /// e to the loss.
+        #[serde(with = "number")]
         perplexity: f64,
     },
 }
@@ -73,7 +80,7 @@ pub(super) fn keep_until(path: &Path, epoch: usize) -> io::Result<()> {
     let kept =
         |line: &&str| serde_json::from_str::<LogLine>(line).is_ok_and(|line| line.epoch() <= epoch);
     let kept: String = log.split_inclusive('\n').filter(kept).collect();
-    file::replace(path, |partial| fs::write(partial, kept))
+    file::write(path, kept)
 }
 
 /// Writes a [`LogLine`] per step and validation.

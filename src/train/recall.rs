@@ -7,8 +7,9 @@ use rand::rngs::ChaCha8Rng;
 use rand::seq::index::sample;
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
 
-use super::data::{Answer, FNV_BASIS, TokenWindow, Windows, fnv_1a};
+use super::data::{Answer, TokenWindow, Windows};
 use super::error::TrainError;
 
 /// Multi-query associative recall: key-value pairs, then some of the keys again among random
@@ -227,7 +228,7 @@ macro_rules! generated {
             }
 
             fn fingerprint(&self) -> u64 {
-                fnv_1a(FNV_BASIS, self.to_string().into_bytes().into_iter())
+                xxh3_64(self.to_string().as_bytes())
             }
         }
     };

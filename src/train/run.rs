@@ -198,12 +198,6 @@ pub fn train_from<B: AutodiffBackend>(
     device: &B::Device,
 ) -> Result<Trained<B::InnerBackend>, TrainError> {
     config.validate()?;
-    if *model.config() != config.model {
-        return Err(TrainError::OtherModel {
-            found: Box::new(model.config().clone()),
-            expected: Box::new(config.model.clone()),
-        });
-    }
     let (train_windows, valid_windows) = split(config, tokens)?;
     let (model, devices) = (Some(model), std::slice::from_ref(device));
     run_training(config, model, train_windows, valid_windows, run, devices)
@@ -232,6 +226,22 @@ pub fn train_on<B: AutodiffBackend>(
     run_training::<B>(config, None, train_windows, valid_windows, run, devices)
 }
 
+/// [`train_on`] that starts with a model, as [`train_from`] does.
+///
+/// # Errors
+/// As [`train_on`] and [`train_from`].
+pub fn train_from_on<B: AutodiffBackend>(
+    config: &TrainingConfig,
+    model: FusedKvDecoder<B>,
+    train_windows: impl Windows + 'static,
+    valid_windows: impl Windows + 'static,
+    run: &Run,
+    devices: &[B::Device],
+) -> Result<Trained<B::InnerBackend>, TrainError> {
+    let model = Some(model);
+    run_training(config, model, train_windows, valid_windows, run, devices)
+}
+
 /// The windows of a text to train on, and those held out.
 fn split(
     config: &TrainingConfig,
@@ -253,6 +263,14 @@ fn run_training<B: AutodiffBackend>(
 ) -> Result<Trained<B::InnerBackend>, TrainError> {
     let start = Instant::now();
     config.validate()?;
+    if let Some(model) = &model
+        && *model.config() != config.model
+    {
+        return Err(TrainError::OtherModel {
+            found: Box::new(model.config().clone()),
+            expected: Box::new(config.model.clone()),
+        });
+    }
     let parts = devices.len() * config.accumulation;
     let device = match devices {
         [first, ..] if config.batch_size.is_multiple_of(parts) => first,

@@ -1,14 +1,15 @@
 //! Tokens in a file, for data larger than memory.
 
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use super::data::{FNV_BASIS, fnv_1a};
+use xxhash_rust::xxh3::Xxh3Default;
+
 use super::error::TrainError;
-use crate::file;
+use crate::file::Replacement;
 
 /// Tokens read and hashed at a time when a file is opened.
 const BLOCK: usize = 1 << 16;
@@ -31,7 +32,7 @@ const BLOCK: usize = 1 << 16;
 /// ```
 #[derive(Clone, Debug)]
 pub struct TokenFile {
-    file: Arc<Mutex<File>>,
+    file: Arc<File>,
     path: PathBuf,
     width: usize,
     len: usize,
@@ -70,23 +71,19 @@ impl TokenFile {
     ) -> Result<Self, TrainError> {
         let path = path.into();
         let width = width(vocab_size);
-        let written = file::replace(&path, |partial| {
-            let mut out = BufWriter::new(File::create(partial)?);
-            for part in parts {
-                for token in part? {
-                    out.write_all(&token.to_le_bytes()[..width])?;
-                }
+        let write = |source| TrainError::Write {
+            path: path.clone(),
+            source,
+        };
+        let mut file = Replacement::create(&path).map_err(write)?;
+        for part in parts {
+            for token in part? {
+                let bytes = token.to_le_bytes();
+                file.write_all(&bytes[..width]).map_err(write)?;
             }
-            out.into_inner()
-                .map_err(io::IntoInnerError::into_error)?
-                .sync_all()?;
-            Ok(())
-        });
-        match written {
-            Ok(()) => Self::open(path, vocab_size),
-            Err(Failure::Part(error)) => Err(error),
-            Err(Failure::File(source)) => Err(TrainError::Write { path, source }),
         }
+        file.finish().map_err(write)?;
+        Self::open(path, vocab_size)
     }
 
     /// How many tokens there are.
@@ -105,13 +102,11 @@ impl TokenFile {
     /// threads of Burn's, which take no errors.
     pub(super) fn read(&self, range: Range<usize>) -> Vec<u32> {
         let mut bytes = vec![0; range.len() * self.width];
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        file.seek(SeekFrom::Start((range.start * self.width) as u64))
-            .and_then(|_| file.read_exact(&mut bytes))
-            .unwrap_or_else(|error| {
-                let path = self.path.display();
-                panic!("tokens {range:?} can no longer be read from {path}: {error}")
-            });
+        let place = (range.start * self.width) as u64;
+        if let Err(error) = read_exact_at(&self.file, &mut bytes, place) {
+            let path = self.path.display();
+            panic!("tokens {range:?} can no longer be read from {path}: {error}");
+        }
         tokens(&bytes, self.width).collect()
     }
 
@@ -133,16 +128,17 @@ impl TokenFile {
     }
 
     fn scan(path: &Path, width: usize) -> io::Result<Self> {
-        let file = File::open(path)?;
-        let mut reader = BufReader::new(&file);
+        let file = Arc::new(File::open(path)?);
+        let mut reader = BufReader::new(&*file);
         let mut scanned = Self {
-            file: Arc::new(Mutex::new(file.try_clone()?)),
+            file: file.clone(),
             path: path.to_owned(),
             width,
             len: 0,
             largest: (0, 0),
-            fingerprint: FNV_BASIS,
+            fingerprint: 0,
         };
+        let mut hash = Xxh3Default::new();
         let mut block = Vec::new();
         loop {
             block.clear();
@@ -153,9 +149,10 @@ impl TokenFile {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, message));
             }
             if read == 0 {
+                scanned.fingerprint = hash.digest();
                 return Ok(scanned);
             }
-            scanned.fingerprint = fnv_1a(scanned.fingerprint, block.iter().copied());
+            hash.update(&block);
             for (place, token) in tokens(&block, width).enumerate() {
                 if token > scanned.largest.1 {
                     scanned.largest = (scanned.len + place, token);
@@ -178,20 +175,25 @@ fn tokens(bytes: &[u8], width: usize) -> impl Iterator<Item = u32> {
     })
 }
 
-/// What may fail while tokens are written.
-enum Failure {
-    File(io::Error),
-    Part(TrainError),
+/// Reads at a position without moving the file's own, so that threads can share it.
+#[cfg(unix)]
+fn read_exact_at(file: &File, bytes: &mut [u8], place: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, place)
 }
 
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Self::File(error)
+/// Reads at a position. That moves the file's own, which nothing else reads from.
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut bytes: &mut [u8], mut place: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, bytes, place) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => {
+                bytes = &mut bytes[read..];
+                place += read as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
-}
-
-impl From<TrainError> for Failure {
-    fn from(error: TrainError) -> Self {
-        Self::Part(error)
-    }
+    Ok(())
 }

@@ -200,3 +200,25 @@ fn rows_become_one_tensor() {
     );
     assert_eq!(fs::read(&path).unwrap(), file);
 }
+
+#[test]
+fn rows_that_are_not_finished_leave_nothing_behind() {
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("logits.safetensors");
+    let mut dropped = RowWriter::create(&path, "logits", [2, 2]).unwrap();
+    dropped.write(&[1.0, 2.0]).unwrap();
+    drop(dropped);
+    let short = RowWriter::create(&path, "logits", [2, 2]).unwrap();
+    let error = short.finish().unwrap_err();
+    assert!(matches!(error, CheckpointError::Rows { .. }), "{error}");
+    assert_eq!(names(directory.path()), BTreeSet::new());
+
+    // Nor does one that cannot take its name, because a directory has it.
+    fs::create_dir(&path).unwrap();
+    let mut whole = RowWriter::create(&path, "logits", [1, 1]).unwrap();
+    whole.write(&[1.0]).unwrap();
+    let error = whole.finish().unwrap_err();
+    assert!(matches!(error, CheckpointError::Write { .. }), "{error}");
+    let left = BTreeSet::from(["logits.safetensors".to_owned()]);
+    assert_eq!(names(directory.path()), left);
+}

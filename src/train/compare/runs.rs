@@ -11,19 +11,27 @@ use serde::{Deserialize, Serialize};
 
 use super::method::Method;
 use crate::cache::CacheDtype;
+use crate::checkpoint::{SaveOptions, check_vocabulary, save_checkpoint};
 use crate::decoder::FusedKvDecoder;
 use crate::file;
-use crate::train::checkpoint::{EpochLosses, difference, read};
+use crate::tokenizer::Tokenizer;
+use crate::train::checkpoint::{EpochLosses, RunDirectory, difference, read};
 use crate::train::config::TrainingConfig;
 use crate::train::data::Windows;
 use crate::train::error::TrainError;
 use crate::train::evaluate::{Evaluation, evaluate};
+use crate::train::loader::Schedule;
+use crate::train::metrics::perplexity;
+use crate::train::number;
 use crate::train::progress::{Progress, StepReport};
 use crate::train::recall::DistanceAccuracy;
 use crate::train::run::{Run, train_on};
 
 const RESULT: &str = "result.json";
 const COMPARISON: &str = "comparison.json";
+const MODEL: &str = "model";
+/// What fingerprints of the data are made by.
+const HASH: &str = "xxh3";
 
 /// Several methods to be trained alike, several seeds each.
 #[derive(Clone, Debug)]
@@ -36,6 +44,8 @@ pub struct Comparison {
     pub seeds: Vec<u64>,
     /// Numbers of caches through which every trained model is evaluated as well.
     pub cache_dtypes: Vec<CacheDtype>,
+    /// What the tokens are of, saved with every model.
+    pub tokenizer: Option<Tokenizer>,
     /// Where the runs are kept.
     pub directory: PathBuf,
 }
@@ -51,11 +61,18 @@ pub struct RunResult {
     pub parameters: usize,
     /// Bytes that one token takes in a cache of f32.
     pub cache_bytes_per_token: usize,
+    /// The epoch, counted from 1, whose loss was not a number, where the run ended; none if it did
+    /// not diverge.
+    #[serde(default)]
+    pub diverged: Option<usize>,
     /// Losses of every epoch.
     pub epochs: Vec<EpochLosses>,
-    /// Mean loss of the held-out targets after the last step, in nats.
+    /// Mean loss of the held-out targets after the last step, in nats; of a run that diverged, the
+    /// loss that was not a number.
+    #[serde(with = "number")]
     pub valid_loss: f64,
     /// e to the validation loss.
+    #[serde(with = "number")]
     pub perplexity: f64,
     /// Tokens read in training.
     pub tokens: usize,
@@ -92,7 +109,7 @@ pub enum RunEvent<'a> {
     },
     /// A run has made a step.
     Step(StepReport),
-    /// A run is finished.
+    /// A run is finished, or has diverged.
     Finished {
         /// Its result.
         result: &'a RunResult,
@@ -101,19 +118,29 @@ pub enum RunEvent<'a> {
     },
 }
 
+/// A run that is finished or has diverged, and its model where that is at hand.
+struct Finished<B: Backend> {
+    result: RunResult,
+    model: Option<FusedKvDecoder<B>>,
+}
+
 impl Comparison {
     /// Trains what is not finished yet and returns all results, method by method, seed by seed.
     ///
     /// A run that was interrupted goes on from its last checkpoint and ends as it would have
     /// without the interruption; the same holds for a comparison. Seeds take turns, so that the
-    /// first results show all methods.
+    /// first results show all methods. One that diverges is recorded as such, and the others go on.
+    ///
+    /// Every model that was trained is saved in `runs/NAME/model`, in Hugging Face's layout.
     ///
     /// Methods, seeds and cache types may be added later: only what is missing is computed.
     ///
     /// # Errors
     /// [`TrainError::OtherRun`] if the directory holds a comparison of other data or settings,
-    /// [`TrainError::Cache`] if the backend cannot keep a cache of `cache_dtypes`, and whatever
-    /// [`train_on`] returns.
+    /// [`TrainError::OlderComparison`] if one of an older version, [`TrainError::Checkpoint`] if the
+    /// tokenizer has more tokens than a decoder or a model cannot be saved, [`TrainError::Cache`] if
+    /// the backend cannot keep a cache of `cache_dtypes`, and whatever [`train_on`] returns, but for
+    /// [`TrainError::Diverged`].
     pub fn run<B: AutodiffBackend>(
         &self,
         train: &(impl Windows + Clone + 'static),
@@ -121,10 +148,15 @@ impl Comparison {
         devices: &[B::Device],
         watch: impl Fn(RunEvent<'_>) + Send + Sync + 'static,
     ) -> Result<Vec<RunResult>, TrainError> {
-        for run in self.configs() {
-            run.1.validate()?;
-            train.check_vocabulary(run.1.model.vocab_size)?;
-            valid.check_vocabulary(run.1.model.vocab_size)?;
+        for (method, config) in self.configs() {
+            config.validate()?;
+            let vocab_size = config.model.vocab_size;
+            train.check_vocabulary(vocab_size)?;
+            valid.check_vocabulary(vocab_size)?;
+            if let Some(tokenizer) = &self.tokenizer {
+                let directory = self.model_directory(method, config.seed);
+                check_vocabulary(&directory, tokenizer, vocab_size)?;
+            }
         }
         if let Some(device) = devices.first() {
             for dtype in &self.cache_dtypes {
@@ -138,20 +170,25 @@ impl Comparison {
             let directory = self.run_directory(method, config.seed);
             let path = directory.join(RESULT);
             let kept = path.exists();
-            let (mut result, model) = if kept {
+            let mut run = if kept {
                 let result: RunResult = read(&path)?;
                 check_same(&directory, &result.config, &config)?;
-                (result, None)
+                let model = None;
+                Finished { result, model }
             } else {
                 watch(RunEvent::Started {
                     method: &method.name,
                     seed: config.seed,
                 });
                 let trained = self.train_one::<B>(method, &config, train, valid, devices, &watch);
-                let (result, model) = trained?;
-                (result, Some(model))
+                trained?
             };
-            let cached = self.evaluate_caches(&mut result, &directory, model, valid, devices)?;
+            let mut cached = false;
+            if run.result.diverged.is_none() {
+                self.save_model(&mut run, &directory, kept, devices)?;
+                cached = self.evaluate_caches(&mut run, &directory, valid, devices)?;
+            }
+            let result = run.result;
             if !kept || cached {
                 write_json(&path, &result)?;
             }
@@ -177,10 +214,10 @@ impl Comparison {
         valid: &(impl Windows + Clone + 'static),
         devices: &[B::Device],
         watch: &Arc<impl Fn(RunEvent<'_>) + Send + Sync + 'static>,
-    ) -> Result<(RunResult, FusedKvDecoder<B::InnerBackend>), TrainError> {
+    ) -> Result<Finished<B::InnerBackend>, TrainError> {
         let times = Arc::new(Mutex::new(Vec::new()));
         let directory = self.run_directory(method, config.seed);
-        let run = Run::new(directory).with_progress(Progress::Quiet);
+        let run = Run::new(&directory).with_progress(Progress::Quiet);
         let run = {
             let (watch, times) = (watch.clone(), times.clone());
             run.with_observer(move |report| {
@@ -194,57 +231,108 @@ impl Comparison {
             train_on::<B>(config, train.clone(), valid.clone(), &run, devices)
         };
         let trained = match go(true) {
-            Err(TrainError::NoCheckpoint(_)) => go(false)?,
-            trained => trained?,
+            Err(TrainError::NoCheckpoint(_)) => go(false),
+            trained => trained,
         };
         let costs = config.model.costs()?;
         let times = times.lock().unwrap_or_else(PoisonError::into_inner);
-        let recalls = valid.get(0).is_some_and(|window| window.answers.is_some());
-        let accuracy = if recalls {
-            evaluate(&trained.model, valid, config.batch_size, None)?.accuracy
-        } else {
-            Vec::new()
-        };
         let result = RunResult {
             method: method.name.clone(),
             parameters: costs.parameters(),
             cache_bytes_per_token: costs.cache_bytes_per_token(size_of::<f32>()),
-            valid_loss: trained.valid_loss,
-            perplexity: trained.perplexity(),
-            tokens: trained.tokens,
+            diverged: None,
+            valid_loss: f64::NAN,
+            perplexity: f64::NAN,
+            tokens: 0,
             tokens_per_second: median_rate(&times, config.tokens_per_step()),
-            accuracy,
+            accuracy: Vec::new(),
             cached: Vec::new(),
-            epochs: trained.epochs,
+            epochs: Vec::new(),
             config: config.clone(),
         };
-        Ok((result, trained.model))
+        match trained {
+            Ok(trained) => {
+                let recalls = valid.get(0).is_some_and(|window| window.answers.is_some());
+                let accuracy = if recalls {
+                    evaluate(&trained.model, valid, config.batch_size, None)?.accuracy
+                } else {
+                    Vec::new()
+                };
+                let result = RunResult {
+                    valid_loss: trained.valid_loss,
+                    perplexity: trained.perplexity(),
+                    tokens: trained.tokens,
+                    accuracy,
+                    epochs: trained.epochs,
+                    ..result
+                };
+                let model = Some(trained.model);
+                Ok(Finished { result, model })
+            }
+            Err(TrainError::Diverged { epoch, loss }) => {
+                let steps = Schedule::new(config).steps_until(epoch);
+                let result = RunResult {
+                    diverged: Some(epoch),
+                    valid_loss: loss,
+                    perplexity: perplexity(loss),
+                    tokens: steps * config.tokens_per_step(),
+                    epochs: RunDirectory::losses(&directory)?,
+                    ..result
+                };
+                let model = None;
+                Ok(Finished { result, model })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Saves the model of a run where others can load it. One of a run that was finished before is
+    /// saved if it is not there yet, from the run's last checkpoint if that still is.
+    fn save_model<B: Backend>(
+        &self,
+        run: &mut Finished<B>,
+        directory: &Path,
+        kept: bool,
+        devices: &[B::Device],
+    ) -> Result<(), TrainError> {
+        let path = directory.join(MODEL);
+        if kept && path.exists() {
+            return Ok(());
+        }
+        let mut options = SaveOptions::new();
+        if let Some(tokenizer) = &self.tokenizer {
+            options = options
+                .with_eos(tokenizer.end_of_text().into_iter().collect())
+                .with_tokenizer(tokenizer.clone());
+        }
+        match run.load_model(directory, devices) {
+            Ok(Some(model)) => Ok(save_checkpoint(path, model, &options)?),
+            Ok(None) | Err(TrainError::NoCheckpoint(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Adds what a result has not got of `cache_dtypes`, in their order, and says whether any was.
-    /// The model is read from the run's last checkpoint if it is not at hand.
     fn evaluate_caches<B: Backend>(
         &self,
-        result: &mut RunResult,
+        run: &mut Finished<B>,
         directory: &Path,
-        model: Option<FusedKvDecoder<B>>,
         valid: &impl Windows,
         devices: &[B::Device],
     ) -> Result<bool, TrainError> {
-        let known: Vec<_> = result.cached.iter().map(|cached| cached.dtype).collect();
+        let known: Vec<_> = run.result.cached.iter().map(|c| c.dtype).collect();
         let mut missing = self.cache_dtypes.clone();
         missing.retain(|dtype| !known.contains(dtype));
-        let Some(device) = devices.first().filter(|_| !missing.is_empty()) else {
+        if missing.is_empty() {
             return Ok(false);
-        };
-        let model = match model {
-            Some(model) => model,
-            None => Run::new(directory).last(device)?.0,
+        }
+        let Some(model) = run.load_model(directory, devices)?.cloned() else {
+            return Ok(false);
         };
         for dtype in missing {
             let cache = model.new_cache_of(dtype, 1, 1)?;
-            let batch_size = result.config.batch_size;
-            result.cached.push(CachedResult {
+            let batch_size = run.result.config.batch_size;
+            run.result.cached.push(CachedResult {
                 dtype,
                 cache_bytes_per_token: cache.bytes_allocated(),
                 evaluation: evaluate(&model, valid, batch_size, Some(dtype))?,
@@ -266,6 +354,11 @@ impl Comparison {
         })
     }
 
+    /// Where the model of a run is saved when it is trained.
+    pub fn model_directory(&self, method: &Method, seed: u64) -> PathBuf {
+        self.run_directory(method, seed).join(MODEL)
+    }
+
     fn run_directory(&self, method: &Method, seed: u64) -> PathBuf {
         let name = format!("{}-seed-{seed}", method.slug());
         self.directory.join("runs").join(name)
@@ -280,16 +373,34 @@ impl Comparison {
             seed: 0,
             ..self.training.clone()
         };
-        let mark = serde_json::json!({ "training": training, "data": data });
+        let mark = serde_json::json!({ "training": training, "hash": HASH, "data": data });
         let path = self.directory.join(COMPARISON);
         if path.exists() {
-            return check_same(&self.directory, &read::<serde_json::Value>(&path)?, &mark);
+            let found: serde_json::Value = read(&path)?;
+            if found["hash"] != HASH {
+                return Err(TrainError::OlderComparison(self.directory.clone()));
+            }
+            return check_same(&self.directory, &found, &mark);
         }
         fs::create_dir_all(&self.directory).map_err(|source| TrainError::Write {
             path: self.directory.clone(),
             source,
         })?;
         write_json(&path, &mark)
+    }
+}
+
+impl<B: Backend> Finished<B> {
+    /// The model, read from the run's last checkpoint if it is not at hand; none without a device.
+    fn load_model(
+        &mut self,
+        directory: &Path,
+        devices: &[B::Device],
+    ) -> Result<Option<&FusedKvDecoder<B>>, TrainError> {
+        if let (None, Some(device)) = (&self.model, devices.first()) {
+            self.model = Some(Run::new(directory).last(device)?.0);
+        }
+        Ok(self.model.as_ref())
     }
 }
 
@@ -323,7 +434,7 @@ fn check_same(
 fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
     serde_json::to_vec_pretty(value)
         .map_err(Into::into)
-        .and_then(|json| file::replace(path, |partial| fs::write(partial, json)))
+        .and_then(|json| file::write(path, json))
         .map_err(|source| TrainError::Write {
             path: path.to_owned(),
             source,

@@ -8,6 +8,9 @@ use super::speed::Speed;
 use crate::cache::CacheDtype;
 use crate::train::recall::DistanceAccuracy;
 
+/// What is shown for what is not known.
+const UNKNOWN: &str = "–";
+
 /// Mean and spread over seeds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MeanDeviation {
@@ -35,19 +38,23 @@ impl MeanDeviation {
 
     fn show(self, seeds: usize, digits: usize) -> String {
         match seeds {
+            0 => UNKNOWN.to_owned(),
             1 => format!("{:.digits$}", self.mean),
             _ => format!("{:.digits$} ± {:.digits$}", self.mean, self.deviation),
         }
     }
 }
 
-/// The runs of one method together.
+/// The runs of one method together. Means are of those that did not diverge, and not a number where
+/// all did.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MethodSummary {
     /// The method's name.
     pub method: String,
-    /// Number of runs.
+    /// Number of runs that did not diverge.
     pub seeds: usize,
+    /// Number of runs that did.
+    pub diverged: usize,
     /// Learned parameters.
     pub parameters: usize,
     /// Bytes that one token takes in a cache of f32.
@@ -96,27 +103,37 @@ fn by_method(results: &[RunResult]) -> Vec<Vec<&RunResult>> {
     groups
 }
 
-fn summary(runs: &[&RunResult]) -> MethodSummary {
+fn summary(all: &[&RunResult]) -> MethodSummary {
+    let runs = &finished(all);
     let over = |value: fn(&RunResult) -> f64| MeanDeviation::of(&collect(runs, |run| value(run)));
     let rates: Vec<f64> = runs
         .iter()
         .filter_map(|run| run.tokens_per_second)
         .collect();
     MethodSummary {
-        method: runs[0].method.clone(),
+        method: all[0].method.clone(),
         seeds: runs.len(),
-        parameters: runs[0].parameters,
-        cache_bytes_per_token: runs[0].cache_bytes_per_token,
+        diverged: all.len() - runs.len(),
+        parameters: all[0].parameters,
+        cache_bytes_per_token: all[0].cache_bytes_per_token,
         valid_loss: over(|run| run.valid_loss),
         perplexity: over(|run| run.perplexity),
         tokens_per_second: (!rates.is_empty()).then(|| MeanDeviation::of(&rates)),
         accuracy: accuracy(runs.iter().map(|run| &run.accuracy[..])),
-        cached: runs[0]
-            .cached
+        cached: runs
+            .first()
+            .map_or(&[][..], |first| &first.cached)
             .iter()
             .filter_map(|first| cached_summary(first, runs))
             .collect(),
     }
+}
+
+/// Those that did not diverge.
+fn finished<'r>(runs: &[&'r RunResult]) -> Vec<&'r RunResult> {
+    let mut runs = runs.to_vec();
+    runs.retain(|run| run.diverged.is_none());
+    runs
 }
 
 /// Of the cache type of `first`, none unless all runs were evaluated so.
@@ -148,7 +165,8 @@ fn accuracy<'a>(runs: impl Iterator<Item = &'a [DistanceAccuracy]>) -> Option<Me
     (!shares.is_empty()).then(|| MeanDeviation::of(&shares))
 }
 
-/// A Markdown table of the methods: means ± standard deviations over seeds, speeds as measured.
+/// A Markdown table of the methods: means ± standard deviations over seeds, speeds as measured. Runs
+/// that diverged are counted beside the seeds, and in no mean.
 /// Where answers were recalled, another with the share of right ones by distance; where caches of
 /// other numbers were tried, one of them.
 pub fn markdown(results: &[RunResult], speeds: &[Speed]) -> String {
@@ -171,8 +189,14 @@ pub fn markdown(results: &[RunResult], speeds: &[Speed]) -> String {
         let speed = speeds.iter().find(|speed| speed.method == summary.method);
         let mut cells = vec![
             summary.method.clone(),
-            seeds.to_string(),
-            summary.valid_loss.show(seeds, 4),
+            match summary.diverged {
+                0 => seeds.to_string(),
+                diverged => format!("{seeds}, {diverged} diverged"),
+            },
+            match seeds {
+                0 => "diverged".to_owned(),
+                _ => summary.valid_loss.show(seeds, 4),
+            },
             summary.perplexity.show(seeds, 2),
         ];
         if recall {
@@ -258,5 +282,5 @@ fn row(table: &mut String, cells: &[String]) {
 
 /// A dash for what is not known.
 fn show<T>(value: Option<T>, shown: impl FnOnce(T) -> String) -> String {
-    value.map_or_else(|| "–".to_owned(), shown)
+    value.map_or_else(|| UNKNOWN.to_owned(), shown)
 }
