@@ -8,7 +8,8 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use burn_dataset::Dataset;
-use fusedkv::backend::{Autodiff, Flex, FlexDevice, NdArray, NdArrayDevice};
+use burn_ndarray::{NdArray, NdArrayDevice};
+use fusedkv::backend::{Autodiff, Flex, FlexDevice};
 use fusedkv::train::compare::{
     Comparison, DEFAULT_METHODS, MeanDeviation, Method, MethodError, RunResult, markdown,
     measure_speed, summarise,

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use burn::tensor::backend::Backend;
 use clap::ValueEnum;
-use fusedkv::backend::{Flex, NdArray};
+use fusedkv::backend::Flex;
 use fusedkv::checkpoint::WeightDtype;
 
 /// The backends this crate has features for.
@@ -41,7 +41,10 @@ impl BackendName {
     pub fn run(self, program: impl Program) -> Result<(), Box<dyn Error>> {
         match self {
             Self::Flex => program.run::<Flex>(&Default::default()),
-            Self::Ndarray => program.run::<NdArray>(&Default::default()),
+            #[cfg(feature = "ndarray")]
+            Self::Ndarray => program.run::<fusedkv::backend::NdArray>(&Default::default()),
+            #[cfg(not(feature = "ndarray"))]
+            Self::Ndarray => Err(NotCompiledIn { name: "ndarray" }.into()),
             #[cfg(feature = "wgpu")]
             Self::Wgpu => program.run::<fusedkv::backend::Wgpu>(&Default::default()),
             #[cfg(not(feature = "wgpu"))]

@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use burn_ndarray::NdArray;
 use fusedkv::KvPlan;
-use fusedkv::backend::{Flex, NdArray};
+use fusedkv::backend::Flex;
 use fusedkv::checkpoint::{
     CheckpointError, SaveOptions, WeightDtype, load_checkpoint, save_checkpoint,
 };

@@ -49,7 +49,7 @@ macro_rules! golden {
         #[test]
         fn $name() {
             agrees::<Flex>(stringify!($name), WeightDtype::F32, 1e-5);
-            agrees::<fusedkv::backend::NdArray>(stringify!($name), WeightDtype::F32, 1e-5);
+            agrees::<burn_ndarray::NdArray>(stringify!($name), WeightDtype::F32, 1e-5);
         }
     )*};
 }

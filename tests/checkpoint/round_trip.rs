@@ -5,8 +5,9 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::{DType, TensorData};
+use burn_ndarray::NdArray;
 use fusedkv::KvPlan;
-use fusedkv::backend::{Autodiff, Flex, FlexDevice, NdArray};
+use fusedkv::backend::{Autodiff, Flex, FlexDevice};
 use fusedkv::checkpoint::{
     CheckpointError, SaveOptions, WeightDtype, load_checkpoint, save_checkpoint,
 };

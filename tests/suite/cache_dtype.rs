@@ -1,6 +1,7 @@
 //! Caches of other numbers: what they take, and how far off they are.
 
-use fusedkv::backend::{Flex, NdArray};
+use burn_ndarray::NdArray;
+use fusedkv::backend::Flex;
 use fusedkv::{
     CacheDtype, CacheError, FusedKvCache, FusedKvDecoder, FusedKvDecoderConfig, GenerateError,
     GenerationConfig, KvPlan, Logits, TokenBatch, generate,

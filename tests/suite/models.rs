@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
-use fusedkv::backend::NdArray;
+use burn_ndarray::NdArray;
 use fusedkv::{BlendWeights, FusedKvDecoder, FusedKvDecoderConfig, KvPlan, LayerKv, Mix};
 use proptest::prelude::*;
 
