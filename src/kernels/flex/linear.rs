@@ -12,8 +12,9 @@ use super::{ARCH, PARALLEL, f32_tensor, simd, tensor};
 const FEW: usize = 16;
 /// Columns a thread works on at a time: their sums stay in the first-level cache.
 const COLUMNS: usize = 1024;
-/// A block's columns are a multiple of this: no vector is cut short but at the end of a row.
-const BLOCK: usize = 64;
+/// Parts that the sum over a weight's rows is divided into, for threads to share: each is a piece of
+/// memory of its own, which is read faster than every thread's share of each row.
+const PARTS: usize = 8;
 /// Weight rows added in one pass over the sums.
 const UNROLL: usize = 4;
 
@@ -40,22 +41,25 @@ fn transposed(weight: &FlexTensor) -> Option<FlexTensor> {
     weight.is_contiguous().then_some(weight)
 }
 
-/// `weight` is `[input, output]`, row after row: sums over its rows, for blocks of columns.
-///
-/// Every sum is formed in one order, whatever the number of threads or rows.
+/// `weight` is `[input, output]`, row after row: sums over its rows, for blocks of columns and parts
+/// of the rows, which are added in their order: the sum is the same for any number of threads or
+/// rows of `x`.
 fn by_input(x: &[f32], weight: &[f32], rows: usize, output: usize) -> Vec<f32> {
-    let share = output.div_ceil(rayon::current_num_threads());
-    let width = share.next_multiple_of(BLOCK).min(COLUMNS);
-    let blocks: Vec<Vec<f32>> = (0..output)
-        .step_by(width)
-        .collect::<Vec<_>>()
+    let input = weight.len() / output;
+    let part = input.div_ceil(PARTS).next_multiple_of(UNROLL);
+    let tasks: Vec<_> = (0..input)
+        .step_by(part)
+        .flat_map(|from| (0..output).step_by(COLUMNS).map(move |left| (from, left)))
+        .collect();
+    let sums: Vec<Vec<f32>> = tasks
         .par_iter()
-        .map(|&left| {
-            let columns = left..(left + width).min(output);
+        .map(|&(from, left)| {
+            let columns = left..(left + COLUMNS).min(output);
             let mut sums = vec![0.0; rows * columns.len()];
             ARCH.dispatch(SumOfRows {
                 x,
                 weight,
+                inputs: from..(from + part).min(input),
                 columns,
                 output,
                 sums: &mut sums,
@@ -63,13 +67,24 @@ fn by_input(x: &[f32], weight: &[f32], rows: usize, output: usize) -> Vec<f32> {
             sums
         })
         .collect();
-    side_by_side(&blocks, rows, output)
+    let mut values = vec![0.0; rows * output];
+    for (&(_, left), sums) in tasks.iter().zip(&sums) {
+        let width = sums.len() / rows;
+        for (row, sums) in sums.chunks(width).enumerate() {
+            let values = &mut values[row * output + left..][..width];
+            for (value, sum) in values.iter_mut().zip(sums) {
+                *value += sum;
+            }
+        }
+    }
+    values
 }
 
-/// Σ_i x[row][i] · weight[i][columns].
+/// Σ_i x[row][i] · weight[i][columns] for a range of i.
 struct SumOfRows<'a> {
     x: &'a [f32],
     weight: &'a [f32],
+    inputs: std::ops::Range<usize>,
     columns: std::ops::Range<usize>,
     output: usize,
     sums: &'a mut [f32],
@@ -83,14 +98,14 @@ impl WithSimd for SumOfRows<'_> {
         let input = self.weight.len() / self.output;
         let width = self.columns.len();
         let weight_row = |i: usize| &self.weight[i * self.output + self.columns.start..][..width];
-        let unrolled = input - input % UNROLL;
-        for i in (0..unrolled).step_by(UNROLL) {
+        let unrolled = self.inputs.end - self.inputs.len() % UNROLL;
+        for i in (self.inputs.start..unrolled).step_by(UNROLL) {
             let weights: [&[f32]; UNROLL] = std::array::from_fn(|u| weight_row(i + u));
             for (x, sums) in self.x.chunks(input).zip(self.sums.chunks_mut(width)) {
                 add_rows(simd, &x[i..], weights, sums);
             }
         }
-        for i in unrolled..input {
+        for i in unrolled..self.inputs.end {
             for (x, sums) in self.x.chunks(input).zip(self.sums.chunks_mut(width)) {
                 simd::axpy(simd, x[i], weight_row(i), sums);
             }
@@ -133,14 +148,9 @@ fn by_output(x: &[f32], weight: &[f32], rows: usize, output: usize) -> Vec<f32> 
             products
         })
         .collect();
-    side_by_side(&blocks, rows, output)
-}
-
-/// Blocks of columns, `[rows, columns]` each, as one matrix `[rows, output]`.
-fn side_by_side(blocks: &[Vec<f32>], rows: usize, output: usize) -> Vec<f32> {
     let mut values = Vec::with_capacity(rows * output);
     for row in 0..rows {
-        for block in blocks {
+        for block in &blocks {
             let width = block.len() / rows;
             values.extend_from_slice(&block[row * width..][..width]);
         }
