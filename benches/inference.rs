@@ -32,7 +32,7 @@ use fusedkv::{CacheDtype, FusedKvDecoder, Logits, TokenBatch};
 
 use backend::{BackendName, Program, exit_code};
 use bandwidth::read_bandwidth;
-use figures::{median, write_json};
+use figures::{check_place, median, write_json};
 use memory::PeakMemory;
 use report::{Case, Report};
 use shape::Shape;
@@ -92,6 +92,7 @@ fn main() -> ExitCode {
 
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
+        check_place(&self.out)?;
         let positions = self.prompts.iter().max().unwrap_or(&0) + self.decode;
         let methods = self
             .methods

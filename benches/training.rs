@@ -33,7 +33,7 @@ use fusedkv::train::LanguageBatch;
 use serde::Serialize;
 
 use backend::{BackendName, Program, exit_code};
-use figures::{MIB, median, write_json};
+use figures::{MIB, check_place, median, write_json};
 use memory::PeakMemory;
 use shape::Shape;
 
@@ -106,6 +106,7 @@ fn main() -> ExitCode {
 
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
+        check_place(&self.out)?;
         println!(
             "{}\n\n| method | context | batch | checkpointing | tokens/s | ratio | peak MiB | ratio |\n\
              |---|---|---|---|---|---|---|---|",

@@ -18,11 +18,19 @@ pub fn median(values: &mut [f64]) -> f64 {
     }
 }
 
-/// Writes JSON, complete or not at all.
-pub fn write_json(path: &Path, figures: &impl Serialize) -> io::Result<()> {
-    if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory)?;
+/// That figures can go to `path`, whose folder is made, before any is measured.
+pub fn check_place(path: &Path) -> Result<(), String> {
+    let no_file =
+        |reason: &dyn std::fmt::Display| format!("cannot write {}: {reason}", path.display());
+    if path.is_dir() {
+        return Err(no_file(&"a directory, expected a file"));
     }
+    let directory = path.parent().unwrap_or(Path::new(""));
+    fs::create_dir_all(directory).map_err(|error| no_file(&error))
+}
+
+/// Writes JSON to a place that was checked, complete or not at all.
+pub fn write_json(path: &Path, figures: &impl Serialize) -> io::Result<()> {
     let partial = path.with_extension("partial");
     fs::write(&partial, serde_json::to_string_pretty(figures)?)?;
     fs::rename(partial, path)
