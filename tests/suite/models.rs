@@ -68,7 +68,7 @@ fn custom(n_layers: usize) -> KvPlan {
     let layers = (0..n_layers)
         .map(|layer| match layer % 2 {
             0 => LayerKv::Store {
-                residual: (layer > 0).then_some(layer - 2),
+                residual: (layer > 0).then(|| layer - 2),
             },
             _ => LayerKv::Reuse {
                 key: Mix::Blend {
