@@ -99,6 +99,14 @@ fn up_to_sixteen_rows_change_no_bit() {
     }
 }
 
+/// That the first row's logits are those it has alone, step by step, but for rounding.
+fn assert_near(found: &[Vec<Vec<f32>>], alone: &[Vec<Vec<f32>>], case: &str) {
+    for (found, alone) in found.iter().zip(alone) {
+        let difference = difference(&found[0], &alone[0]);
+        assert!(difference <= BOUND, "{case}: {difference}");
+    }
+}
+
 #[test]
 fn larger_batches_and_other_lengths_change_no_more_than_rounding() {
     let model = decoder(KvPlan::FusedKv { storage_layers: 2 });
@@ -106,19 +114,10 @@ fn larger_batches_and_other_lengths_change_no_more_than_rounding() {
         let alone = logits(&model, &prompts(1, len), 2);
         for n in [17, 64] {
             let found = logits(&model, &prompts(n, len), 2);
-            for (found, alone) in found.iter().zip(&alone) {
-                let difference = difference(&found[0], &alone[0]);
-                assert!(difference <= BOUND, "{n} rows of {len}: {difference}");
-            }
+            assert_near(&found, &alone, &format!("{n} rows of {len}"));
         }
         let ragged = [prompt(0, len), prompt(1, len + 29), prompt(2, 1)];
         let found = logits(&model, &ragged, 2);
-        for (found, alone) in found.iter().zip(&alone) {
-            let difference = difference(&found[0], &alone[0]);
-            assert!(
-                difference <= BOUND,
-                "beside a longer row of {len}: {difference}"
-            );
-        }
+        assert_near(&found, &alone, &format!("beside a longer row of {len}"));
     }
 }
