@@ -2,6 +2,11 @@
 //!
 //! Everything here is generic over [`Backend`](burn::tensor::backend::Backend) and takes any other
 //! as well; these are the ones the examples and tests run on.
+//!
+//! A program that names `Wgpu` or `Cuda` as its backend compiles all of their operations anew, which
+//! takes minutes. `Dispatch` has them compiled already, in a crate of its own, and chooses by the
+//! device: `DispatchDevice::Wgpu(Default::default())`. Training wraps it as any other,
+//! `Autodiff<Dispatch>`.
 
 #[cfg(feature = "train")]
 pub use burn::backend::Autodiff;
@@ -9,6 +14,8 @@ pub use burn::backend::Autodiff;
 pub use burn::backend::autodiff::checkpoint::strategy::BalancedCheckpointing;
 #[cfg(feature = "cuda")]
 pub use burn_cuda::{Cuda, CudaDevice};
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub use burn_dispatch::{Dispatch, DispatchDevice};
 #[cfg(feature = "flex")]
 pub use burn_flex::{Flex, FlexDevice};
 #[cfg(feature = "ndarray")]

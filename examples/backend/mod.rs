@@ -4,8 +4,12 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use burn::tensor::backend::Backend;
+#[cfg(feature = "cuda")]
+use burn::tensor::{DType, set_default_dtypes};
 use clap::ValueEnum;
 use fusedkv::backend::Flex;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+use fusedkv::backend::{Dispatch, DispatchDevice};
 use fusedkv::checkpoint::WeightDtype;
 
 /// The backends this crate has features for.
@@ -46,14 +50,16 @@ impl BackendName {
             #[cfg(not(feature = "ndarray"))]
             Self::Ndarray => Err(NotCompiledIn { name: "ndarray" }.into()),
             #[cfg(feature = "wgpu")]
-            Self::Wgpu => program.run::<fusedkv::backend::Wgpu>(&Default::default()),
+            Self::Wgpu => program.run::<Dispatch>(&DispatchDevice::Wgpu(Default::default())),
             #[cfg(not(feature = "wgpu"))]
             Self::Wgpu => Err(NotCompiledIn { name: "wgpu" }.into()),
             #[cfg(feature = "cuda")]
-            Self::Cuda => program.run::<fusedkv::backend::Cuda>(&Default::default()),
+            Self::Cuda => program.run::<Dispatch>(&DispatchDevice::Cuda(Default::default())),
             #[cfg(feature = "cuda")]
             Self::CudaBf16 => {
-                program.run::<fusedkv::backend::Cuda<burn::tensor::bf16>>(&Default::default())
+                let device = DispatchDevice::Cuda(Default::default());
+                set_default_dtypes::<Dispatch>(&device, DType::BF16, DType::I32)?;
+                program.run::<Dispatch>(&device)
             }
             #[cfg(not(feature = "cuda"))]
             Self::Cuda | Self::CudaBf16 => Err(NotCompiledIn { name: "cuda" }.into()),

@@ -15,7 +15,7 @@ use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Bool, DType, Tensor, backend::Backend};
 
 use super::kv::Stored;
-use crate::kernels;
+use crate::kernels::{self, matmul};
 
 /// Queries per kv head from which a blend costs less than twice the products.
 const MANY: usize = 16;
@@ -131,36 +131,28 @@ pub(crate) fn attend_with_stock_operations<B: Backend>(
         None if many => blended(&query, keys, values),
         _ => (keys, values),
     };
-    match (&keys[..], &values[..]) {
+    match (&keys[..], &values[..], visibility) {
         // Burn's `attention` has fused kernels on some backends; it knows neither blends nor
-        // grouped queries, and its causal mask is for as many keys as queries.
-        ([Term { weight: None, .. }], [Term { weight: None, .. }]) if n_queries == n_keys => {
-            let (key, value) = (blend(keys, dtype), blend(values, dtype));
-            whole(query, key, value, visibility)
+        // grouped queries, its causal mask is for as many keys as queries, and on CubeCL it reads a
+        // mask that all heads share as if each had its own (tracel-ai/burn#4778).
+        ([Term { weight: None, .. }], [Term { weight: None, .. }], Visibility::Causal)
+            if n_queries == n_keys =>
+        {
+            causal(query, blend(keys, dtype), blend(values, dtype))
         }
         _ => grouped(query, keys, values, visibility),
     }
 }
 
-/// As many queries as keys, by Burn's `attention`.
-fn whole<B: Backend>(
-    query: Tensor<B, 4>,
-    key: Tensor<B, 4>,
-    value: Tensor<B, 4>,
-    visibility: &Visibility<B>,
-) -> Tensor<B, 4> {
+/// Causal attention of as many queries as keys, by Burn's `attention`.
+fn causal<B: Backend>(query: Tensor<B, 4>, key: Tensor<B, 4>, value: Tensor<B, 4>) -> Tensor<B, 4> {
     let [_, n_heads, _, _] = query.dims();
     let (key, value) = (repeat_heads(key, n_heads), repeat_heads(value, n_heads));
-    let (hidden, is_causal) = match visibility {
-        Visibility::All => (None, false),
-        Visibility::Causal => (None, true),
-        Visibility::Except(hidden) => (Some(hidden.clone()), false),
-    };
     let options = AttentionModuleOptions {
-        is_causal,
+        is_causal: true,
         ..Default::default()
     };
-    attention(query, key, value, hidden, None, options)
+    attention(query, key, value, None, None, options)
 }
 
 /// Products per source, the queries of a kv head's whole group side by side: no key or value is
@@ -183,7 +175,7 @@ fn grouped<B: Backend>(
     ]);
     let scores = sum(keys.into_iter().map(|key| {
         let keys = key.source.float(dtype).swap_dims(2, 3);
-        weighted(query.clone(), key.weight).matmul(keys)
+        matmul(weighted(query.clone(), key.weight), keys)
     }));
     let scores = match visibility {
         Visibility::All => scores,
@@ -195,7 +187,7 @@ fn grouped<B: Backend>(
     };
     let probabilities = softmax(scores, 3);
     sum(values.into_iter().map(|value| {
-        let sums = probabilities.clone().matmul(value.source.float(dtype));
+        let sums = matmul(probabilities.clone(), value.source.float(dtype));
         weighted(sums, value.weight)
     }))
     .reshape(shape)
@@ -223,9 +215,22 @@ fn hide<B: Backend>(scores: Tensor<B, 4>, hidden: Tensor<B, 4, Bool>) -> Tensor<
 }
 
 fn blend<B: Backend>(terms: Vec<Term<B>>, dtype: DType) -> Tensor<B, 4> {
-    sum(terms
-        .into_iter()
-        .map(|term| weighted(term.source.float(dtype), term.weight)))
+    sum(terms.into_iter().map(|term| {
+        let dims = term.source.dims();
+        let weight = term.weight.map(|weight| same_for_all_tokens(weight, dims));
+        weighted(term.source.float(dtype), weight)
+    }))
+}
+
+/// A weight of keys or values of shape `dims`, whose gradient is then summed over tokens first.
+///
+/// The gradient of keys is transposed, and such a tensor Burn's fusion on CubeCL sums wrongly over a
+/// leading dimension: docs/decisions/cubecl-faults.md.
+pub(super) fn same_for_all_tokens<B: Backend>(
+    weight: Tensor<B, 4>,
+    [batch, heads, _, channels]: [usize; 4],
+) -> Tensor<B, 4> {
+    weight.expand([batch, heads, 1, channels])
 }
 
 fn weighted<B: Backend>(x: Tensor<B, 4>, weight: Option<Tensor<B, 4>>) -> Tensor<B, 4> {

@@ -1,11 +1,11 @@
 //! The projections of one layer's attention: queries always, keys and values if the plan has the
 //! layer store them, fusion weights if it has the layer blend.
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::nn::{Linear, RmsNorm};
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::attend::{FusionForm, Term, attend};
+use super::attend::{FusionForm, Term, attend, same_for_all_tokens};
 use super::fusion::{KvFusion, KvFusionConfig, KvResidual};
 use super::kv::{KeyValue, Stored};
 use super::{Span, new_linear, new_norm, project};
@@ -94,9 +94,12 @@ impl<B: Backend> Attention<B> {
         let Some(residual) = &self.kv_residual else {
             return own;
         };
+        let dims = own.key.dims();
+        let alpha =
+            |weight: &Param<Tensor<B, 1>>| same_for_all_tokens(weight.val().unsqueeze(), dims);
         KeyValue {
-            key: own.key + lower.key * residual.key_weight.val().unsqueeze(),
-            value: own.value + lower.value * residual.value_weight.val().unsqueeze(),
+            key: own.key + lower.key * alpha(&residual.key_weight),
+            value: own.value + lower.value * alpha(&residual.value_weight),
         }
     }
 

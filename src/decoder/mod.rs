@@ -31,7 +31,7 @@ pub use rope::{Rope, RopeAngles, RopeError};
 use crate::cache::{CacheDtype, CacheShape, FusedKvCache};
 use crate::config::FusedKvDecoderConfig;
 use crate::error::{CacheError, ConfigError, ForwardError};
-use crate::kernels::{self, linear, rms_norm};
+use crate::kernels::{self, linear, rms_norm, tied_head};
 use crate::plan::{KvLayout, LayerKv};
 use crate::tokens::TokenBatch;
 use attend::{Visibility, causal_mask};
@@ -374,7 +374,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         let x = rms_norm(&self.norm, x);
         match &self.lm_head {
             Some(head) => project(head, x),
-            None => linear(x, self.embed_tokens.weight.val().transpose()),
+            None => tied_head(x, self.embed_tokens.weight.val()),
         }
     }
 

@@ -31,7 +31,48 @@ pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tenso
     if let Some(output) = flex::autodiff::linear(&x, &weight) {
         return output;
     }
-    burn::tensor::module::linear(x, weight, None)
+    // The rows of the whole batch are those of one product.
+    let [batch, seq, width] = x.dims();
+    let [_, output] = weight.dims();
+    let rows = x.reshape([1, batch * seq, width]);
+    burn::tensor::module::linear(rows, weight, None).reshape([batch, seq, output])
+}
+
+/// `x · embeddingᵀ` over the last dimension, `[batch, seq, width]` times `[vocab_size, width]`: the
+/// logits of a decoder whose head is its embedding.
+pub(crate) fn tied_head<B: Backend>(x: Tensor<B, 3>, embedding: Tensor<B, 2>) -> Tensor<B, 3> {
+    let [batch, seq, width] = x.dims();
+    let [vocab_size, _] = embedding.dims();
+    let weight = embedding.transpose();
+    #[cfg(test)]
+    work::linear(x.dims(), weight.dims());
+    #[cfg(feature = "flex")]
+    if let Some(output) = flex::linear(&x, &weight) {
+        return output;
+    }
+    #[cfg(feature = "train")]
+    if let Some(output) = flex::autodiff::linear(&x, &weight) {
+        return output;
+    }
+    matmul(x.reshape([batch * seq, width]), weight).reshape([batch, seq, vocab_size])
+}
+
+/// `lhs · rhs` by Burn's operation: `[…, rows, k]` times `[…, k, n]`, computed as of two equal rows
+/// where there is one.
+///
+/// Burn's fusion on CubeCL computes a product of one row and the element-wise operations after it
+/// in one kernel, which then reads operands of several matrices, or transposed ones, in wrong
+/// places: docs/decisions/cubecl-faults.md. A product of two rows takes another kernel. A linear
+/// layer's is of one matrix that is not transposed, and needs none of this.
+pub(crate) fn matmul<B: Backend, const D: usize>(
+    lhs: Tensor<B, D>,
+    rhs: Tensor<B, D>,
+) -> Tensor<B, D> {
+    let rows = D - 2;
+    if lhs.dims()[rows] > 1 {
+        return lhs.matmul(rhs);
+    }
+    lhs.repeat_dim(rows, 2).matmul(rhs).narrow(rows, 0, 1)
 }
 
 /// Tokens of all rows that a pass does best to take at once, where it matters: what they turn into

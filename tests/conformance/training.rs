@@ -1,0 +1,160 @@
+//! What a backend must learn, against NdArray and Flex in f32, and files between backends.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::{Tensor, TensorData};
+use burn_ndarray::NdArray;
+use fusedkv::backend::{Autodiff, Flex, FlexDevice};
+use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
+use fusedkv::train::{Progress, Run, TrainingConfig, train_from};
+use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
+use tempfile::tempdir;
+
+use crate::checks::{Subject, tokens};
+use crate::formula::{model_on, values};
+
+const SEED: u64 = 3;
+const VOCAB: usize = 50;
+
+fn decoder(plan: KvPlan) -> FusedKvDecoderConfig {
+    FusedKvDecoderConfig::new(VOCAB, 64, 4, 4, 2, 32, 96, plan).with_max_positions(64)
+}
+
+/// A mean of the logits, weighted so that every one matters, and its gradients by every parameter,
+/// with their names.
+fn step<B: AutodiffBackend>(
+    plan: &KvPlan,
+    device: &B::Device,
+) -> (Vec<f64>, Vec<(String, Vec<f64>)>) {
+    let model = model_on::<B>(&decoder(plan.clone()), SEED, device);
+    let rows = [tokens(24, 0), tokens(24, 1), tokens(15, 2)];
+    let batch = TokenBatch::from_rows(&rows, VOCAB, device).unwrap();
+    let logits = model.forward(batch).unwrap();
+    // Of the last 15 positions, which are no row's padding.
+    let logits = logits.narrow(1, 9, 15);
+    let weights: Vec<f64> = (0..3 * 15 * VOCAB)
+        .map(|i| (i as f64 * 0.37).sin())
+        .collect();
+    let weights = Tensor::<B, 3>::from_data(TensorData::new(weights, [3, 15, VOCAB]), device);
+    let loss = (logits.tanh() * weights).mean();
+    let gradients = loss.backward();
+    let mut named = Gradients::<B> {
+        of: &gradients,
+        path: Vec::new(),
+        found: Vec::new(),
+    };
+    model.visit(&mut named);
+    (values(&loss), named.found)
+}
+
+struct Gradients<'g, B: AutodiffBackend> {
+    of: &'g B::Gradients,
+    path: Vec<String>,
+    found: Vec<(String, Vec<f64>)>,
+}
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for Gradients<'_, B> {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        let gradient = param.val().grad(self.of).expect("every parameter matters");
+        self.found.push((self.path.join("."), values(&gradient)));
+    }
+}
+
+/// Every gradient is NdArray's.
+pub fn gradients<B: Backend>(subject: &Subject<B>) {
+    for plan in [
+        KvPlan::Standard,
+        KvPlan::FusedKv { storage_layers: 2 },
+        KvPlan::YocoPlusPlus { storage_layers: 2 },
+    ] {
+        let (loss, found) = step::<Autodiff<B>>(&plan, &subject.device);
+        let (expected_loss, expected) = step::<Autodiff<NdArray>>(&plan, &Default::default());
+        assert!(
+            (loss[0] - expected_loss[0]).abs() <= 1e-4,
+            "{loss:?} {expected_loss:?}"
+        );
+        assert_eq!(found.len(), expected.len());
+        let mut wrong = Vec::new();
+        for ((name, found), (_, expected)) in found.iter().zip(&expected) {
+            let scale = expected.iter().fold(0f64, |max, x| max.max(x.abs()));
+            let off = found
+                .iter()
+                .zip(expected)
+                .map(|(x, y)| (x - y).abs() / scale);
+            let off = off.fold(0f64, |max, x| if x <= max { max } else { x });
+            if !(off <= 1e-3) {
+                wrong.push(format!("{name} by {off:.1e}"));
+            }
+        }
+        assert!(wrong.is_empty(), "{}, off are {wrong:?}", plan.method());
+    }
+}
+
+/// Ten optimizer steps from the same model have Flex's losses.
+pub fn ten_steps<B: Backend>(subject: &Subject<B>) {
+    let plan = KvPlan::FusedKv { storage_layers: 2 };
+    let found = losses::<B>(&plan, &subject.device);
+    let expected = losses::<Flex>(&plan, &FlexDevice);
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!(
+            (found - expected).abs() <= 1e-3 * expected,
+            "{found} for {expected}"
+        );
+    }
+}
+
+fn losses<B: Backend>(plan: &KvPlan, device: &B::Device) -> Vec<f64> {
+    let directory = tempdir().unwrap();
+    let config = TrainingConfig::new(decoder(plan.clone()), 24, 4, 10)
+        .with_epochs(5)
+        .with_warmup_steps(2)
+        .with_valid_fraction(0.2)
+        .with_learning_rate(3e-3);
+    let model = model_on::<Autodiff<B>>(&config.model, SEED, device);
+    let run = Run::new(directory.path()).with_progress(Progress::Quiet);
+    let trained = train_from(&config, model, tokens(1500, 0), &run, device).unwrap();
+    let epochs = trained.epochs.iter();
+    epochs
+        .flat_map(|epoch| [epoch.train, epoch.valid])
+        .collect()
+}
+
+/// A directory that one backend wrote is read by the other, to the last bit of f32.
+pub fn checkpoints<B: Backend>(subject: &Subject<B>) {
+    let plan = KvPlan::YocoPlusPlus { storage_layers: 2 };
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("model");
+    let flex = model_on::<Flex>(&decoder(plan.clone()), SEED, &FlexDevice);
+    save_checkpoint(&path, &flex, &SaveOptions::new()).unwrap();
+    let read = load_checkpoint::<B>(&path, WeightDtype::F32, &subject.device)
+        .unwrap()
+        .model;
+    assert_eq!(parameters(&read), parameters(&flex));
+    let again = directory.path().join("again");
+    save_checkpoint(&again, &read, &SaveOptions::new()).unwrap();
+    let back = load_checkpoint::<Flex>(&again, WeightDtype::F32, &FlexDevice)
+        .unwrap()
+        .model;
+    assert_eq!(parameters(&back), parameters(&flex));
+}
+
+fn parameters<B: Backend>(model: &FusedKvDecoder<B>) -> Vec<Vec<f64>> {
+    struct Parameters(Vec<Vec<f64>>);
+    impl<B: Backend> ModuleVisitor<B> for Parameters {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            self.0.push(values(&param.val()));
+        }
+    }
+    let mut parameters = Parameters(Vec::new());
+    model.visit(&mut parameters);
+    parameters.0
+}

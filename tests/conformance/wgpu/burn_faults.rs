@@ -1,0 +1,115 @@
+//! The faults of Burn 0.21's fusion on CubeCL that the decoder goes around, in Burn's operations
+//! alone: docs/decisions/cubecl-faults.md. Where one is gone, Burn has mended it or the device's
+//! tuning takes another kernel; the way around it can go when it is the former.
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{Distribution, Tensor};
+use fusedkv::backend::{Dispatch, DispatchDevice};
+
+use crate::formula::values;
+
+type Tensor4 = Tensor<Dispatch, 4>;
+
+fn random(dims: [usize; 4]) -> Tensor4 {
+    let device = DispatchDevice::Wgpu(Default::default());
+    Tensor::random(dims, Distribution::Uniform(-1.0, 1.0), &device)
+}
+
+/// How far numbers are off, relative to the largest.
+fn off(found: &Tensor4, expected: &[f64]) -> f64 {
+    let scale = expected.iter().fold(0f64, |max, x| max.max(x.abs()));
+    let found = values(found);
+    let errors = found.iter().zip(expected).map(|(x, y)| (x - y).abs());
+    errors.fold(0f64, f64::max) / scale
+}
+
+/// How far `lhs · rhs + added` is off, the sum fused into the product.
+fn product(matrices: usize, rows: usize, [inner, columns]: [usize; 2], transposed: bool) -> f64 {
+    let lhs = random([1, matrices, rows, inner]);
+    let rhs = match transposed {
+        false => random([1, matrices, inner, columns]),
+        true => random([1, matrices, columns, inner]).swap_dims(2, 3),
+    };
+    let added = random([1, matrices, rows, columns]);
+    let [l, r, a] = [&lhs, &rhs, &added].map(values);
+    let expected: Vec<f64> = (0..matrices * rows * columns)
+        .map(|i| {
+            let (row, column) = (i / columns, i % columns);
+            let matrix = row / rows;
+            let products =
+                (0..inner).map(|k| l[row * inner + k] * r[(matrix * inner + k) * columns + column]);
+            a[i] + products.sum::<f64>()
+        })
+        .collect();
+    // What follows is a stream of operations by itself.
+    Dispatch::sync(&lhs.device()).unwrap();
+    off(&(lhs.matmul(rhs) + added), &expected)
+}
+
+/// Multiples of the units of a plane times the elements of a vector.
+const SHAPES: [[usize; 2]; 4] = [[32, 32], [64, 96], [128, 128], [512, 128]];
+
+#[test]
+fn several_products_of_one_row_are_wrong() {
+    assert!(
+        SHAPES
+            .iter()
+            .any(|&shape| product(4, 1, shape, false) > 0.1)
+    );
+}
+
+#[test]
+fn a_product_of_one_row_with_transposed_matrices_is_wrong() {
+    assert!(SHAPES.iter().any(|&shape| product(4, 1, shape, true) > 0.1));
+}
+
+#[test]
+fn other_products_are_right() {
+    for shape in SHAPES {
+        for (matrices, rows, transposed) in
+            [(1, 1, false), (4, 2, false), (1, 2, true), (4, 3, true)]
+        {
+            let off = product(matrices, rows, shape, transposed);
+            assert!(
+                off < 1e-4,
+                "{matrices} {rows} {shape:?} {transposed}: {off}"
+            );
+        }
+    }
+}
+
+/// How far the sum over `dim` of a product with a tensor whose last two dimensions were swapped is
+/// off.
+fn sum(dims: [usize; 4], dim: usize) -> f64 {
+    let [a, b, c, d] = dims;
+    let swapped = random([a, b, d, c]).swap_dims(2, 3);
+    let weights = random(dims);
+    let [s, w] = [&swapped, &weights].map(values);
+    let after: usize = dims[dim + 1..].iter().product();
+    let before: usize = dims[..dim].iter().product();
+    let expected: Vec<f64> = (0..before * after)
+        .map(|i| {
+            let at = |k: usize| (i / after * dims[dim] + k) * after + i % after;
+            (0..dims[dim]).map(|k| s[at(k)] * w[at(k)]).sum()
+        })
+        .collect();
+    Dispatch::sync(&swapped.device()).unwrap();
+    off(&(swapped * weights).sum_dim(dim), &expected)
+}
+
+const SUMMED: [[usize; 4]; 3] = [[3, 2, 24, 32], [8, 4, 64, 64], [5, 3, 128, 32]];
+
+#[test]
+fn a_sum_over_the_first_dimension_of_a_transposed_tensor_is_wrong() {
+    assert!(SUMMED.iter().any(|&dims| sum(dims, 0) > 0.1));
+}
+
+#[test]
+fn a_sum_over_what_is_transposed_is_right() {
+    for dims in SUMMED {
+        for dim in [2, 3] {
+            let off = sum(dims, dim);
+            assert!(off < 1e-4, "{dims:?} {dim}: {off}");
+        }
+    }
+}
