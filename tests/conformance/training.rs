@@ -73,7 +73,8 @@ pub fn gradients<B: Backend>(subject: &Subject<B>) {
     for plan in [
         KvPlan::Standard,
         KvPlan::FusedKv { storage_layers: 2 },
-        KvPlan::YocoPlusPlus { storage_layers: 2 },
+        KvPlan::DenseFusion { storage_layers: 2 },
+        KvPlan::YocoPlusPlus { storage_layers: 3 },
     ] {
         let (loss, found) = step::<Autodiff<B>>(&plan, &subject.device);
         let (expected_loss, expected) = step::<Autodiff<NdArray>>(&plan, &Default::default());
