@@ -159,7 +159,7 @@ pub fn every_length<B: Backend>(subject: &Subject<B>) {
     {
         let config = FusedKvDecoderConfig {
             n_layers: 2 + i,
-            ..shape(i, plan)
+            ..shape(4 * i, plan)
         };
         let single = |&token| Step::Append(vec![vec![token]], Logits::Last);
         let steps: Vec<Step> = tokens(300, 0).iter().map(single).collect();

@@ -1,6 +1,7 @@
 //! The faults of Burn 0.21's fusion on CubeCL that the decoder goes around, in Burn's operations
-//! alone: docs/decisions/cubecl-faults.md. Where one is gone, Burn has mended it or the device's
-//! tuning takes another kernel; the way around it can go when it is the former.
+//! alone: docs/decisions/cubecl-faults.md. Whether one is seen depends on the kernel that tuning finds
+//! fastest, so those tests are ignored unless asked for; `.ci/run` asks, and says so where one is not
+//! seen. When Burn has mended it, the way around it can go.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Distribution, Tensor};
@@ -50,6 +51,7 @@ fn product(matrices: usize, rows: usize, [inner, columns]: [usize; 2], transpose
 const SHAPES: [[usize; 2]; 4] = [[32, 32], [64, 96], [128, 128], [512, 128]];
 
 #[test]
+#[ignore = "which kernel is faster decides whether it is seen"]
 fn several_products_of_one_row_are_wrong() {
     assert!(
         SHAPES
@@ -59,6 +61,7 @@ fn several_products_of_one_row_are_wrong() {
 }
 
 #[test]
+#[ignore = "which kernel is faster decides whether it is seen"]
 fn a_product_of_one_row_with_transposed_matrices_is_wrong() {
     assert!(SHAPES.iter().any(|&shape| product(4, 1, shape, true) > 0.1));
 }
@@ -100,6 +103,7 @@ fn sum(dims: [usize; 4], dim: usize) -> f64 {
 const SUMMED: [[usize; 4]; 3] = [[3, 2, 24, 32], [8, 4, 64, 64], [5, 3, 128, 32]];
 
 #[test]
+#[ignore = "which kernel is faster decides whether it is seen"]
 fn a_sum_over_the_first_dimension_of_a_transposed_tensor_is_wrong() {
     assert!(SUMMED.iter().any(|&dims| sum(dims, 0) > 0.1));
 }
