@@ -21,14 +21,7 @@ use crate::decoder::attend::{Term, Visibility, attend_with_stock_operations};
 
 /// `x · weight` over the last dimension; `weight` is `[input, output]` in any layout.
 pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tensor<B, 3> {
-    #[cfg(test)]
-    work::linear(x.dims(), weight.dims());
-    #[cfg(feature = "flex")]
-    if let Some(output) = flex::linear(&x, &weight) {
-        return output;
-    }
-    #[cfg(feature = "train")]
-    if let Some(output) = flex::autodiff::linear(&x, &weight) {
+    if let Some(output) = own_linear(&x, &weight) {
         return output;
     }
     // The rows of the whole batch are those of one product.
@@ -41,20 +34,30 @@ pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tenso
 /// `x · embeddingᵀ` over the last dimension, `[batch, seq, width]` times `[vocab_size, width]`: the
 /// logits of a decoder whose head is its embedding.
 pub(crate) fn tied_head<B: Backend>(x: Tensor<B, 3>, embedding: Tensor<B, 2>) -> Tensor<B, 3> {
-    let [batch, seq, width] = x.dims();
-    let [vocab_size, _] = embedding.dims();
     let weight = embedding.transpose();
+    if let Some(output) = own_linear(&x, &weight) {
+        return output;
+    }
+    let [batch, seq, width] = x.dims();
+    let [_, vocab_size] = weight.dims();
+    matmul(x.reshape([batch * seq, width]), weight).reshape([batch, seq, vocab_size])
+}
+
+/// [`linear`] by a kernel of our own, where there is one.
+fn own_linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
     #[cfg(test)]
     work::linear(x.dims(), weight.dims());
     #[cfg(feature = "flex")]
-    if let Some(output) = flex::linear(&x, &weight) {
-        return output;
+    if let Some(output) = flex::linear(x, weight) {
+        return Some(output);
     }
     #[cfg(feature = "train")]
-    if let Some(output) = flex::autodiff::linear(&x, &weight) {
-        return output;
+    if let Some(output) = flex::autodiff::linear(x, weight) {
+        return Some(output);
     }
-    matmul(x.reshape([batch * seq, width]), weight).reshape([batch, seq, vocab_size])
+    #[cfg(not(feature = "flex"))]
+    let _ = (x, weight);
+    None
 }
 
 /// `lhs · rhs` by Burn's operation: `[…, rows, k]` times `[…, k, n]`, computed as of two equal rows
