@@ -51,5 +51,5 @@ pub fn run<B: Backend>(
         }
         Vec::new()
     };
-    steps.iter().map(|s| step(s)).collect()
+    steps.iter().map(step).collect()
 }
