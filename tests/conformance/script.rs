@@ -35,7 +35,7 @@ pub fn run<B: Backend>(
     let capacity = steps.iter().map(appended).sum();
     let mut cache = model.new_cache_of(dtype, rows.len(), capacity).unwrap();
     let mut kept = Vec::new();
-    let mut step = |step: &Step| {
+    let step = |step: &Step| {
         match step {
             Step::Append(rows, logits) => {
                 let vocab_size = model.config().vocab_size;
