@@ -86,10 +86,9 @@ impl<B: Backend> Stored<B> {
     fn int8(x: Tensor<B, 4>) -> (Tensor<B, 4, Int>, Tensor<B, 4>) {
         let x = x.cast(DType::F32);
         // Without the floor, a row of zeros would be divided by zero.
-        let largest = x
-            .clone()
-            .abs()
-            .max_dim(3)
+        // (NdArray's `abs`, of Burn 0.21, is wrong where dimensions were swapped.)
+        let largest = (x.clone().max_dim(3))
+            .max_pair(x.clone().min_dim(3).neg())
             .clamp_min(f64::from(f32::MIN_POSITIVE) * 1e3);
         let scales = largest.div_scalar(Self::CODES);
         let codes = (x / scales.clone()).round().int().cast(IntDType::I8);
