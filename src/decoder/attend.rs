@@ -135,21 +135,29 @@ pub(crate) fn attend_with_stock_operations<B: Backend>(
         // Burn's `attention` has fused kernels on some backends; it knows neither blends nor
         // grouped queries, its causal mask is for as many keys as queries, and on CubeCL it reads a
         // mask that all heads share as if each had its own (tracel-ai/burn#4778).
-        ([Term { weight: None, .. }], [Term { weight: None, .. }], Visibility::Causal)
-            if n_queries == n_keys =>
-        {
-            causal(query, blend(keys, dtype), blend(values, dtype))
+        (
+            [Term { weight: None, .. }],
+            [Term { weight: None, .. }],
+            Visibility::All | Visibility::Causal,
+        ) if n_queries == n_keys => {
+            let is_causal = matches!(visibility, Visibility::Causal);
+            whole(query, blend(keys, dtype), blend(values, dtype), is_causal)
         }
         _ => grouped(query, keys, values, visibility),
     }
 }
 
-/// Causal attention of as many queries as keys, by Burn's `attention`.
-fn causal<B: Backend>(query: Tensor<B, 4>, key: Tensor<B, 4>, value: Tensor<B, 4>) -> Tensor<B, 4> {
+/// As many queries as keys, by Burn's `attention`.
+fn whole<B: Backend>(
+    query: Tensor<B, 4>,
+    key: Tensor<B, 4>,
+    value: Tensor<B, 4>,
+    is_causal: bool,
+) -> Tensor<B, 4> {
     let [_, n_heads, _, _] = query.dims();
     let (key, value) = (repeat_heads(key, n_heads), repeat_heads(value, n_heads));
     let options = AttentionModuleOptions {
-        is_causal: true,
+        is_causal,
         ..Default::default()
     };
     attention(query, key, value, None, None, options)

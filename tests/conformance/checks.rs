@@ -9,7 +9,7 @@ use fusedkv::{
     TokenBatch, generate,
 };
 
-use crate::formula::{model_on, plans, values};
+use crate::formula::{model_on, off, plans, values};
 use crate::script::{Step, run};
 
 /// A backend to test, and what with.
@@ -44,22 +44,9 @@ impl<B: Backend> Subject<B> {
         (subject, reference)
     }
 
-    /// Asserts that `found` is `expected` but for rounding; the largest difference.
-    fn agree(&self, what: &str, found: &[f64], expected: &[f64]) -> f64 {
-        assert_eq!(found.len(), expected.len(), "{what}");
-        let scale = expected.iter().fold(0f64, |max, x| max.max(x.abs()));
-        let off = found
-            .iter()
-            .zip(expected)
-            .map(|(x, y)| (x - y).abs() / scale);
-        // Not `f64::max`, which passes over what is not a number.
-        let largest = off.fold(0f64, |max, x| if x <= max { max } else { x });
-        let tolerance = self.tolerance();
-        assert!(
-            largest <= tolerance,
-            "{what}: off by {largest:.1e} of the scale, allowed are {tolerance:.0e}"
-        );
-        largest
+    /// Asserts that `found` is `expected` but for rounding.
+    fn agree(&self, what: &str, found: &[f64], expected: &[f64]) {
+        agree(what, found, expected, self.tolerance());
     }
 
     /// Asserts that `steps` give on both decoders the same logits, each step's by themselves.
@@ -73,6 +60,15 @@ impl<B: Backend> Subject<B> {
             self.agree(&format!("{what}, step {i}, {step:?}"), found, expected);
         }
     }
+}
+
+/// Asserts that numbers are off by no more than `tolerance` of their scale.
+fn agree(what: &str, found: &[f64], expected: &[f64], tolerance: f64) {
+    let off = off(found, expected);
+    assert!(
+        off <= tolerance,
+        "{what}: off by {off:.1e} of the scale, allowed are {tolerance:.0e}"
+    );
 }
 
 const SEED: u64 = 7;
@@ -229,11 +225,12 @@ pub fn cache_dtypes<B: Backend>(subject: &Subject<B>) {
             _ => 0.0,
         };
         for (found, expected) in found.iter().zip(&expected) {
-            let scale = expected.iter().fold(0f64, |max, x| max.max(x.abs()));
-            for (x, y) in found.iter().zip(expected) {
-                let off = (x - y).abs() / scale;
-                assert!(off <= subject.tolerance() + step, "{dtype}: off by {off}");
-            }
+            agree(
+                &dtype.to_string(),
+                found,
+                expected,
+                subject.tolerance() + step,
+            );
         }
     }
 }

@@ -11,7 +11,7 @@ use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
 use tempfile::tempdir;
 
 use crate::checks::{Subject, tokens};
-use crate::formula::{model_on, values};
+use crate::formula::{model_on, off, values};
 
 const SEED: u64 = 3;
 const VOCAB: usize = 50;
@@ -85,13 +85,8 @@ pub fn gradients<B: Backend>(subject: &Subject<B>) {
         assert_eq!(found.len(), expected.len());
         let mut wrong = Vec::new();
         for ((name, found), (_, expected)) in found.iter().zip(&expected) {
-            let scale = expected.iter().fold(0f64, |max, x| max.max(x.abs()));
-            let off = found
-                .iter()
-                .zip(expected)
-                .map(|(x, y)| (x - y).abs() / scale);
-            let off = off.fold(0f64, |max, x| if x <= max { max } else { x });
-            if off.is_nan() || off > 1e-3 {
+            let off = off(found, expected);
+            if off > 1e-3 {
                 wrong.push(format!("{name} by {off:.1e}"));
             }
         }

@@ -1,5 +1,5 @@
-//! The formula that gives every parameter a value by its checkpoint name, every plan, and the numbers of a
-//! tensor.
+//! The formula that gives every parameter a value by its checkpoint name, every plan, the numbers of
+//! a tensor, and how far numbers are off.
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
@@ -126,6 +126,21 @@ impl<B: Backend> ModuleMapper<B> for ByName {
     }
 }
 
+/// The numbers of a tensor, row by row.
 pub fn values<B: Backend, const D: usize>(tensor: &Tensor<B, D>) -> Vec<f64> {
     tensor.to_data().iter::<f64>().collect()
+}
+
+/// Largest absolute difference, relative to the largest expected number; infinite where anything is
+/// not a number.
+pub fn off(found: &[f64], expected: &[f64]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let scale = expected.iter().fold(0f64, |max, x| max.max(x.abs()));
+    let errors = found.iter().zip(expected);
+    let errors = errors.map(|(x, y)| (x - y).abs() / scale);
+    // `f64::max` alone would pass over what is not a number.
+    errors.fold(0f64, |max, x| match x.is_nan() {
+        true => f64::INFINITY,
+        false => max.max(x),
+    })
 }

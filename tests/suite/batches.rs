@@ -3,7 +3,7 @@
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, Logits, TokenBatch};
 
-use crate::models::model;
+use crate::models::{model, off};
 
 const VOCAB: usize = 523;
 
@@ -49,17 +49,16 @@ fn logits(model: &FusedKvDecoder<Flex>, rows: &[Vec<u32>], threads: usize) -> Ve
 
 /// What is tested of a row in a larger batch, and among rows of other lengths; `generate` says the
 /// same.
-const BOUND: f32 = 1e-5;
+const BOUND: f64 = 1e-5;
 
 fn prompts(n: usize, len: usize) -> Vec<Vec<u32>> {
     (0..n).map(|row| prompt(row, len)).collect()
 }
 
 /// Largest difference of two vectors of logits, relative to the largest logit.
-fn difference(a: &[f32], b: &[f32]) -> f32 {
-    let scale = a.iter().fold(0f32, |max, x| max.max(x.abs()));
-    let pairs = a.iter().zip(b);
-    pairs.fold(0f32, |max, (x, y)| max.max((x - y).abs())) / scale
+fn difference(found: &[f32], alone: &[f32]) -> f64 {
+    let wide = |x: &[f32]| x.iter().copied().map(f64::from).collect::<Vec<_>>();
+    off(&wide(found), &wide(alone))
 }
 
 #[test]

@@ -7,21 +7,13 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Distribution, Tensor};
 use fusedkv::backend::{Dispatch, DispatchDevice};
 
-use crate::formula::values;
+use crate::formula::{off, values};
 
 type Tensor4 = Tensor<Dispatch, 4>;
 
 fn random(dims: [usize; 4]) -> Tensor4 {
     let device = DispatchDevice::Wgpu(Default::default());
     Tensor::random(dims, Distribution::Uniform(-1.0, 1.0), &device)
-}
-
-/// How far numbers are off, relative to the largest.
-fn off(found: &Tensor4, expected: &[f64]) -> f64 {
-    let scale = expected.iter().fold(0f64, |max, x| max.max(x.abs()));
-    let found = values(found);
-    let errors = found.iter().zip(expected).map(|(x, y)| (x - y).abs());
-    errors.fold(0f64, f64::max) / scale
 }
 
 /// How far `lhs · rhs + added` is off, the sum fused into the product.
@@ -44,7 +36,7 @@ fn product(matrices: usize, rows: usize, [inner, columns]: [usize; 2], transpose
         .collect();
     // What follows is a stream of operations by itself.
     Dispatch::sync(&lhs.device()).unwrap();
-    off(&(lhs.matmul(rhs) + added), &expected)
+    off(&values(&(lhs.matmul(rhs) + added)), &expected)
 }
 
 /// Multiples of the units of a plane times the elements of a vector.
@@ -97,7 +89,7 @@ fn sum(dims: [usize; 4], dim: usize) -> f64 {
         })
         .collect();
     Dispatch::sync(&swapped.device()).unwrap();
-    off(&(swapped * weights).sum_dim(dim), &expected)
+    off(&values(&(swapped * weights).sum_dim(dim)), &expected)
 }
 
 const SUMMED: [[usize; 4]; 3] = [[3, 2, 24, 32], [8, 4, 64, 64], [5, 3, 128, 32]];
