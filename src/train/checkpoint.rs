@@ -5,11 +5,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use burn::config::config_to_json;
 use burn::record::{
-    FileRecorder, FullPrecisionSettings, NamedMpkFileRecorder, Recorder, RecorderError,
+    BurnRecord, FileRecorder, FullPrecisionSettings, NamedMpkFileRecorder, Record, Recorder,
+    RecorderError,
 };
 use burn::tensor::backend::Backend;
 use burn_train::checkpoint::{CheckpointingAction, CheckpointingStrategy};
@@ -224,10 +225,58 @@ pub(super) fn difference(
     })
 }
 
+/// The parts of a checkpoint that its threads are still to read from the devices or to write.
+///
+/// Training waits for them: a backend that fuses operations does not survive tensors that one thread
+/// reads while another goes on with them (docs/decisions/cubecl-faults.md).
+#[derive(Clone, Debug, Default)]
+pub(super) struct Unwritten(Arc<(Mutex<usize>, Condvar)>);
+
+impl Unwritten {
+    fn parts(&self) -> MutexGuard<'_, usize> {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn announce(&self, parts: usize) {
+        *self.parts() += parts;
+    }
+
+    fn wait(&self) {
+        let waiting = self.0.1.wait_while(self.parts(), |parts| *parts > 0);
+        drop(waiting.unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// Counts a part as done when its thread has written it, failed, or panicked.
+struct Done<'u>(&'u Unwritten);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        let mut parts = self.0.parts();
+        *parts = parts.saturating_sub(1);
+        drop(parts);
+        self.0.0.1.notify_all();
+    }
+}
+
 /// Burn's recorder in full precision, under a temporary name until the file is complete. Optimizer
 /// moments do not survive half precision.
 #[derive(Clone, Debug, Default)]
-pub(super) struct CompleteFileRecorder(NamedMpkFileRecorder<FullPrecisionSettings>);
+pub(super) struct CompleteFileRecorder {
+    recorder: NamedMpkFileRecorder<FullPrecisionSettings>,
+    unwritten: Unwritten,
+}
+
+impl CompleteFileRecorder {
+    /// A recorder that counts what it records as written.
+    pub fn telling(unwritten: Unwritten) -> Self {
+        let recorder = NamedMpkFileRecorder::default();
+        Self {
+            recorder,
+            unwritten,
+        }
+    }
+}
 
 impl<B: Backend> Recorder<B> for CompleteFileRecorder {
     type Settings = FullPrecisionSettings;
@@ -235,16 +284,24 @@ impl<B: Backend> Recorder<B> for CompleteFileRecorder {
     type RecordOutput = ();
     type LoadArgs = PathBuf;
 
+    fn record<R: Record<B>>(&self, record: R, path: PathBuf) -> Result<(), RecorderError> {
+        let _done = Done(&self.unwritten);
+        let item = record.into_item::<Self::Settings>();
+        let record = BurnRecord::<_, B>::new::<Self>(item);
+        Recorder::<B>::save_item(self, record, path)
+    }
+
     fn save_item<I: Serialize>(&self, item: I, mut path: PathBuf) -> Result<(), RecorderError> {
         path.set_extension(<Self as FileRecorder<B>>::file_extension());
         let write = |partial: &Path| {
-            Recorder::<B>::save_item(&self.0, item, partial.to_owned()).map_err(io::Error::other)
+            Recorder::<B>::save_item(&self.recorder, item, partial.to_owned())
+                .map_err(io::Error::other)
         };
         file::write_by_name(&path, write).map_err(|error| RecorderError::Unknown(error.to_string()))
     }
 
     fn load_item<I: DeserializeOwned>(&self, path: &mut PathBuf) -> Result<I, RecorderError> {
-        Recorder::<B>::load_item(&self.0, path)
+        Recorder::<B>::load_item(&self.recorder, path)
     }
 }
 
@@ -254,8 +311,8 @@ impl<B: Backend> FileRecorder<B> for CompleteFileRecorder {
     }
 }
 
-/// Keeps the checkpoint with the lowest validation loss and the last two: while one is written in
-/// the background, the one before is what a run that dies resumes from.
+/// Keeps the checkpoint with the lowest validation loss and the last two: while one is written, the
+/// one before is what a run that dies resumes from.
 ///
 /// Burn's own strategy looks the loss up while the last batches may still be on their way to it.
 pub(super) struct KeepLastAndBest {
@@ -266,6 +323,7 @@ pub(super) struct KeepLastAndBest {
     pub valid: Receiver<f64>,
     pub gradient_norms: Receiver<Option<GradientNorms>>,
     pub interrupter: Interrupter,
+    unwritten: Unwritten,
     kept: BTreeSet<usize>,
 }
 
@@ -277,6 +335,7 @@ impl KeepLastAndBest {
         valid: Receiver<f64>,
         gradient_norms: Receiver<Option<GradientNorms>>,
         interrupter: Interrupter,
+        unwritten: Unwritten,
     ) -> Self {
         let kept = run.checkpoints();
         Self {
@@ -286,6 +345,7 @@ impl KeepLastAndBest {
             valid,
             gradient_norms,
             interrupter,
+            unwritten,
             kept,
         }
     }
@@ -328,6 +388,7 @@ impl KeepLastAndBest {
         let (kept, old): (BTreeSet<_>, BTreeSet<_>) =
             self.kept.iter().copied().partition(|&old| keep(old));
         self.kept = kept;
+        self.unwritten.announce(PARTS.len());
         // Deleting waits for what is being written, so that it comes last.
         std::iter::once(CheckpointingAction::Save)
             .chain(old.into_iter().map(CheckpointingAction::Delete))
@@ -355,10 +416,18 @@ impl Patience {
     }
 }
 
-impl EarlyStoppingStrategy for Patience {
+/// What follows the checkpoint of an epoch, on the thread that trains.
+#[derive(Clone)]
+pub(super) struct EpochEnd {
+    pub unwritten: Unwritten,
+    pub patience: Option<Patience>,
+}
+
+impl EarlyStoppingStrategy for EpochEnd {
     // The epoch's losses are there: checkpoints, which wait for them, come first.
     fn should_stop(&mut self, _: usize, _: &EventStoreClient) -> bool {
-        self.is_over()
+        self.unwritten.wait();
+        self.patience.as_ref().is_some_and(Patience::is_over)
     }
 }
 
@@ -384,6 +453,7 @@ mod tests {
             valid.1,
             norms.1,
             interrupter.clone(),
+            Unwritten::default(),
         );
         let mut epoch = |epoch, loss| {
             train.0.send(loss).unwrap();

@@ -19,7 +19,8 @@ use burn_train::{
 };
 
 use super::checkpoint::{
-    CompleteFileRecorder, EpochLosses, History, KeepLastAndBest, Patience, RunDirectory,
+    CompleteFileRecorder, EpochEnd, EpochLosses, History, KeepLastAndBest, Patience, RunDirectory,
+    Unwritten,
 };
 use super::config::TrainingConfig;
 use super::data::{TokenWindows, Windows, check_vocabulary, read_window};
@@ -332,6 +333,7 @@ fn run_training<B: AutodiffBackend>(
     let ended = patience.as_ref().is_some_and(Patience::is_over);
     let last_epoch = if ended { done } else { config.epochs };
     let interrupter = Interrupter::new();
+    let unwritten = Unwritten::default();
     let (train_report, train_losses) = channel();
     let (valid_report, valid_losses) = channel();
     let (norm_report, gradient_norms) = channel();
@@ -342,6 +344,7 @@ fn run_training<B: AutodiffBackend>(
         valid_losses,
         gradient_norms,
         interrupter.clone(),
+        unwritten.clone(),
     );
     let log = JsonLines::open(&directory.log(), config, done, parts, interrupter.clone());
     let log = log.map_err(|source| TrainError::Write {
@@ -374,8 +377,12 @@ fn run_training<B: AutodiffBackend>(
         norm_report,
     ))
     .with_metric_logger(log)
-    .with_file_checkpointer(CompleteFileRecorder::default())
+    .with_file_checkpointer(CompleteFileRecorder::telling(unwritten.clone()))
     .with_checkpointing_strategy(strategy)
+    .early_stopping(EpochEnd {
+        unwritten,
+        patience,
+    })
     .with_interrupter(interrupter.clone())
     // A library does not install a logger, nor a panic hook.
     .with_application_logger(None)
@@ -384,9 +391,6 @@ fn run_training<B: AutodiffBackend>(
     .num_epochs(last_epoch);
     if let Some(memory) = MemoryMetric::new() {
         training = training.metric_train_numeric(memory);
-    }
-    if let Some(patience) = patience {
-        training = training.early_stopping(patience);
     }
     if done > 0 {
         training = training.checkpoint(done);

@@ -2,6 +2,7 @@
 
 mod before;
 mod precision;
+mod saving;
 mod targets;
 
 use std::collections::BTreeSet;
