@@ -16,8 +16,8 @@ use divan::Bencher;
 use divan::counter::ItemsCount;
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::{
-    BlendWeights, FusedKvDecoderConfig, FusionInit, KvFusion, KvFusionConfig, KvPlan, Logits, Mix,
-    TokenBatch, fused_attention,
+    BlendWeights, FusedKvDecoderConfig, FusionInit, KvFusion, KvFusionConfig, KvPart, KvPlan,
+    KvSource, Logits, TokenBatch, fused_attention,
 };
 
 #[global_allocator]
@@ -33,7 +33,7 @@ fn random(seq: usize) -> Tensor<Flex, 4> {
 }
 
 fn fusion() -> KvFusion<Flex> {
-    let mix = Mix::Blend {
+    let mix = KvSource::Blend {
         sources: vec![0, 1],
         weights: BlendWeights::PerChannel,
     };
@@ -111,8 +111,8 @@ fn fused_kv(bencher: Bencher, size: [usize; 2]) {
 #[divan::bench(args = SIZES)]
 fn fused_kv_materialised(bencher: Bencher, size: [usize; 2]) {
     time(bencher, size, |case| {
-        let keys = blend(&case.sources[..2], case.fusion.key_weights());
-        let values = blend(&case.sources[2..], case.fusion.value_weights());
+        let keys = blend(&case.sources[..2], case.fusion.weights(KvPart::Key));
+        let values = blend(&case.sources[2..], case.fusion.weights(KvPart::Value));
         case.attend(&[keys], &[values], None)
     });
 }

@@ -2,9 +2,45 @@
 
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 
-use crate::error::ConfigError;
-use crate::plan::{KvLayout, KvPlan};
+use crate::plan::{KvLayout, KvPlan, PlanError};
+
+/// A configuration no decoder can be built from.
+#[derive(Clone, Debug, PartialEq, Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The plan does not fit.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A size of 0.
+    #[error("{field} is 0, expected at least 1")]
+    Zero {
+        /// The field's name.
+        field: &'static str,
+    },
+    /// Query heads that cannot be shared out evenly.
+    #[error("n_heads is {n_heads}, expected a multiple of n_kv_heads ({n_kv_heads})")]
+    HeadGroups {
+        /// Query heads.
+        n_heads: usize,
+        /// Key/value heads.
+        n_kv_heads: usize,
+    },
+    /// RoPE rotates pairs of channels.
+    #[error("head_dim is {0}, expected an even number")]
+    OddHeadDim(usize),
+    /// A number outside its range.
+    #[error("{field} is {value}, expected {expected}")]
+    Range {
+        /// The field's name.
+        field: &'static str,
+        /// What it was.
+        value: f64,
+        /// What it may be.
+        expected: &'static str,
+    },
+}
 
 /// Shape of a Qwen3-style decoder, and the plan of its KV cache.
 ///
@@ -61,7 +97,7 @@ pub struct FusedKvDecoderConfig {
 }
 
 /// Where the weights start with which a layer takes other layers' keys and values: those of a
-/// [`Mix::Blend`](crate::Mix::Blend), and α of YOCO++. The papers do not say what they use.
+/// [`KvSource::Blend`](crate::KvSource::Blend), and α of YOCO++. The papers do not say what they use.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FusionInit {
     /// The mean of a blend's weights.

@@ -10,12 +10,16 @@ use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use nalgebra::{DMatrixView, DVector, DVectorView};
 use thiserror::Error;
 
+use crate::attention::{KvFusion, KvResidual, lite_source};
+use crate::cache::CacheError;
+use crate::config::ConfigError;
 use crate::config::FusedKvDecoderConfig;
-use crate::decoder::{FusedKvDecoder, KvFusion, KvResidual, Logits};
-use crate::error::{CacheError, ConfigError, ForwardError, TokensError};
+use crate::decoder::ForwardError;
+use crate::decoder::{FusedKvDecoder, Logits};
 use crate::numbers::numbers;
-use crate::plan::{KvPlan, LayerKv, Mix};
+use crate::plan::{KvLayout, KvPart, KvPlan, KvSource};
 use crate::tokens::TokenBatch;
+use crate::tokens::TokensError;
 
 /// Pulls fitted weights to where they started, as a share of the sources' mean square: decides
 /// where the text does not, e.g. between sources that are alike.
@@ -129,20 +133,19 @@ pub fn convert<B: Backend>(
         to.o_proj = from.o_proj.clone();
         if to.k_proj.is_some() {
             to.k_proj = from.k_proj.clone();
-            to.v_proj = from.v_proj.clone();
             to.k_norm = from.k_norm.clone();
         }
+        if to.v_proj.is_some() {
+            to.v_proj = from.v_proj.clone();
+        }
+        let dtype = embedding.dtype();
         to.kv_fusion = to.kv_fusion.take().map(|fusion| KvFusion {
-            key_weight: fusion
-                .key_weight
-                .map(|weight| cast(weight, embedding.dtype())),
-            value_weight: fusion
-                .value_weight
-                .map(|weight| cast(weight, embedding.dtype())),
+            key_weight: fusion.key_weight.map(|weight| cast(weight, dtype)),
+            value_weight: fusion.value_weight.map(|weight| cast(weight, dtype)),
         });
         to.kv_residual = to.kv_residual.take().map(|residual| KvResidual {
-            key_weight: cast(residual.key_weight, embedding.dtype()),
-            value_weight: cast(residual.value_weight, embedding.dtype()),
+            key_weight: residual.key_weight.map(|alpha| cast(alpha, dtype)),
+            value_weight: residual.value_weight.map(|alpha| cast(alpha, dtype)),
         });
     }
     Ok(converted)
@@ -171,12 +174,12 @@ pub fn convert_fitted<B: Backend>(
         });
     }
     let mut fits = Vec::new();
-    for (layer, kv) in converted.layout().layers().iter().enumerate() {
-        if let LayerKv::Reuse { key, value } = kv {
-            let pairs = config.head_dim / 2;
-            let key = Regression::new(key, config, pairs, |s| s.iter().max());
-            let value = Regression::new(value, config, config.head_dim, |s| s.iter().min());
-            fits.push((layer, key, value));
+    let layout = converted.layout();
+    for (layer, kv) in layout.layers().iter().enumerate() {
+        let reuses = |part| !matches!(kv.part(part), KvSource::Own { .. });
+        if KvPart::BOTH.into_iter().any(reuses) {
+            let regressions = KvPart::BOTH.map(|part| Regression::new(layout, layer, part, config));
+            fits.push((layer, regressions));
         }
     }
     let device = model.embed_tokens.weight.val().device();
@@ -188,25 +191,21 @@ pub fn convert_fitted<B: Backend>(
         let batch = TokenBatch::from_rows(&[window], config.vocab_size, &device)?;
         let mut cache = model.new_cache(1, window.len())?;
         model.forward_cached(batch, &mut cache, Logits::Last)?;
-        // Every layer of a standard decoder has a slot.
-        let (keys, values): (Vec<_>, Vec<_>) = (0..config.n_layers)
-            .map(|layer| {
-                let kv = cache.get(layer);
-                (numbers(kv.key), numbers(kv.value))
-            })
-            .unzip();
-        for (layer, key, value) in &mut fits {
-            key.add(&keys, *layer, config.head_dim);
-            value.add(&values, *layer, config.head_dim);
+        for part in KvPart::BOTH {
+            // A standard decoder stores every layer's.
+            let all = (0..config.n_layers).map(|layer| cache.get(part, layer).map(numbers));
+            let all: Vec<_> = all.map(Option::unwrap_or_default).collect();
+            for (layer, regressions) in &mut fits {
+                regressions[part as usize].add(&all, *layer, config.head_dim);
+            }
         }
     }
     let mut layers = Vec::new();
-    for (layer, key, value) in fits {
-        let (key_weights, key) = key.solve();
-        let (value_weights, value) = value.solve();
+    for (layer, regressions) in fits {
+        let [(key_weights, key), (value_weights, value)] = regressions.map(|r| r.solve());
         if let Some(fusion) = &mut converted.layers[layer].self_attn.kv_fusion {
-            set(&mut fusion.key_weight, key_weights);
-            set(&mut fusion.value_weight, value_weights);
+            set(fusion.weight_mut(KvPart::Key), key_weights);
+            set(fusion.weight_mut(KvPart::Value), value_weights);
         }
         layers.push(LayerFit { layer, key, value });
     }
@@ -260,20 +259,16 @@ struct Regression {
 }
 
 impl Regression {
-    fn new(
-        mix: &Mix,
-        config: &FusedKvDecoderConfig,
-        channels: usize,
-        lite: fn(&[usize]) -> Option<&usize>,
-    ) -> Self {
-        let sources = mix.sources().to_vec();
-        let shape = mix.weights_shape(config.n_kv_heads, channels);
+    fn new(layout: &KvLayout, layer: usize, part: KvPart, config: &FusedKvDecoderConfig) -> Self {
+        let sources = layout.sources(part, layer).to_vec();
+        let source = layout.layer(layer).part(part);
+        let shape = source.weights_shape(part, config.n_kv_heads, config.head_dim);
         let [n, heads, channels] = shape.unwrap_or([sources.len(), 1, 1]);
-        let first = lite(&sources).copied();
+        let lite = lite_source(part, &sources);
         Self {
             start: sources
                 .iter()
-                .map(|&source| f64::from(u8::from(Some(source) == first)))
+                .map(|&source| f64::from(u8::from(Some(source) == lite)))
                 .collect(),
             gram: vec![0.0; heads * channels * n * n],
             moment: vec![0.0; heads * channels * n],

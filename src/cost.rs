@@ -1,8 +1,9 @@
 //! What a configuration costs: parameters, cache bytes, bytes read, FLOPs.
 
+use crate::config::ConfigError;
 use crate::config::FusedKvDecoderConfig;
-use crate::error::ConfigError;
-use crate::plan::{KvLayout, LayerKv, Mix};
+use crate::parameters::{TensorSpec, tensors};
+use crate::plan::{KvLayout, KvPart};
 
 /// Costs of a decoder, derived from its configuration and plan alone.
 ///
@@ -41,33 +42,15 @@ impl FusedKvDecoderConfig {
 impl DecoderCosts {
     /// Number of learned parameters; a tied head counts once.
     pub fn parameters(&self) -> usize {
-        let c = &self.config;
-        let embedding = c.vocab_size * c.hidden_size;
-        let head = if c.tie_embeddings { 0 } else { embedding };
-        let norms = 2 * c.hidden_size + c.head_dim;
-        let layers: usize = (0..c.n_layers)
-            .map(|layer| {
-                self.trunk_weights()
-                    + norms
-                    + match self.layout.layer(layer) {
-                        LayerKv::Store { residual } => {
-                            let alphas = if residual.is_some() { 2 } else { 0 };
-                            self.kv_weights() + c.head_dim + alphas
-                        }
-                        LayerKv::Reuse { key, value } => {
-                            self.fusion_weights(key, c.head_dim / 2)
-                                + self.fusion_weights(value, c.head_dim)
-                        }
-                    }
-            })
-            .sum();
-        embedding + head + layers + c.hidden_size
+        let tensors = tensors(&self.config, &self.layout);
+        tensors.iter().map(TensorSpec::elements).sum()
     }
 
     /// Bytes one token of one row takes in the cache, at `element_bytes` per element (4 for f32,
     /// 2 for f16 and bf16).
     pub fn cache_bytes_per_token(&self, element_bytes: usize) -> usize {
-        2 * self.layout.n_stores() * self.kv_width() * element_bytes
+        let stored = KvPart::BOTH.map(|part| self.layout.n_stored(part));
+        stored.iter().sum::<usize>() * self.kv_width() * element_bytes
     }
 
     /// Cache bytes that decoding one token of one row reads when `context` tokens are cached
@@ -109,10 +92,9 @@ impl DecoderCosts {
                 } else {
                     (1, last_pairs)
                 };
-                let kv = match self.layout.layer(layer) {
-                    LayerKv::Store { .. } => tokens * self.kv_weights(),
-                    LayerKv::Reuse { .. } => 0,
-                };
+                let stored = KvPart::BOTH.map(|part| self.layout.stores(part, layer));
+                let stored = stored.into_iter().filter(|&stored| stored).count();
+                let kv = tokens * stored * c.hidden_size * self.kv_width();
                 kv + queries * self.trunk_weights() + pairs * q_width * self.layout.n_reads(layer)
             })
             .sum();
@@ -125,20 +107,8 @@ impl DecoderCosts {
         c.hidden_size * (2 * c.n_heads * c.head_dim + 3 * c.ffn_size)
     }
 
-    /// k and v projections of one storing layer.
-    fn kv_weights(&self) -> usize {
-        2 * self.config.hidden_size * self.kv_width()
-    }
-
     fn kv_width(&self) -> usize {
         self.config.n_kv_heads * self.config.head_dim
-    }
-
-    fn fusion_weights(&self, mix: &Mix, channels: usize) -> usize {
-        match mix.weights_shape(self.config.n_kv_heads, channels) {
-            Some(shape) => shape.iter().product(),
-            None => 0,
-        }
     }
 }
 
@@ -148,35 +118,27 @@ mod tests {
     use proptest::prelude::*;
 
     use crate::kernels::work::multiply_adds;
-    use crate::{BlendWeights, FusedKvDecoderConfig, KvPlan, LayerKv, Logits, Mix, TokenBatch};
+    use crate::{
+        BlendWeights, FusedKvDecoderConfig, KvPlan, KvSource, LayerKv, Logits, TokenBatch,
+    };
 
-    /// All methods, and a plan that stores above a layer that reuses.
+    /// All methods, and a plan that stores above a layer that reuses, keys and values apart.
     fn plans() -> Vec<KvPlan> {
-        let methods = KvPlan::METHODS.iter();
-        let mut plans: Vec<_> = methods
+        let mut plans: Vec<_> = KvPlan::methods()
             .map(|method| KvPlan::from_method(method, 5).unwrap())
             .collect();
         plans.extend((1..5).map(|storage_layers| KvPlan::Yoco { storage_layers }));
-        let store = || LayerKv::Store { residual: None };
-        let blend = |sources| Mix::Blend {
+        let blend = |sources| KvSource::Blend {
             sources,
             weights: BlendWeights::PerChannel,
         };
+        let layer = |key, value| LayerKv { key, value };
         let layers = vec![
-            store(),
-            LayerKv::Reuse {
-                key: Mix::AsIs(0),
-                value: blend(vec![0]),
-            },
-            store(),
-            LayerKv::Reuse {
-                key: blend(vec![2, 0]),
-                value: Mix::AsIs(0),
-            },
-            LayerKv::Reuse {
-                key: blend(vec![0, 2]),
-                value: blend(vec![2, 0]),
-            },
+            LayerKv::OWN,
+            layer(KvSource::AsIs(0), blend(vec![0])),
+            LayerKv::OWN,
+            layer(KvSource::OWN, blend(vec![0, 2])),
+            layer(blend(vec![0, 3]), blend(vec![2, 4])),
         ];
         plans.push(KvPlan::Custom { layers });
         plans

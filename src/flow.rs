@@ -8,10 +8,10 @@ use burn::module::Param;
 use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
-use crate::decoder::{FusedKvDecoder, KvFusion};
-use crate::plan::{LayerKv, Mix};
+use crate::decoder::FusedKvDecoder;
+use crate::plan::{KvPart, KvSource};
 
-/// The weights of all layers that reuse keys and values.
+/// The weights of all layers that reuse keys or values.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InformationFlow {
     /// Depth of the decoder.
@@ -54,30 +54,28 @@ pub fn information_flow<B: Backend>(model: &FusedKvDecoder<B>) -> InformationFlo
         keys: Vec::new(),
         values: Vec::new(),
     };
-    for (layer, kv) in model.layout().layers().iter().enumerate() {
-        let LayerKv::Reuse { key, value } = kv else {
-            continue;
-        };
+    let layout = model.layout();
+    for (layer, kv) in layout.layers().iter().enumerate() {
         let fusion = model.layers[layer].self_attn.kv_fusion.as_ref();
-        let (key_weight, value_weight) = match fusion {
-            Some(KvFusion {
-                key_weight,
-                value_weight,
-            }) => (key_weight.as_ref(), value_weight.as_ref()),
-            None => (None, None),
-        };
-        flow.keys.push(layer_flow(layer, key, key_weight));
-        flow.values.push(layer_flow(layer, value, value_weight));
+        for (part, flows) in [
+            (KvPart::Key, &mut flow.keys),
+            (KvPart::Value, &mut flow.values),
+        ] {
+            if matches!(kv.part(part), KvSource::Own { .. }) {
+                continue;
+            }
+            let weight = fusion.and_then(|fusion| fusion.weight(part));
+            flows.push(layer_flow(layer, layout.sources(part, layer), weight));
+        }
     }
     flow
 }
 
 fn layer_flow<B: Backend>(
     layer: usize,
-    mix: &Mix,
+    sources: &[usize],
     weight: Option<&Param<Tensor<B, 3>>>,
 ) -> LayerFlow {
-    let sources = mix.sources().to_vec();
     let weights = match weight {
         None => vec![1.0; sources.len()],
         Some(weight) => {
@@ -90,7 +88,7 @@ fn layer_flow<B: Backend>(
     };
     LayerFlow {
         layer,
-        sources,
+        sources: sources.to_vec(),
         weights,
     }
 }

@@ -27,8 +27,9 @@
 //! come from → head. The modules:
 //! - [`plan`]: which layers store, what the others read
 //! - [`config`], [`cost`]: shapes, presets, and what they cost
-//! - [`decoder`]: the model
+//! - [`attention`]: attention over blends of stored keys and values
 //! - [`cache`]: storage for the layers that store
+//! - [`decoder`]: the model
 //! - [`tokens`]: batches whose rows differ in length
 //! - [`mod@generate`]: sampling through the cache
 //! - [`mod@score`]: how well a text is predicted
@@ -37,12 +38,12 @@
 //! - `checkpoint`, `tokenizer` (feature `checkpoint`): Hugging Face's directories, text to tokens
 //! - `train` (feature `train`): training on Burn's `Learner`
 //! - [`backend`]: the Burn backends behind features
-//! - [`error`]: what can go wrong
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod attention;
 pub mod backend;
 pub mod cache;
 #[cfg(feature = "checkpoint")]
@@ -52,13 +53,14 @@ pub mod config;
 pub mod convert;
 pub mod cost;
 pub mod decoder;
-pub mod error;
 #[cfg(feature = "checkpoint")]
 mod file;
 pub mod flow;
 pub mod generate;
+mod holes;
 mod kernels;
 mod numbers;
+mod parameters;
 pub mod plan;
 pub mod score;
 #[cfg(feature = "checkpoint")]
@@ -67,16 +69,13 @@ pub mod tokens;
 #[cfg(feature = "train")]
 pub mod train;
 
-pub use cache::{CacheDtype, FusedKvCache};
-pub use config::{FusedKvDecoderConfig, FusionInit, FusionStart};
+pub use attention::{AttentionError, FusionForm, KvFusion, KvFusionConfig, fused_attention};
+pub use cache::{CacheDtype, CacheError, FusedKvCache};
+pub use config::{ConfigError, FusedKvDecoderConfig, FusionInit, FusionStart};
 pub use cost::DecoderCosts;
-pub use decoder::{FusedKvDecoder, FusionForm, KvFusion, KvFusionConfig, Logits, fused_attention};
-pub use error::{
-    AttentionError, CacheError, ConfigError, ForwardError, GenerateError, PlanError, ScoreError,
-    TokensError,
-};
+pub use decoder::{ForwardError, FusedKvDecoder, Logits};
 pub use flow::{InformationFlow, information_flow};
-pub use generate::{GeneratedToken, GenerationConfig, generate};
-pub use plan::{BlendWeights, KvLayout, KvPlan, LayerKv, Mix};
-pub use score::{Score, ScoreConfig, score, score_with};
-pub use tokens::TokenBatch;
+pub use generate::{GenerateError, GeneratedToken, GenerationConfig, generate};
+pub use plan::{BlendWeights, KvLayout, KvPart, KvPlan, KvSource, LayerKv, PlanError};
+pub use score::{Score, ScoreConfig, ScoreError, score, score_with};
+pub use tokens::{TokenBatch, TokensError};

@@ -2,12 +2,46 @@
 
 use burn::config::Config;
 use burn::tensor::{Tensor, backend::Backend};
+use thiserror::Error;
 
-use crate::cache::{CacheDtype, FusedKvCache};
-use crate::decoder::{FusedKvDecoder, Logits};
-use crate::error::{ScoreError, TokensError};
+use crate::cache::{CacheDtype, CacheError, FusedKvCache};
+use crate::decoder::{ForwardError, FusedKvDecoder, Logits};
 use crate::numbers::numbers;
-use crate::tokens::TokenBatch;
+use crate::tokens::{TokenBatch, TokensError};
+
+/// A text that cannot be scored.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ScoreError {
+    /// A setting outside its range.
+    #[error("{field} is {value}, expected 1 to {largest}")]
+    Setting {
+        /// The setting's name.
+        field: &'static str,
+        /// What it was.
+        value: usize,
+        /// The most it may be.
+        largest: usize,
+    },
+    /// The first token has nothing to be predicted from.
+    #[error("{0} tokens to score, expected at least 2")]
+    TooFewTokens(usize),
+    /// The decoder cannot read the text.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+}
+
+impl From<CacheError> for ScoreError {
+    fn from(error: CacheError) -> Self {
+        Self::Forward(error.into())
+    }
+}
+
+impl From<TokensError> for ScoreError {
+    fn from(error: TokensError) -> Self {
+        Self::Forward(error.into())
+    }
+}
 
 /// How a text longer than the decoder's positions is read.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]

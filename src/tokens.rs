@@ -1,10 +1,44 @@
 //! Batches of token ids whose rows may differ in length.
 
-use std::ops::Range;
-
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+use thiserror::Error;
 
-use crate::error::TokensError;
+use crate::holes::Holes;
+
+/// Tokens no decoder can read.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum TokensError {
+    /// A batch without rows.
+    #[error("the batch has no rows, expected at least 1")]
+    NoRows,
+    /// A row without tokens.
+    #[error("row {row} has no tokens, expected at least 1")]
+    EmptyRow {
+        /// The row.
+        row: usize,
+    },
+    /// One padding length per row is needed.
+    #[error("{found} padding lengths for {rows} rows")]
+    PaddingRows {
+        /// Padding lengths given.
+        found: usize,
+        /// Rows in the batch.
+        rows: usize,
+    },
+    /// A token the vocabulary does not have.
+    #[error("token {token} at row {row}, position {position}, expected below {vocab_size}")]
+    OutOfVocabulary {
+        /// The row.
+        row: usize,
+        /// Position within the row.
+        position: usize,
+        /// The token id.
+        token: u32,
+        /// The vocabulary's size.
+        vocab_size: usize,
+    },
+}
 
 /// Token ids `[batch, seq]`, each row with some padding on its left.
 ///
@@ -138,13 +172,8 @@ impl<B: Backend> TokenBatch<B> {
 
     /// Which of `cached` slots and these tokens hold no token, `[batch, cached + seq]` row by row,
     /// if any does; `holes` are those of the cached slots.
-    pub(crate) fn hidden_keys(
-        &self,
-        holes: &[Vec<Range<usize>>],
-        cached: usize,
-    ) -> Option<Vec<bool>> {
-        let full = |holes: &Vec<Range<usize>>| holes.is_empty();
-        if holes.iter().all(full) && self.padding.iter().all(|&padding| padding == 0) {
+    pub(crate) fn hidden_keys(&self, holes: &[Holes], cached: usize) -> Option<Vec<bool>> {
+        if holes.iter().all(Holes::is_empty) && self.padding.iter().all(|&padding| padding == 0) {
             return None;
         }
         let [batch, seq] = self.dims();
@@ -152,7 +181,8 @@ impl<B: Backend> TokenBatch<B> {
         let mut hidden = vec![false; batch * keys];
         for (row, &padding) in self.padding.iter().enumerate() {
             let own = cached..cached + padding;
-            for hole in holes.get(row).into_iter().flatten().chain([&own]) {
+            let holes = holes.get(row).map_or(&[][..], Holes::ranges);
+            for hole in holes.iter().chain([&own]) {
                 hidden[row * keys..][hole.clone()].fill(true);
             }
         }

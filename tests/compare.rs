@@ -302,7 +302,7 @@ fn deviations_are_those_of_a_sample() {
 fn methods_are_read_with_their_options() {
     let base = base();
     let parse = |text: &str| Method::parse(text, &base);
-    for name in DEFAULT_METHODS {
+    for &name in DEFAULT_METHODS {
         assert_eq!(parse(name).unwrap().name, name);
     }
     let method = parse("fused_kv:n=3,kv-heads=2,init=equal,noise=0.1").unwrap();
@@ -338,7 +338,7 @@ fn methods_are_read_with_their_options() {
 
 #[test]
 fn plans_are_read_from_json() {
-    let store = LayerKv::Store { residual: None };
+    let store = LayerKv::OWN;
     let plan = KvPlan::Custom {
         layers: vec![store; 4],
     };

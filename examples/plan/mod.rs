@@ -3,13 +3,14 @@
 use std::error::Error;
 
 use clap::Args;
+use clap::builder::PossibleValuesParser;
 use fusedkv::KvPlan;
 
 /// A plan as arguments.
 #[derive(Args)]
 pub struct PlanArgs {
     /// How layers share keys and values
-    #[arg(long, default_value = "fused_kv", value_parser = KvPlan::METHODS)]
+    #[arg(long, default_value = "fused_kv", value_parser = PossibleValuesParser::new(KvPlan::methods()))]
     pub method: String,
     /// Layers that store keys and values; half of them if not given
     #[arg(long)]

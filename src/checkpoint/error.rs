@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::numbers::WeightDtype;
-use crate::error::ConfigError;
+use crate::config::ConfigError;
 use crate::tokenizer::TokenizerError;
 
 /// A checkpoint directory that cannot be read or written.

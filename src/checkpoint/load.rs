@@ -8,11 +8,12 @@ use burn::tensor::{Tensor, TensorData, backend::Backend, bf16, f16};
 use super::TOKENIZER;
 use super::config::{self, ModelConfig};
 use super::error::CheckpointError;
-use super::names::{ModulePath, TensorSpec, layer_tensors, tensors};
+use super::names::ModulePath;
 use super::numbers::{Number, WeightDtype};
 use super::weights::Weights;
+use crate::config::ConfigError;
 use crate::decoder::FusedKvDecoder;
-use crate::error::ConfigError;
+use crate::parameters::{TensorSpec, layer_tensors, tensors};
 use crate::plan::LayerKv;
 use crate::tokenizer::Tokenizer;
 
@@ -96,9 +97,8 @@ fn check(config: &ModelConfig, weights: &mut Weights) -> Result<Vec<TensorSpec>,
     let decoder = &config.decoder;
     if decoder.n_layers > weights.len() {
         // Among more layers than tensors, one has none.
-        let store = LayerKv::Store { residual: None };
         for index in 0..decoder.n_layers {
-            let [norm, ..] = &layer_tensors(decoder, &store, index)[..] else {
+            let [norm, ..] = &layer_tensors(decoder, &LayerKv::OWN, index)[..] else {
                 continue;
             };
             if !weights.contains(&norm.name) {

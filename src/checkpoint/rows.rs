@@ -4,10 +4,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::error::CheckpointError;
-use super::names::TensorSpec;
 use super::numbers::WeightDtype;
 use super::save::header;
 use crate::file::Replacement;
+use crate::parameters::TensorSpec;
 
 /// Writes one f32 tensor `[rows, width]` to a safetensors file, without holding it: logits of a long
 /// text. The file appears when it is [finished](Self::finish); of a writer that is dropped before,

@@ -13,11 +13,12 @@ use serde_json::{Map, Value, json};
 use super::directory;
 use super::error::CheckpointError;
 use super::load::check_vocabulary;
-use super::names::{self, ModulePath, ParameterVisitor, TensorSpec};
+use super::names::{self, ModulePath, ParameterVisitor};
 use super::numbers::{Overflow, WeightDtype, encode};
 use super::{CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER, WEIGHTS, config};
 use crate::decoder::FusedKvDecoder;
 use crate::file;
+use crate::parameters::{TensorSpec, tensors};
 use crate::tokenizer::Tokenizer;
 
 /// Bytes per shard unless told otherwise, as Hugging Face's libraries have it.
@@ -136,7 +137,7 @@ pub fn save_checkpoint<B: Backend>(
 
 /// That every parameter is a tensor of the format.
 fn check_parameters<B: Backend>(model: &FusedKvDecoder<B>) -> Result<(), CheckpointError> {
-    let tensors = names::tensors(model.config(), model.layout());
+    let tensors = tensors(model.config(), model.layout());
     let mut unknown = Unknown {
         known: tensors.into_iter().map(|spec| spec.name).collect(),
         found: None,
@@ -186,7 +187,7 @@ fn write_weights<B: Backend>(
     dtype: WeightDtype,
     shard_bytes: u64,
 ) -> Result<(), CheckpointError> {
-    let tensors = names::tensors(model.config(), model.layout());
+    let tensors = tensors(model.config(), model.layout());
     let bytes = |spec: &TensorSpec| (spec.elements() * dtype.bytes()) as u64;
     let mut shards: Vec<Vec<TensorSpec>> = Vec::new();
     let mut filled = 0;

@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
 use super::error::CheckpointError;
-use super::names::{EMBEDDING, HEAD, TensorSpec};
 use super::numbers::Number;
 use super::safetensors::{Place, SafetensorsFile, weight_dtype};
 use super::{INDEX, WEIGHTS, config};
+use crate::parameters::{EMBEDDING, HEAD, TensorSpec};
 
 /// All files of weights of a directory, open.
 #[derive(Debug)]

@@ -1,41 +1,35 @@
 //! The decoder: tokens → embedding → layers, each told by the plan where its keys and values come
 //! from → output head.
 
-pub(crate) mod attend;
 mod attention;
-mod fused_attention;
-mod fusion;
-pub(crate) mod kv;
+mod error;
+mod feed_forward;
 mod layer;
+mod projection;
 mod record;
 mod rope;
 
 use std::sync::Arc;
 
 use burn::module::{Initializer, Module};
-use burn::nn::{
-    Dropout, DropoutConfig, Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm,
-    RmsNormConfig,
-};
+use burn::nn::{Dropout, DropoutConfig, Embedding, EmbeddingConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::{Bool, Tensor, TensorData, backend::Backend};
 
-pub use attend::FusionForm;
 pub use attention::Attention;
-pub use fused_attention::fused_attention;
-pub use fusion::{KvFusion, KvFusionConfig, KvResidual};
-pub use kv::KeyValue;
-pub use layer::{DecoderLayer, SwiGluBlock};
+pub use error::ForwardError;
+pub use feed_forward::SwiGluBlock;
+pub use layer::DecoderLayer;
+pub use projection::Projection;
 pub use record::{DecoderRecord, PlanModule, PlanRecord, RecordError};
 pub use rope::{Rope, RopeAngles, RopeError};
 
-use crate::cache::{CacheDtype, CacheShape, FusedKvCache};
-use crate::config::FusedKvDecoderConfig;
-use crate::error::{CacheError, ConfigError, ForwardError};
-use crate::kernels::{self, linear, rms_norm, tied_head};
-use crate::plan::{KvLayout, LayerKv};
+use crate::attention::FusionForm;
+use crate::cache::{CacheDtype, CacheError, CacheShape, FusedKvCache, KvStore, Uncached};
+use crate::config::{ConfigError, FusedKvDecoderConfig};
+use crate::kernels::operands::Visibility;
+use crate::kernels::{self, causal_mask, rms_norm, tied_head};
+use crate::plan::KvLayout;
 use crate::tokens::TokenBatch;
-use attend::{Visibility, causal_mask};
-use kv::{KvStore, Stored, Uncached};
 
 /// A Qwen3-style decoder whose [plan](crate::KvPlan) says which layers have keys and values of
 /// their own; all methods are this decoder.
@@ -75,7 +69,7 @@ pub struct FusedKvDecoder<B: Backend> {
     /// Over hidden_size, before the head.
     pub norm: RmsNorm<B>,
     /// `[hidden_size, vocab_size]`; none where the embedding is the head.
-    pub lm_head: Option<Linear<B>>,
+    pub lm_head: Option<Projection<B>>,
     dropout: Dropout,
     #[module(skip)]
     rope: Arc<Rope>,
@@ -114,14 +108,14 @@ impl FusedKvDecoderConfig {
             embed_tokens: EmbeddingConfig::new(self.vocab_size, self.hidden_size)
                 .with_initializer(self.initializer())
                 .init(device),
-            layers: layout
-                .layers()
-                .iter()
-                .map(|layer| DecoderLayer::new(self, layer, device))
+            layers: (0..self.n_layers)
+                .map(|index| DecoderLayer::new(self, &layout, index, device))
                 .collect(),
             norm: new_norm(self.hidden_size, self, device),
-            lm_head: (!self.tie_embeddings)
-                .then(|| new_linear(self.hidden_size, self.vocab_size, self, device)),
+            lm_head: (!self.tie_embeddings).then(|| {
+                let shape = [self.hidden_size, self.vocab_size];
+                Projection::new(shape, &self.initializer(), device)
+            }),
             dropout: DropoutConfig::new(self.dropout).init(),
             rope: Arc::new(Rope::new(self.head_dim, self.rope_theta)),
             config: Arc::new(self.clone()),
@@ -314,24 +308,12 @@ impl<B: Backend> FusedKvDecoder<B> {
     ) -> Tensor<B, 3> {
         let [_, seq] = tokens.dims();
         let mut x = self.embed_tokens.forward(tokens.into_tensor());
+        let layout = self.layout();
         for (i, layer) in self.layers.iter().enumerate() {
+            let attention = &layer.self_attn;
             let mut normed = rms_norm(&layer.input_layernorm, x.clone());
-            if let Some(mut kv) = layer.self_attn.own_kv(normed.clone(), &span) {
-                if let LayerKv::Store {
-                    residual: Some(lower),
-                } = self.layout().layer(i)
-                {
-                    let slot = self.layout().slot(*lower);
-                    let dtype = kv.key.dtype();
-                    let lower = KeyValue {
-                        key: store.key(slot).tail(seq).float(dtype),
-                        value: store.value(slot).tail(seq).float(dtype),
-                    };
-                    kv = layer.self_attn.add_residual(kv, lower);
-                }
-                store.put(self.layout().slot(i), kv);
-            }
-            if i == self.layout().last_store() {
+            attention.put(layout, i, &normed, &span, store);
+            if i == layout.last_store() {
                 match logits {
                     None => break,
                     // From here on nobody reads the other positions.
@@ -343,8 +325,7 @@ impl<B: Backend> FusedKvDecoder<B> {
                     Some(_) => {}
                 }
             }
-            let (keys, values) = self.sources(i, store);
-            let attended = layer.self_attn.forward(form, normed, keys, values, &span);
+            let attended = attention.forward(form, layout, i, normed, &span, store);
             x = x + self.dropout.forward(attended);
             let normed = rms_norm(&layer.post_attention_layernorm, x.clone());
             x = x + self.dropout.forward(layer.mlp.forward(normed));
@@ -352,28 +333,11 @@ impl<B: Backend> FusedKvDecoder<B> {
         x
     }
 
-    /// The stored keys and values that a layer attends to, in the plan's order.
-    fn sources(&self, layer: usize, store: &impl KvStore<B>) -> (Vec<Stored<B>>, Vec<Stored<B>>) {
-        let own = [layer];
-        let (keys, values) = match self.layout().layer(layer) {
-            LayerKv::Store { .. } => (&own[..], &own[..]),
-            LayerKv::Reuse { key, value } => (key.sources(), value.sources()),
-        };
-        let slot = |source: &usize| self.layout().slot(*source);
-        (
-            keys.iter().map(|source| store.key(slot(source))).collect(),
-            values
-                .iter()
-                .map(|source| store.value(slot(source)))
-                .collect(),
-        )
-    }
-
     /// Logits of the last layer's output.
     fn head(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         let x = rms_norm(&self.norm, x);
         match &self.lm_head {
-            Some(head) => project(head, x),
+            Some(head) => head.forward(x),
             None => tied_head(x, self.embed_tokens.weight.val()),
         }
     }
@@ -441,27 +405,6 @@ impl<B: Backend> Span<B> {
             visibility: self.visibility.last(),
         }
     }
-}
-
-/// A linear layer's product, and its bias if it was given one.
-fn project<B: Backend>(layer: &Linear<B>, x: Tensor<B, 3>) -> Tensor<B, 3> {
-    let product = linear(x, layer.weight.val());
-    match &layer.bias {
-        Some(bias) => product + bias.val().unsqueeze(),
-        None => product,
-    }
-}
-
-fn new_linear<B: Backend>(
-    input: usize,
-    output: usize,
-    config: &FusedKvDecoderConfig,
-    device: &B::Device,
-) -> Linear<B> {
-    LinearConfig::new(input, output)
-        .with_bias(false)
-        .with_initializer(config.initializer())
-        .init(device)
 }
 
 fn new_norm<B: Backend>(

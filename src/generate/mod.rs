@@ -1,5 +1,6 @@
 //! Generation: prefill once, then draw and decode token by token through the cache.
 
+mod error;
 mod sampling;
 
 use std::collections::{HashSet, VecDeque};
@@ -11,10 +12,10 @@ use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 
 use crate::cache::{CacheDtype, FusedKvCache};
-use crate::decoder::{FusedKvDecoder, Logits};
-use crate::error::{ForwardError, GenerateError};
+use crate::decoder::{ForwardError, FusedKvDecoder, Logits};
 use crate::numbers::numbers;
 use crate::tokens::TokenBatch;
+pub use error::GenerateError;
 use sampling::Sampler;
 
 /// How tokens are drawn, and when to stop.

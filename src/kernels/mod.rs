@@ -5,8 +5,11 @@
 //! the only bound anyone sees. Under autodiff the backend is another type, with kernels that have
 //! gradients of their own.
 
+mod attention;
 #[cfg(feature = "flex")]
 mod flex;
+pub(crate) mod operands;
+pub(crate) mod stored;
 #[cfg(test)]
 pub(crate) mod work;
 
@@ -16,8 +19,9 @@ use burn::tensor::Int;
 use burn::tensor::activation::silu;
 use burn::tensor::{BasicOps, Tensor, backend::Backend};
 
-use crate::decoder::FusionForm;
-use crate::decoder::attend::{Term, Visibility, attend_with_stock_operations};
+use attention::generic_attention;
+pub(crate) use attention::{blended, causal_mask, same_for_all_tokens};
+use operands::{FusionForm, Term, Visibility};
 
 /// `x · weight` over the last dimension; `weight` is `[input, output]` in any layout.
 pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tensor<B, 3> {
@@ -88,7 +92,7 @@ pub(crate) fn tokens_per_pass<B: Backend>() -> Option<usize> {
     None
 }
 
-/// [`attend`](crate::decoder::attend::attend) over terms that may still be blended or not.
+/// Attention over terms that may still be blended or not.
 pub(crate) fn attention<B: Backend>(
     form: Option<FusionForm>,
     query: Tensor<B, 4>,
@@ -106,7 +110,7 @@ pub(crate) fn attention<B: Backend>(
     if let Some(output) = flex::autodiff::attention(&query, &keys, &values, visibility) {
         return output;
     }
-    attend_with_stock_operations(form, query, keys, values, visibility)
+    generic_attention(form, query, keys, values, visibility)
 }
 
 /// [`RmsNorm::forward`].

@@ -5,7 +5,7 @@ use std::cell::Cell;
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::decoder::attend::{Term, Visibility};
+use crate::kernels::operands::{Term, Visibility};
 
 thread_local! {
     static MULTIPLY_ADDS: Cell<usize> = const { Cell::new(0) };

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::cache::CacheError;
 use crate::checkpoint::CheckpointError;
+use crate::config::ConfigError;
 use crate::config::FusedKvDecoderConfig;
-use crate::error::{CacheError, ConfigError, ForwardError};
+use crate::decoder::ForwardError;
 use crate::tokenizer::TokenizerError;
 
 /// A training that cannot start, or did not finish.

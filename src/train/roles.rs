@@ -83,7 +83,7 @@ mod tests {
     use burn_flex::{Flex, FlexDevice};
 
     use super::*;
-    use crate::{FusedKvDecoderConfig, KvPlan};
+    use crate::{FusedKvDecoderConfig, KvPart, KvPlan};
 
     #[test]
     fn roles_are_told_by_the_place_in_the_decoder() {
@@ -99,7 +99,7 @@ mod tests {
             let count = |role| roles.0.values().filter(|&&found| found == role).count();
             assert_eq!(count(Role::Fusion), fusion, "{config}");
             let attention = &model.layers[0].self_attn;
-            let stores = config.validate().unwrap().n_stores();
+            let stores = config.validate().unwrap().n_stored(KvPart::Key);
             // Two norms a layer, one of queries, one of keys where they are stored, and the last.
             assert_eq!(count(Role::Gain), 4 * 3 + stores + 1);
             // Queries, output and SwiGLU of a layer, keys and values, embedding and head.

@@ -104,7 +104,7 @@ fn settings_this_decoder_does_not_have() {
             "kv_plan",
             json!({ "method": "magic" }),
             "kv_plan",
-            "unknown variant",
+            "unknown method `magic`",
         ),
         (
             "kv_plan",

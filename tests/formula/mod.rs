@@ -3,7 +3,7 @@
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
-use fusedkv::{BlendWeights, FusedKvDecoder, FusedKvDecoderConfig, KvPlan, LayerKv, Mix};
+use fusedkv::{BlendWeights, FusedKvDecoder, FusedKvDecoderConfig, KvPlan, KvSource, LayerKv};
 
 /// A decoder of `config` with the values of [`uniform`] on `device`.
 pub fn model_on<B: Backend>(
@@ -18,9 +18,9 @@ pub fn model_on<B: Backend>(
     })
 }
 
-/// Every plan of `n_layers` layers: the methods, each number of storing layers, and one custom.
+/// Every plan of `n_layers` layers: the methods, each number of storing layers, and two custom ones.
 pub fn plans(n_layers: usize) -> Vec<KvPlan> {
-    let mut plans = vec![KvPlan::Standard, custom(n_layers)];
+    let mut plans = vec![KvPlan::Standard, custom(n_layers), apart(n_layers)];
     plans.extend((1..=n_layers).map(|factor| KvPlan::Cla { factor }));
     for storage_layers in 1..n_layers {
         plans.extend([
@@ -43,15 +43,43 @@ pub fn plans(n_layers: usize) -> Vec<KvPlan> {
 fn custom(n_layers: usize) -> KvPlan {
     let layers = (0..n_layers)
         .map(|layer| match layer % 2 {
-            0 => LayerKv::Store {
-                residual: (layer > 0).then(|| layer - 2),
-            },
-            _ => LayerKv::Reuse {
-                key: Mix::Blend {
+            0 => {
+                let residual = (layer > 0).then(|| layer - 2);
+                LayerKv {
+                    key: KvSource::Own { residual },
+                    value: KvSource::Own { residual },
+                }
+            }
+            _ => LayerKv {
+                key: KvSource::Blend {
                     sources: (0..layer).rev().filter(|l| l % 2 == 0).collect(),
                     weights: BlendWeights::PerChannel,
                 },
-                value: Mix::AsIs(layer - 1),
+                value: KvSource::AsIs(layer - 1),
+            },
+        })
+        .collect();
+    KvPlan::Custom { layers }
+}
+
+/// Keys and values apart: keys of their own with the bottom's values, values of their own, to which
+/// the bottom's are added, with a blend of keys, and blends that a layer's own are part of.
+fn apart(n_layers: usize) -> KvPlan {
+    let blend = |sources, weights| KvSource::Blend { sources, weights };
+    let layers = (0..n_layers)
+        .map(|layer| match layer % 4 {
+            0 if layer == 0 => LayerKv::OWN,
+            1 => LayerKv {
+                key: KvSource::OWN,
+                value: KvSource::AsIs(0),
+            },
+            2 => LayerKv {
+                key: blend(vec![layer - 1, 0], BlendWeights::PerLayer),
+                value: KvSource::Own { residual: Some(0) },
+            },
+            _ => LayerKv {
+                key: blend(vec![0, layer], BlendWeights::PerChannel),
+                value: blend(vec![layer, 0], BlendWeights::PerChannel),
             },
         })
         .collect();

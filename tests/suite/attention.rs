@@ -4,7 +4,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Distribution, Tensor, backend::Backend};
 use fusedkv::backend::{Autodiff, Flex};
 use fusedkv::{
-    AttentionError, BlendWeights, FusionInit, KvFusion, KvFusionConfig, Mix, fused_attention,
+    AttentionError, BlendWeights, FusionInit, KvFusion, KvFusionConfig, KvSource, fused_attention,
 };
 use proptest::prelude::*;
 
@@ -105,7 +105,7 @@ fn random<B: Backend>(dims: [usize; 4]) -> Tensor<B, 4> {
 }
 
 fn fusion<B: Backend>(sources: usize, shape: &Shape) -> KvFusion<B> {
-    let mix = Mix::Blend {
+    let mix = KvSource::Blend {
         sources: (0..sources).collect(),
         weights: BlendWeights::PerChannel,
     };

@@ -1,7 +1,8 @@
 //! The cache: what it takes, what it refuses, and how it is cut and shuffled.
 
 use fusedkv::{
-    CacheDtype, CacheError, ForwardError, FusedKvCache, FusedKvDecoder, KvPlan, Logits, TokenBatch,
+    CacheDtype, CacheError, ForwardError, FusedKvCache, FusedKvDecoder, KvPart, KvPlan, Logits,
+    TokenBatch,
 };
 use proptest::prelude::*;
 
@@ -12,9 +13,9 @@ fn batch(rows: &[Vec<u32>]) -> TokenBatch<F64> {
 }
 
 /// Everything a caller can see of a cache.
-fn seen(cache: &FusedKvCache<F64>, n_stores: usize) -> (Vec<usize>, usize, Vec<f64>) {
-    let tensors = (0..n_stores).map(|slot| cache.get(slot));
-    let values = tensors.flat_map(|kv| [values(&kv.key), values(&kv.value)].concat());
+fn seen(cache: &FusedKvCache<F64>, n_layers: usize) -> (Vec<usize>, usize, Vec<f64>) {
+    let tensors = (0..n_layers).flat_map(|layer| KvPart::BOTH.map(|part| cache.get(part, layer)));
+    let values = tensors.flatten().flat_map(|tensor| values(&tensor));
     (cache.row_lens(), cache.len(), values.collect())
 }
 
@@ -39,7 +40,7 @@ fn errors_leave_the_cache_as_it_was() {
             .map(|_| ())
     };
     feed(&model, &mut cache, &case.tokens).unwrap();
-    let before = seen(&cache, 2);
+    let before = seen(&cache, 4);
 
     let over = feed(&model, &mut cache, &[vec![1, 2], vec![3, 4]]);
     let expected = CacheError::OverCapacity {
@@ -103,7 +104,7 @@ fn errors_leave_the_cache_as_it_was() {
         cache.select_rows(&[]),
         Err(CacheError::Zero { field: "batch" })
     );
-    assert_eq!(seen(&cache, 2), before);
+    assert_eq!(seen(&cache, 4), before);
 
     assert_eq!(
         model.new_cache(0, 1).unwrap_err(),

@@ -4,7 +4,7 @@ use burn_ndarray::NdArray;
 use fusedkv::backend::Flex;
 use fusedkv::{
     CacheDtype, CacheError, FusedKvCache, FusedKvDecoder, FusedKvDecoderConfig, GenerateError,
-    GenerationConfig, KvPlan, Logits, TokenBatch, generate,
+    GenerationConfig, KvPart, KvPlan, Logits, TokenBatch, generate,
 };
 use proptest::prelude::*;
 
@@ -50,11 +50,11 @@ proptest! {
         let model = case.model::<Flex>();
         let (exact, logits) = decode(&model, CacheDtype::F32, &case.tokens);
         // The lowest layer's keys and values depend on no cached number.
-        let exact = exact.get(0);
+        let exact = KvPart::BOTH.map(|part| exact.get(part, 0).unwrap());
         for dtype in [CacheDtype::Model, CacheDtype::F16, CacheDtype::Bf16, CacheDtype::Int8] {
             let (cache, found) = decode(&model, dtype, &case.tokens);
-            let stored = cache.get(0);
-            for (exact, stored) in [(&exact.key, &stored.key), (&exact.value, &stored.value)] {
+            let stored = KvPart::BOTH.map(|part| cache.get(part, 0).unwrap());
+            for (exact, stored) in exact.iter().zip(&stored) {
                 let width = case.config.head_dim;
                 let (exact, stored) = (values(exact), values(stored));
                 for (exact, stored) in exact.chunks(width).zip(stored.chunks(width)) {
@@ -91,8 +91,8 @@ fn bytes_against_a_standard_cache_in_f32() {
 #[test]
 fn names_are_those_of_json() {
     for (name, dtype) in CacheDtype::NAMES {
-        assert_eq!(name.parse(), Ok(dtype));
-        assert_eq!(serde_json::to_value(dtype).unwrap(), name);
+        assert_eq!(name.parse(), Ok(*dtype));
+        assert_eq!(serde_json::to_value(dtype).unwrap(), *name);
     }
     let error = "int4".parse::<CacheDtype>().unwrap_err();
     assert_eq!(error, CacheError::UnknownDtype("int4".to_owned()));
@@ -125,8 +125,8 @@ fn caches_of_other_numbers_are_cut_and_shuffled_alike() {
         let (mut cache, _) = decode(&model, dtype, &case.tokens);
         let fork = cache.clone();
         let row = |cache: &FusedKvCache<Flex>, row: usize, len: usize| {
-            let kv = cache.get(1);
-            values(&kv.key.narrow(0, row, 1).narrow(2, 0, len))
+            let keys = cache.get(KvPart::Key, 1).unwrap();
+            values(&keys.narrow(0, row, 1).narrow(2, 0, len))
         };
         cache.truncate(2).unwrap();
         cache.select_rows(&[1, 0, 1]).unwrap();

@@ -5,21 +5,21 @@ use burn::config::Config;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 use fusedkv::{
-    BlendWeights, ConfigError, FusedKvDecoderConfig, FusionInit, FusionStart, KvPlan, LayerKv,
-    Logits, Mix, PlanError, TokenBatch,
+    BlendWeights, ConfigError, FusedKvDecoderConfig, FusionInit, FusionStart, KvPart, KvPlan,
+    KvSource, LayerKv, Logits, PlanError, TokenBatch,
 };
 use proptest::prelude::*;
 
 use crate::models::{F64, VOCAB, any_case, plans, values};
 
-fn reuse(key: Mix, value: Mix) -> LayerKv {
-    LayerKv::Reuse { key, value }
+fn layer(key: KvSource, value: KvSource) -> LayerKv {
+    LayerKv { key, value }
 }
 
 #[test]
 fn plans_nobody_can_follow_are_refused() {
-    let store = || LayerKv::Store { residual: None };
-    let blend = |sources: &[usize]| Mix::Blend {
+    let store = || LayerKv::OWN;
+    let blend = |sources: &[usize]| KvSource::Blend {
         sources: sources.to_vec(),
         weights: BlendWeights::PerChannel,
     };
@@ -27,18 +27,19 @@ fn plans_nobody_can_follow_are_refused() {
         let n = layers.len();
         KvPlan::Custom { layers }.resolve(n).unwrap_err()
     };
-    let as_is = Mix::AsIs;
+    let as_is = KvSource::AsIs;
+    let own = |residual| KvSource::Own { residual };
     for (layers, expected) in [
         (vec![], PlanError::NoLayers),
         (
-            vec![reuse(as_is(0), as_is(0))],
+            vec![layer(as_is(0), as_is(0))],
             PlanError::SourceNotBelow {
                 reader: 0,
                 layer: 0,
             },
         ),
         (
-            vec![store(), reuse(as_is(2), as_is(0)), store()],
+            vec![store(), layer(as_is(2), as_is(0)), store()],
             PlanError::SourceNotBelow {
                 reader: 1,
                 layer: 2,
@@ -47,8 +48,8 @@ fn plans_nobody_can_follow_are_refused() {
         (
             vec![
                 store(),
-                reuse(as_is(0), as_is(0)),
-                reuse(as_is(0), as_is(1)),
+                layer(as_is(0), as_is(0)),
+                layer(as_is(0), as_is(1)),
             ],
             PlanError::SourceDoesNotStore {
                 reader: 2,
@@ -56,20 +57,50 @@ fn plans_nobody_can_follow_are_refused() {
             },
         ),
         (
-            vec![store(), reuse(blend(&[]), as_is(0))],
-            PlanError::EmptyMix { reader: 1 },
+            vec![store(), layer(blend(&[]), as_is(0))],
+            PlanError::EmptyBlend { reader: 1 },
         ),
         (
-            vec![store(), reuse(as_is(0), blend(&[0, 0]))],
+            vec![store(), layer(as_is(0), blend(&[0, 0]))],
             PlanError::DuplicateSource {
                 reader: 1,
                 layer: 0,
             },
         ),
         (
-            vec![store(), LayerKv::Store { residual: Some(1) }],
+            vec![store(), layer(own(Some(1)), own(Some(0)))],
             PlanError::SourceNotBelow {
                 reader: 1,
+                layer: 1,
+            },
+        ),
+        (
+            vec![store(), layer(own(None), blend(&[0, 2])), store()],
+            PlanError::SourceNotBelow {
+                reader: 1,
+                layer: 2,
+            },
+        ),
+        // Keys and values are stored apart.
+        (
+            vec![
+                store(),
+                layer(own(None), as_is(0)),
+                layer(as_is(1), as_is(1)),
+            ],
+            PlanError::SourceDoesNotStore {
+                reader: 2,
+                layer: 1,
+            },
+        ),
+        (
+            vec![
+                store(),
+                layer(own(None), as_is(0)),
+                layer(own(Some(1)), own(Some(1))),
+            ],
+            PlanError::SourceDoesNotStore {
+                reader: 2,
                 layer: 1,
             },
         ),
@@ -189,6 +220,78 @@ fn plans_read_as_checkpoints_spell_them() {
         read(r#"{"method": "standard", "storage_layers": 8}"#),
         KvPlan::Standard
     );
+    // Keys and values apart, and layers as they were written before.
+    let custom = read(
+        r#"{"method": "custom", "layers": [
+            {"store": {}},
+            {"key": "own", "value": {"as_is": 0}},
+            {"key": {"own": {"residual": 0}}, "value": "own"},
+            {"reuse": {"key": {"as_is": 1},
+                       "value": {"blend": {"sources": [0, 2], "weights": "per_layer"}}}},
+            {"store": {"residual": 2}}
+        ]}"#,
+    );
+    let KvPlan::Custom { layers } = &custom else {
+        panic!("{custom:?}");
+    };
+    let own = |residual| KvSource::Own { residual };
+    let blend = KvSource::Blend {
+        sources: vec![0, 2],
+        weights: BlendWeights::PerLayer,
+    };
+    let expected = [
+        LayerKv::OWN,
+        layer(KvSource::OWN, KvSource::AsIs(0)),
+        layer(own(Some(0)), KvSource::OWN),
+        layer(KvSource::AsIs(1), blend),
+        layer(own(Some(2)), own(Some(2))),
+    ];
+    assert_eq!(layers[..], expected);
+    let json = serde_json::to_value(&custom).unwrap();
+    assert_eq!(json["layers"][0], serde_json::json!({ "store": {} }));
+    assert_eq!(json["layers"][1]["key"], "own");
+    for (json, named) in [
+        (
+            r#"{"method": "yoco", "storage_layers": 2, "factor": 2}"#,
+            "factor",
+        ),
+        (
+            r#"{"method": "yoco", "storage_layers": 2, "kv_heads": 2}"#,
+            "kv_heads",
+        ),
+        (
+            r#"{"method": "cla", "factor": 2, "storage_layers": 2}"#,
+            "storage_layers",
+        ),
+        (r#"{"method": "cla"}"#, "factor"),
+        (r#"{"method": "custom"}"#, "layers"),
+        (
+            r#"{"method": "custom", "layers": [{}]}"#,
+            "`key` and `value`",
+        ),
+        (
+            r#"{"method": "custom", "layers": [{"key": "own"}]}"#,
+            "`key` and `value`",
+        ),
+        (
+            r#"{"method": "custom", "layers": [{"store": {}, "key": "own", "value": "own"}]}"#,
+            "`key` and `value`",
+        ),
+        (
+            r#"{"method": "custom", "layers": [{"key": "mine", "value": "own"}]}"#,
+            "own",
+        ),
+        (
+            r#"{"method": "custom", "layers": [{"key": {"of": 1}, "value": "own"}]}"#,
+            "of",
+        ),
+        (r#"{"method": "magic"}"#, "magic"),
+    ] {
+        let error = serde_json::from_str::<KvPlan>(json)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(named), "{json}: {error}");
+    }
     for plan in plans(5) {
         let json = serde_json::to_string(&plan).unwrap();
         assert_eq!(read(&json), plan, "{json}");
@@ -197,7 +300,7 @@ fn plans_read_as_checkpoints_spell_them() {
             "{json}"
         );
     }
-    for method in KvPlan::METHODS {
+    for method in KvPlan::methods() {
         assert_eq!(KvPlan::from_method(method, 8).unwrap().method(), method);
     }
 }
@@ -252,7 +355,7 @@ fn fusion_weights_start_where_they_are_told() {
             .unwrap();
         let residual = model.layers[1].self_attn.kv_residual.as_ref().unwrap();
         for alpha in [&residual.key_weight, &residual.value_weight] {
-            assert_eq!(values(&alpha.val()), [start]);
+            assert_eq!(values(&alpha.as_ref().unwrap().val()), [start]);
         }
     }
 }
@@ -267,7 +370,7 @@ fn presets_have_the_sizes_they_are_named_for() {
         (|plan| FusedKvDecoderConfig::b4(plan), 4e9),
     ];
     for (preset, size) in presets {
-        for method in KvPlan::METHODS {
+        for method in KvPlan::methods() {
             let config = preset(&|n| KvPlan::from_method(method, n).unwrap());
             let found = config.costs().unwrap().parameters() as f64;
             assert!(
@@ -275,6 +378,13 @@ fn presets_have_the_sizes_they_are_named_for() {
                 "{method} {size}: {found}"
             );
         }
+    }
+}
+
+fn n_sources(source: &KvSource) -> usize {
+    match source {
+        KvSource::Blend { sources, .. } => sources.len(),
+        _ => 1,
     }
 }
 
@@ -333,11 +443,10 @@ proptest! {
 
         // Bytes read: sizes of the cached tensors each layer attends to.
         let layout = model.layout();
-        let n_stores = (0..config.n_layers).filter(|&l| matches!(layout.layer(l), LayerKv::Store { .. })).count();
-        let tensor = values(&cache.get(n_stores - 1).key).len() * 8 / rows;
-        let tensors = |layer: usize| match layout.layer(layer) {
-            LayerKv::Store { .. } => 2,
-            LayerKv::Reuse { key, value } => key.sources().len() + value.sources().len(),
+        let tensor = values(&cache.get(KvPart::Key, 0).unwrap()).len() * 8 / rows;
+        let tensors = |layer: usize| {
+            let LayerKv { key, value } = layout.layer(layer);
+            n_sources(key) + n_sources(value)
         };
         let read: usize = (0..config.n_layers).map(|layer| tensors(layer) * tensor).sum();
         prop_assert_eq!(costs.cache_bytes_read_per_token(seq, 8), read);

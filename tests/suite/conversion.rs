@@ -1,7 +1,9 @@
 //! Conversion: what is kept, and that fits are least squares.
 
 use fusedkv::convert::{ConvertError, convert, convert_fitted};
-use fusedkv::{FusedKvDecoder, KvPlan, LayerKv, Logits, Mix, TokenBatch, information_flow};
+use fusedkv::{
+    FusedKvDecoder, KvPart, KvPlan, KvSource, LayerKv, Logits, TokenBatch, information_flow,
+};
 use proptest::prelude::*;
 
 use crate::models::{Case, F64, VOCAB, any_case, difference, plans, values};
@@ -25,8 +27,8 @@ fn originals(model: &FusedKvDecoder<F64>, tokens: &[u32]) -> Vec<(Vec<f64>, Vec<
         .unwrap();
     (0..model.config().n_layers)
         .map(|layer| {
-            let kv = cache.get(layer);
-            (values(&kv.key), values(&kv.value))
+            let [key, value] = KvPart::BOTH.map(|part| cache.get(part, layer).unwrap());
+            (values(&key), values(&value))
         })
         .collect()
 }
@@ -68,18 +70,18 @@ proptest! {
 
         // Lite's weights: as the plan that takes the same sources as they are.
         let converted = convert(&standard, &plan).unwrap();
-        let lite = converted.layout().layers().iter().map(|layer| match layer {
-            LayerKv::Store { .. } => LayerKv::Store { residual: None },
-            LayerKv::Reuse { key, value } => LayerKv::Reuse {
-                key: Mix::AsIs(match key {
-                    Mix::AsIs(source) => *source,
-                    Mix::Blend { sources, .. } => *sources.iter().max().unwrap(),
-                }),
-                value: Mix::AsIs(match value {
-                    Mix::AsIs(source) => *source,
-                    Mix::Blend { sources, .. } => *sources.iter().min().unwrap(),
-                }),
-            },
+        let layers = converted.layout().layers().iter().enumerate();
+        let lite = layers.map(|(i, layer)| {
+            let lite = |source: &KvSource, pick: fn(&[usize]) -> usize| match source {
+                KvSource::Blend { sources, .. } if pick(sources) == i => KvSource::OWN,
+                KvSource::Blend { sources, .. } => KvSource::AsIs(pick(sources)),
+                KvSource::Own { .. } => KvSource::OWN,
+                other => other.clone(),
+            };
+            LayerKv {
+                key: lite(&layer.key, |sources| *sources.iter().max().unwrap()),
+                value: lite(&layer.value, |sources| *sources.iter().min().unwrap()),
+            }
         });
         let lite = convert(&standard, &KvPlan::Custom { layers: lite.collect() }).unwrap();
         prop_assert!(difference(&logits(&converted), &logits(&lite)) < 1e-6);
@@ -97,20 +99,19 @@ proptest! {
         let head_dim = case.config.head_dim;
         for fit in fits {
             let layer = fit.layer;
-            let LayerKv::Reuse { key, value } = fitted.layout().layer(layer) else {
-                panic!("layer {layer} stores");
-            };
+            prop_assert!(*fitted.layout().layer(layer) != LayerKv::OWN);
+            let [key, value] = KvPart::BOTH.map(|part| fitted.layout().sources(part, layer));
             let fusion = fitted.layers[layer].self_attn.kv_fusion.as_ref();
             let parts = [
                 (key, fit.key, fusion.and_then(|f| f.key_weight.as_ref()), 0),
                 (value, fit.value, fusion.and_then(|f| f.value_weight.as_ref()), 1),
             ];
-            for (mix, fit, weight, part) in parts {
+            for (read, fit, weight, part) in parts {
                 let of = |layer: usize| match part {
                     0 => &originals[layer].0,
                     _ => &originals[layer].1,
                 };
-                let sources: Vec<_> = mix.sources().iter().map(|&s| of(s)).collect();
+                let sources: Vec<_> = read.iter().map(|&s| of(s)).collect();
                 prop_assert!(fit.after <= fit.before + 1e-9);
                 let (weights, dims) = match weight {
                     Some(weight) => (values(&weight.val()), weight.val().dims()),

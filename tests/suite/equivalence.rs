@@ -289,8 +289,7 @@ fn methods_are_distinct() {
         tokens: tokens.clone(),
         seed: 1,
     };
-    let logits: Vec<_> = KvPlan::METHODS
-        .iter()
+    let logits: Vec<_> = KvPlan::methods()
         .map(|method| {
             let plan = KvPlan::from_method(method, 6).unwrap();
             (method, full(&case.model_with::<F64>(plan), &tokens))

@@ -3,8 +3,8 @@
 
 use burn::tensor::{Distribution, Tensor};
 use fusedkv::backend::Flex;
-use fusedkv::decoder::{KvFusionConfig, Rope, RopeAngles, RopeError};
-use fusedkv::{BlendWeights, FusionInit, Mix};
+use fusedkv::decoder::{Rope, RopeAngles, RopeError};
+use fusedkv::{BlendWeights, FusionInit, KvFusionConfig, KvPart, KvSource};
 use proptest::prelude::*;
 
 use crate::models::{F64, difference};
@@ -41,15 +41,15 @@ proptest! {
             [1, HEADS, SEQ, head_dim], Distribution::Normal(0.0, 1.0), &device,
         );
         let x = [normal(), normal(), normal()];
-        let mix = Mix::Blend { sources: vec![0, 3], weights: BlendWeights::PerChannel };
+        let blend = KvSource::Blend { sources: vec![0, 3], weights: BlendWeights::PerChannel };
         let fusion = KvFusionConfig {
             n_kv_heads: HEADS,
             head_dim,
-            key: mix.clone(),
-            value: mix,
+            key: blend.clone(),
+            value: blend,
             init: FusionInit::equal().with_noise(1.0),
         };
-        let tied = fusion.init::<F64>(&device).unwrap().key_weights().unwrap();
+        let tied = fusion.init::<F64>(&device).unwrap().weights(KvPart::Key).unwrap();
         let moved = difference(&scores(0, &x, &tied, theta), &scores(shift, &x, &tied, theta));
         prop_assert!(moved < 1e-9, "tied: {moved}");
 

@@ -51,7 +51,7 @@ proptest! {
 }
 
 #[test]
-#[should_panic(expected = "layer 2 of the record is Store")]
+#[should_panic(expected = "layer 2 of the record has keys and values of its own")]
 fn burns_own_loading_refuses_it_too() {
     let record = model::<Flex>(&fixed(KvPlan::Standard), 1).into_record();
     let plan = KvPlan::FusedKv { storage_layers: 2 };

@@ -2,11 +2,10 @@
 //! values of every layer: fused and unfused caches give the same logits.
 
 use burn::module::Param;
-use burn::nn::Linear;
 use burn::tensor::activation::{silu, softmax};
 use burn::tensor::{Bool, Distribution, Tensor};
-use fusedkv::decoder::Rope;
-use fusedkv::{FusedKvDecoder, KvPlan, LayerKv, Logits, TokenBatch};
+use fusedkv::decoder::{Projection, Rope};
+use fusedkv::{FusedKvDecoder, KvPart, KvPlan, LayerKv, Logits, TokenBatch};
 use proptest::prelude::*;
 
 use crate::models::{F64, VOCAB, any_case, difference};
@@ -33,7 +32,7 @@ fn standard_chunk(
         let attn = &layer.self_attn;
         let y = layer.input_layernorm.forward(x.clone());
         let (key, value) = match model.layout().layer(i) {
-            LayerKv::Store { .. } => {
+            layer if *layer == LayerKv::OWN => {
                 let key = heads(
                     attn.k_proj.as_ref().unwrap().forward(y.clone()),
                     c.n_kv_heads,
@@ -45,20 +44,17 @@ fn standard_chunk(
                 );
                 (angles.apply(key).unwrap(), value.swap_dims(1, 2))
             }
-            LayerKv::Reuse { key, value } => {
+            _ => {
                 let fusion = attn.kv_fusion.as_ref().unwrap();
-                let (a, b) = (
-                    fusion.key_weights().unwrap(),
-                    fusion.value_weights().unwrap(),
-                );
-                let blend = |i: usize, j: usize| {
-                    let [s, t] = [key.sources()[i], value.sources()[j]];
+                let [a, b] = KvPart::BOTH.map(|part| fusion.weights(part).unwrap());
+                let [s, t] = KvPart::BOTH.map(|part| model.layout().sources(part, i));
+                let blend = |i: usize| {
                     (
-                        fresh[s].0.clone() * a[i].clone(),
-                        fresh[t].1.clone() * b[j].clone(),
+                        fresh[s[i]].0.clone() * a[i].clone(),
+                        fresh[t[i]].1.clone() * b[i].clone(),
                     )
                 };
-                let ((k0, v0), (k1, v1)) = (blend(0, 0), blend(1, 1));
+                let ((k0, v0), (k1, v1)) = (blend(0), blend(1));
                 (k0 + k1, v0 + v1)
             }
         };
@@ -109,10 +105,10 @@ fn standard_chunk(
 
 /// Gives every projection a bias.
 fn set_biases(model: &mut FusedKvDecoder<F64>) {
-    let set = |linear: &mut Linear<F64>| {
-        let [_, output] = linear.weight.dims();
+    let set = |projection: &mut Projection<F64>| {
+        let [_, output] = projection.weight.dims();
         let bias = Tensor::random([output], Distribution::Default, &Default::default());
-        linear.bias = Some(Param::from_tensor(bias));
+        projection.bias = Some(Param::from_tensor(bias));
     };
     for layer in &mut model.layers {
         let (attn, mlp) = (&mut layer.self_attn, &mut layer.mlp);

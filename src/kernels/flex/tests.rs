@@ -8,8 +8,9 @@ use burn_flex::FlexDevice;
 use proptest::prelude::*;
 
 use super::*;
-use crate::decoder::attend::{Term, Visibility, attend_with_stock_operations};
-use crate::decoder::kv::Stored;
+use crate::kernels::attention::generic_attention;
+use crate::kernels::operands::{Term, Visibility};
+use crate::kernels::stored::Stored;
 
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<Flex, D> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), &FlexDevice)
@@ -76,7 +77,7 @@ proptest! {
             }
         };
         let found = attention(&query, &key_terms, &value_terms, &visibility);
-        let expected = attend_with_stock_operations(None, query, key_terms, value_terms, &visibility);
+        let expected = generic_attention(None, query, key_terms, value_terms, &visibility);
         assert_same(found, expected);
     }
 

@@ -3,12 +3,11 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::config::{FusedKvDecoderConfig, FusionStart};
-use crate::error::{ConfigError, PlanError};
-use crate::plan::KvPlan;
+use crate::config::{ConfigError, FusedKvDecoderConfig, FusionStart};
+use crate::plan::{KvPlan, PlanError};
 
 /// The methods of the paper's comparison, and FusedKV in each initialisation.
-pub const DEFAULT_METHODS: [&str; 10] = [
+pub const DEFAULT_METHODS: &[&str] = &[
     "standard",
     "gqa",
     "cla",
@@ -93,7 +92,7 @@ struct NamedPlan {
 impl Method {
     /// Reads `name` or `name:option=value,…`, everything else as in `base`.
     ///
-    /// Names are those of [`KvPlan::METHODS`], with `-` or `_`, and `gqa`: the standard cache at
+    /// Names are those of [`KvPlan::methods`], with `-` or `_`, and `gqa`: the standard cache at
     /// half of `base`'s kv heads. Options: `n`, the layers that store; `factor`, for `cla`;
     /// `kv-heads`; `ffn`, the inner width of the SwiGLU blocks, for methods of equal parameters;
     /// `init`, `lite` or `equal`, where learned fusion weights start; `noise`, the standard deviation

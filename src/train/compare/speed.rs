@@ -6,8 +6,9 @@ use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
 use super::method::Method;
+use crate::config::ConfigError;
+use crate::decoder::ForwardError;
 use crate::decoder::{FusedKvDecoder, Logits};
-use crate::error::{ConfigError, ForwardError};
 use crate::tokens::TokenBatch;
 
 /// Medians of timed generations.

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use super::super::{ARCH, simd};
 use super::many::{self, Lanes, TILE, WIDE, add_values, scores_of, transposed};
 use super::{Hidden, Problem, Source, hidden};
-use crate::decoder::attend::Visibility;
+use crate::kernels::operands::Visibility;
 
 /// Which keys are hidden, and the attention among the others.
 #[derive(Clone, Debug)]

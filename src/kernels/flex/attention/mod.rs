@@ -17,7 +17,7 @@ use burn::tensor::{Bool, Tensor, backend::Backend};
 use burn_flex::FlexTensor;
 
 use super::{bool_tensor, f32_tensor, tensor};
-use crate::decoder::attend::{Term, Visibility};
+use crate::kernels::operands::{Term, Visibility};
 use rows::{Blend, Rows, Storage};
 
 /// Queries per head up to which [`few`] is faster than [`many`].

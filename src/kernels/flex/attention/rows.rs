@@ -7,7 +7,7 @@ use burn_flex::FlexTensor;
 use half::{bf16, f16};
 
 use super::super::{float_tensor, int_tensor};
-use crate::decoder::kv::Stored;
+use crate::kernels::stored::Stored;
 
 /// Keys or values of one layer, `[batch, n_kv_heads, keys, head_dim]`, channels side by side.
 pub(super) struct Storage {

@@ -6,8 +6,8 @@ use burn_flex::FlexTensor;
 use super::super::attention::{Kept, Trained};
 use super::blend::blend;
 use super::{Operation, Tracked, record, shaped_as, tracked, untyped};
-use crate::decoder::attend::{Term, Visibility};
-use crate::decoder::kv::Stored;
+use crate::kernels::operands::{Term, Visibility};
+use crate::kernels::stored::Stored;
 
 pub(crate) fn attention<B: Backend>(
     query: &Tensor<B, 4>,

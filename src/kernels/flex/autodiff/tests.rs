@@ -7,8 +7,9 @@ use burn_flex::FlexDevice;
 use proptest::prelude::*;
 
 use super::*;
-use crate::decoder::attend::{Term, Visibility, attend_with_stock_operations};
-use crate::decoder::kv::Stored;
+use crate::kernels::attention::generic_attention;
+use crate::kernels::operands::{Term, Visibility};
+use crate::kernels::stored::Stored;
 
 type Train = Autodiff<Flex>;
 
@@ -138,7 +139,7 @@ proptest! {
         };
         let expected = |leaves: &[_]| {
             let (query, keys, values) = case(leaves);
-            attend_with_stock_operations(None, query, keys, values, &visibility)
+            generic_attention(None, query, keys, values, &visibility)
         };
         assert_same(&inputs, found, expected);
     }

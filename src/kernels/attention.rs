@@ -1,122 +1,19 @@
-//! Attention over blends of stored keys and values, in two forms that compute the same.
-//!
-//! With queries q, keys K = Σ_s a_s ⊙ K_s and values V = Σ_s b_s ⊙ V_s:
-//! - *materialised*: form K and V, then ordinary attention;
-//! - *absorbed*: q · K = Σ_s (q ⊙ a_s) · K_s and Σ_t p_t V[t] = Σ_s b_s ⊙ Σ_t p_t V_s[t], so the
-//!   weights move to the query and the output, and nothing of the sources' size is written.
-//!
-//! The blend costs as much as a few queries do, so the absorbed form is for few queries over a
-//! long cache, the materialised one for many queries. Either way the scale is 1/√head_dim, and
-//! scores, softmax and sums are f32 where the numbers are of less precision.
+//! Attention by Burn's operations alone: what every kernel of our own must compute.
 
 use burn::tensor::activation::softmax;
 use burn::tensor::module::attention;
 use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Bool, DType, Tensor, backend::Backend};
 
-use super::kv::Stored;
-use crate::kernels::{self, matmul};
+use super::matmul;
+use super::operands::{FusionForm, Term, Visibility};
 
 /// Queries per kv head from which a blend costs less than twice the products.
 const MANY: usize = 16;
 
-/// How attention treats a blend of sources; both give the same result.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FusionForm {
-    /// Blend keys and values first.
-    Materialised,
-    /// Move the weights to the query and the output.
-    Absorbed,
-}
-
-/// A term of a blend.
-#[derive(Clone, Debug)]
-pub(crate) struct Term<B: Backend> {
-    /// `[batch, n_kv_heads, keys, head_dim]`.
-    pub source: Stored<B>,
-    /// Broadcastable to the source; none is one.
-    pub weight: Option<Tensor<B, 4>>,
-}
-
-impl<B: Backend> Term<B> {
-    fn plain(source: Tensor<B, 4>) -> Self {
-        Self {
-            source: Stored::Float(source),
-            weight: None,
-        }
-    }
-}
-
-/// Which keys each query may see.
-#[derive(Clone, Debug)]
-pub(crate) enum Visibility<B: Backend> {
-    /// All of them.
-    All,
-    /// Those up to its own position; the last query stands at the last key.
-    Causal,
-    /// Those that are not `true` here, `[batch, 1, queries, keys]`.
-    Except(Tensor<B, 4, Bool>),
-}
-
-impl<B: Backend> Visibility<B> {
-    /// What the last query sees.
-    pub fn last(self) -> Self {
-        match self {
-            Self::All | Self::Causal => Self::All,
-            Self::Except(hidden) => {
-                let [_, _, queries, _] = hidden.dims();
-                Self::Except(hidden.narrow(2, queries - 1, 1))
-            }
-        }
-    }
-}
-
-/// Attention of `query` `[batch, n_heads, queries, head_dim]` over blends of stored keys and
-/// values; query head h uses kv head h / (n_heads / n_kv_heads). The output is shaped as the query.
-///
-/// Without a `form` it takes what is faster. Computed in f32 where the query is f16 or bf16.
-pub(crate) fn attend<B: Backend>(
-    form: Option<FusionForm>,
-    query: Tensor<B, 4>,
-    keys: Vec<Term<B>>,
-    values: Vec<Term<B>>,
-    visibility: &Visibility<B>,
-) -> Tensor<B, 4> {
-    let dtype = query.dtype();
-    let wide = match dtype {
-        DType::F16 | DType::BF16 => DType::F32,
-        other => other,
-    };
-    let query = query.cast(wide);
-    let (keys, values) = (weights_cast(keys, wide), weights_cast(values, wide));
-    let (keys, values) = match form {
-        Some(FusionForm::Materialised) => blended(&query, keys, values),
-        Some(FusionForm::Absorbed) | None => (keys, values),
-    };
-    kernels::attention(form, query, keys, values, visibility).cast(dtype)
-}
-
-/// Sources stay as they are stored: some kernels widen them as they read.
-fn weights_cast<B: Backend>(terms: Vec<Term<B>>, dtype: DType) -> Vec<Term<B>> {
-    let cast = |term: Term<B>| Term {
-        weight: term.weight.map(|weight| weight.cast(dtype)),
-        ..term
-    };
-    terms.into_iter().map(cast).collect()
-}
-
-/// Keys and values of one term each.
-fn blended<B: Backend>(
-    query: &Tensor<B, 4>,
-    keys: Vec<Term<B>>,
-    values: Vec<Term<B>>,
-) -> (Vec<Term<B>>, Vec<Term<B>>) {
-    let one = |terms| vec![Term::plain(blend(terms, query.dtype()))];
-    (one(keys), one(values))
-}
-
-/// [`attend`] by Burn's operations alone.
-pub(crate) fn attend_with_stock_operations<B: Backend>(
+/// Attention of `query` `[batch, n_heads, queries, head_dim]` over blends of stored keys and values, as
+/// [`attend`](crate::attention::attend) is told it; without a `form` in the one that is faster.
+pub(crate) fn generic_attention<B: Backend>(
     form: Option<FusionForm>,
     query: Tensor<B, 4>,
     keys: Vec<Term<B>>,
@@ -145,6 +42,16 @@ pub(crate) fn attend_with_stock_operations<B: Backend>(
         }
         _ => grouped(query, keys, values, visibility),
     }
+}
+
+/// Keys and values of one term each.
+pub(crate) fn blended<B: Backend>(
+    query: &Tensor<B, 4>,
+    keys: Vec<Term<B>>,
+    values: Vec<Term<B>>,
+) -> (Vec<Term<B>>, Vec<Term<B>>) {
+    let one = |terms| vec![Term::plain(blend(terms, query.dtype()))];
+    (one(keys), one(values))
 }
 
 /// As many queries as keys, by Burn's `attention`.
@@ -234,7 +141,7 @@ fn blend<B: Backend>(terms: Vec<Term<B>>, dtype: DType) -> Tensor<B, 4> {
 ///
 /// The gradient of keys is transposed, and such a tensor Burn's fusion on CubeCL sums wrongly over a
 /// leading dimension: docs/decisions/cubecl-faults.md.
-pub(super) fn same_for_all_tokens<B: Backend>(
+pub(crate) fn same_for_all_tokens<B: Backend>(
     weight: Tensor<B, 4>,
     [batch, heads, _, channels]: [usize; 4],
 ) -> Tensor<B, 4> {

@@ -1,11 +1,63 @@
 //! Attention over a learned blend by itself, for decoders other than this crate's.
 
 use burn::tensor::{Tensor, backend::Backend};
+use thiserror::Error;
 
-use super::attend::{Visibility, attend};
-use super::fusion::KvFusion;
-use super::kv::Stored;
-use crate::error::AttentionError;
+use super::blend::KvFusion;
+use super::{attend, terms};
+use crate::kernels::operands::Visibility;
+use crate::kernels::stored::Stored;
+use crate::plan::KvPart;
+
+/// Attention over tensors that do not fit together.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum AttentionError {
+    /// Nothing to attend with.
+    #[error("a query without {what}, expected at least 1")]
+    Empty {
+        /// Rows, heads, queries or channels.
+        what: &'static str,
+    },
+    /// Not one tensor per weight.
+    #[error(
+        "{found} sources of {what}, expected {expected}: one per weight, or one without weights"
+    )]
+    Sources {
+        /// Keys or values.
+        what: &'static str,
+        /// Tensors given.
+        found: usize,
+        /// Tensors needed.
+        expected: usize,
+    },
+    /// A tensor of another shape.
+    #[error("{what} of shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// Keys, values or weights.
+        what: &'static str,
+        /// Its shape.
+        found: [usize; 4],
+        /// The shape that fits the others.
+        expected: [usize; 4],
+    },
+    /// Query heads that cannot be shared out among key/value heads.
+    #[error("{n_heads} query heads, expected a multiple of {n_kv_heads} key/value heads")]
+    Heads {
+        /// Query heads.
+        n_heads: usize,
+        /// Key/value heads.
+        n_kv_heads: usize,
+    },
+    /// The last query stands at the last key, so the first would stand before the first.
+    #[error("{queries} queries for {keys} keys, expected no more queries than keys")]
+    MoreQueriesThanKeys {
+        /// Queries.
+        queries: usize,
+        /// Keys.
+        keys: usize,
+    },
+}
 
 /// Causal attention over keys and values that are blends of other layers': what a reconstructing
 /// layer computes between its projections (arXiv 2512.03870). The last query stands at the last key.
@@ -19,27 +71,27 @@ use crate::error::AttentionError;
 ///   fusion's weights
 ///
 /// # Errors
-/// [`AttentionError`] if there are no queries, rows, heads or channels, there is not one source per weight, a shape differs, heads cannot be
-/// grouped, or there are more queries than keys.
+/// [`AttentionError`] if there are no queries, rows, heads or channels, there is not one source per
+/// weight, a shape differs, heads cannot be grouped, or there are more queries than keys.
 ///
 /// ```
 /// use burn::tensor::{Distribution, Tensor};
 /// use fusedkv::backend::{Flex, FlexDevice};
-/// use fusedkv::{BlendWeights, FusionInit, KvFusionConfig, Mix, fused_attention};
+/// use fusedkv::{BlendWeights, FusionInit, KvFusionConfig, KvSource, fused_attention};
 ///
 /// let device = FlexDevice::default();
 /// let random = |heads, seq| {
 ///     Tensor::<Flex, 4>::random([1, heads, seq, 8], Distribution::Default, &device)
 /// };
-/// let mix = Mix::Blend { sources: vec![0, 1], weights: BlendWeights::PerChannel };
+/// let blend = KvSource::Blend { sources: vec![0, 1], weights: BlendWeights::PerChannel };
 /// let fusion = KvFusionConfig {
 ///     n_kv_heads: 2,
 ///     head_dim: 8,
-///     key: mix.clone(),
-///     value: mix,
+///     key: blend.clone(),
+///     value: blend,
 ///     init: FusionInit::equal(),
 /// };
-/// let fusion = fusion.init(&device).expect("the mix has weights");
+/// let fusion = fusion.init(&device).expect("blends have weights");
 ///
 /// let (keys, values) = (vec![random(2, 5); 2], vec![random(2, 5); 2]);
 /// let output = fused_attention(random(4, 1), keys, values, Some(&fusion))?;
@@ -52,8 +104,8 @@ pub fn fused_attention<B: Backend>(
     values: Vec<Tensor<B, 4>>,
     fusion: Option<&KvFusion<B>>,
 ) -> Result<Tensor<B, 4>, AttentionError> {
-    let key_weights = fusion.and_then(KvFusion::key_weights);
-    let value_weights = fusion.and_then(KvFusion::value_weights);
+    let key_weights = fusion.and_then(|fusion| fusion.weights(KvPart::Key));
+    let value_weights = fusion.and_then(|fusion| fusion.weights(KvPart::Value));
     let [batch, n_heads, queries, head_dim] = query.dims();
     for (what, size) in [
         ("rows", batch),
@@ -121,7 +173,7 @@ pub fn fused_attention<B: Backend>(
         _ => Visibility::Causal,
     };
     let stored = |sources: Vec<_>| sources.into_iter().map(Stored::Float).collect();
-    let keys = super::attention::terms(stored(keys), key_weights);
-    let values = super::attention::terms(stored(values), value_weights);
+    let keys = terms(stored(keys), key_weights);
+    let values = terms(stored(values), value_weights);
     Ok(attend(None, query, keys, values, &visibility))
 }

@@ -1,17 +1,8 @@
-//! Keys and values on their way from the layers that store them to the layers that read them.
+//! Keys and values as they are stored.
 
 use burn::tensor::{DType, Int, IntDType, Tensor, backend::Backend};
 
-use crate::kernels::assign_rows;
-
-/// Post-RoPE keys and values of one layer, each `[batch, n_kv_heads, seq, head_dim]`.
-#[derive(Clone, Debug)]
-pub struct KeyValue<B: Backend> {
-    /// The keys.
-    pub key: Tensor<B, 4>,
-    /// The values.
-    pub value: Tensor<B, 4>,
-}
+use super::assign_rows;
 
 /// Keys or values of one layer as they are stored, `[batch, n_kv_heads, seq, head_dim]`.
 #[derive(Clone, Debug)]
@@ -23,45 +14,6 @@ pub(crate) enum Stored<B: Backend> {
         codes: Tensor<B, 4, Int>,
         scales: Tensor<B, 4>,
     },
-}
-
-/// Where one forward pass puts the keys and values of storing layers, and finds them again.
-///
-/// `slot` counts the storing layers from the bottom. A slot is read only after it was put.
-pub(crate) trait KvStore<B: Backend> {
-    /// Takes the new positions' keys and values.
-    fn put(&mut self, slot: usize, kv: KeyValue<B>);
-
-    /// All positions' keys, the new ones last.
-    fn key(&self, slot: usize) -> Stored<B>;
-
-    /// All positions' values, the new ones last.
-    fn value(&self, slot: usize) -> Stored<B>;
-}
-
-/// Keys and values of a pass without a cache: the new positions are all there is.
-#[derive(Debug)]
-pub(crate) struct Uncached<B: Backend>(Vec<KeyValue<B>>);
-
-impl<B: Backend> Uncached<B> {
-    pub fn new() -> Self {
-        Self(Vec::new())
-    }
-}
-
-impl<B: Backend> KvStore<B> for Uncached<B> {
-    fn put(&mut self, slot: usize, kv: KeyValue<B>) {
-        debug_assert_eq!(slot, self.0.len(), "slots fill bottom up");
-        self.0.push(kv);
-    }
-
-    fn key(&self, slot: usize) -> Stored<B> {
-        Stored::Float(self.0[slot].key.clone())
-    }
-
-    fn value(&self, slot: usize) -> Stored<B> {
-        Stored::Float(self.0[slot].value.clone())
-    }
 }
 
 impl<B: Backend> Stored<B> {

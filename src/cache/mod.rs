@@ -4,18 +4,23 @@
 //! the rows' lengths. A slot that holds no token of a row (left padding, a rejected draft) is a
 //! *hole* of that row: nothing attends to it and it takes no position.
 
+mod dtype;
+mod error;
+mod slot;
+mod store;
+
 use std::fmt;
-use std::ops::Range;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
-use serde::{Deserialize, Serialize};
 
-use crate::decoder::KeyValue;
-use crate::decoder::kv::{KvStore, Stored};
-use crate::error::CacheError;
-use crate::plan::KvLayout;
+use crate::holes::Holes;
+use crate::kernels::stored::Stored;
+use crate::plan::{KvLayout, KvPart};
+pub use dtype::CacheDtype;
+pub use error::CacheError;
+use slot::Slot;
+pub(crate) use store::{KvStore, Uncached};
 
 /// What a cache must agree with its decoder about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,7 +43,8 @@ impl CacheShape {
             .head_dim
             .checked_mul(numbers.size())?
             .checked_add(scale)?;
-        [2, self.layout.n_stores(), batch, self.n_kv_heads, capacity]
+        let tensors = KvPart::BOTH.map(|part| self.layout.n_stored(part));
+        [tensors.iter().sum(), batch, self.n_kv_heads, capacity]
             .into_iter()
             .try_fold(head, usize::checked_mul)
             .filter(|&bytes| isize::try_from(bytes).is_ok())
@@ -47,91 +53,13 @@ impl CacheShape {
 
 impl fmt::Display for CacheShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} kv heads of {} channels and layers {:?}",
-            self.n_kv_heads,
-            self.head_dim,
-            self.layout.layers(),
-        )
-    }
-}
-
-/// What numbers a cache keeps; attention computes in the decoder's own float type whatever it is.
-///
-/// The errors are of one stored number x, whatever the plan; docs/benchmarks.md has what they do to
-/// a trained model's perplexity.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CacheDtype {
-    /// The decoder's float type: exact.
-    #[default]
-    Model,
-    /// 4 bytes.
-    F32,
-    /// 2 bytes; an error of at most |x| · 2⁻¹¹ for |x| from 6.1e-5 to 65504, the largest.
-    F16,
-    /// 2 bytes; an error of at most |x| · 2⁻⁸.
-    Bf16,
-    /// 1 byte, and an f32 scale per token and head: an error of at most 1/254 of the head's largest
-    /// magnitude at that token.
-    Int8,
-}
-
-impl CacheDtype {
-    /// Every type with its name, as in JSON and on command lines.
-    pub const NAMES: [(&str, Self); 5] = [
-        ("model", Self::Model),
-        ("f32", Self::F32),
-        ("f16", Self::F16),
-        ("bf16", Self::Bf16),
-        ("int8", Self::Int8),
-    ];
-
-    /// The type of the numbers kept for a decoder of floats `model`.
-    fn numbers(self, model: DType) -> DType {
-        match self {
-            Self::Model => model,
-            Self::F32 => DType::F32,
-            Self::F16 => DType::F16,
-            Self::Bf16 => DType::BF16,
-            Self::Int8 => DType::I8,
+        let (heads, channels) = (self.n_kv_heads, self.head_dim);
+        write!(f, "{heads} kv heads of {channels} channels and layers with")?;
+        for (i, layer) in self.layout.layers().iter().enumerate() {
+            let separator = if i > 0 { ";" } else { "" };
+            write!(f, "{separator} {layer}")?;
         }
-    }
-
-    /// That a backend whose decoders are of floats `model` can keep such numbers.
-    pub(crate) fn check<B: Backend>(
-        self,
-        model: DType,
-        device: &B::Device,
-    ) -> Result<DType, CacheError> {
-        let numbers = self.numbers(model);
-        if B::supports_dtype(device, numbers) {
-            return Ok(numbers);
-        }
-        Err(CacheError::UnsupportedDtype {
-            dtype: self,
-            backend: B::name(device),
-        })
-    }
-}
-
-impl fmt::Display for CacheDtype {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let known = Self::NAMES.iter().find(|(_, dtype)| dtype == self);
-        f.pad(known.map_or("unnamed", |(name, _)| name))
-    }
-}
-
-impl FromStr for CacheDtype {
-    type Err = CacheError;
-
-    fn from_str(name: &str) -> Result<Self, CacheError> {
-        Self::NAMES
-            .iter()
-            .find(|(known, _)| *known == name)
-            .map(|(_, dtype)| *dtype)
-            .ok_or_else(|| CacheError::UnknownDtype(name.to_owned()))
+        Ok(())
     }
 }
 
@@ -163,24 +91,18 @@ impl FromStr for CacheDtype {
 #[derive(Clone, Debug)]
 pub struct FusedKvCache<B: Backend> {
     shape: CacheShape,
-    /// `[batch, n_kv_heads, capacity, head_dim]` each; the first `len` slots are in use.
-    slots: Vec<Slot<B>>,
-    /// Per row, the slots below `len` that hold no token: sorted, disjoint, not empty.
-    holes: Vec<Vec<Range<usize>>>,
+    /// Of the layers that store keys, bottom first.
+    keys: Vec<Slot<B>>,
+    /// Of the layers that store values, bottom first.
+    values: Vec<Slot<B>>,
+    /// Per row, below `len`.
+    holes: Vec<Holes>,
     len: usize,
     capacity: usize,
     dtype: CacheDtype,
     /// The decoder's float type.
     float: DType,
     device: B::Device,
-}
-
-/// One layer's storage. `None` only while a write has it: the backend can then write in place,
-/// because nobody else holds the tensor.
-#[derive(Clone, Debug)]
-struct Slot<B: Backend> {
-    key: Option<Stored<B>>,
-    value: Option<Stored<B>>,
 }
 
 impl<B: Backend> FusedKvCache<B> {
@@ -202,17 +124,16 @@ impl<B: Backend> FusedKvCache<B> {
             return Err(CacheError::TooLarge { batch, capacity });
         }
         let dims = [batch, shape.n_kv_heads, capacity, shape.head_dim];
-        let zeros = || Some(Stored::zeros(dims, numbers, device));
-        let slots = (0..shape.layout.n_stores())
-            .map(|_| Slot {
-                key: zeros(),
-                value: zeros(),
-            })
-            .collect();
+        let [keys, values] = KvPart::BOTH.map(|part| {
+            let stored = 0..shape.layout.n_stored(part);
+            let zeros = |_| Slot::new(Stored::zeros(dims, numbers, device));
+            stored.map(zeros).collect()
+        });
         Ok(Self {
             shape,
-            slots,
-            holes: vec![Vec::new(); batch],
+            keys,
+            values,
+            holes: vec![Holes::default(); batch],
             len: 0,
             capacity,
             dtype,
@@ -255,20 +176,13 @@ impl<B: Backend> FusedKvCache<B> {
     pub fn row_lens(&self) -> Vec<usize> {
         self.holes
             .iter()
-            .map(|holes| self.len - holes.iter().map(ExactSizeIterator::len).sum::<usize>())
+            .map(|holes| self.len - holes.slots())
             .collect()
     }
 
     /// Bytes of all key and value tensors as allocated, used or not.
     pub fn bytes_allocated(&self) -> usize {
-        let stored = |slot: &'_ Slot<B>| {
-            slot.key
-                .iter()
-                .chain(&slot.value)
-                .map(Stored::bytes)
-                .sum::<usize>()
-        };
-        self.slots.iter().map(stored).sum()
+        self.keys.iter().chain(&self.values).map(Slot::bytes).sum()
     }
 
     /// Keeps the first `len` slots of every row, e.g. to undo rejected drafts.
@@ -284,7 +198,7 @@ impl<B: Backend> FusedKvCache<B> {
         }
         self.len = len;
         for holes in &mut self.holes {
-            clip(holes, len);
+            holes.clip(len);
         }
         Ok(())
     }
@@ -306,12 +220,12 @@ impl<B: Backend> FusedKvCache<B> {
         let ends: Vec<usize> = lens
             .iter()
             .zip(&self.holes)
-            .map(|(&len, holes)| end_of(len, holes))
+            .map(|(&len, holes)| holes.end_of(len))
             .collect();
         self.len = ends.iter().copied().max().unwrap_or(0);
         for (holes, end) in self.holes.iter_mut().zip(ends) {
-            clip(holes, end);
-            push_hole(holes, end..self.len);
+            holes.clip(end);
+            holes.push(end..self.len);
         }
         Ok(())
     }
@@ -319,7 +233,7 @@ impl<B: Backend> FusedKvCache<B> {
     /// Forgets all tokens; the memory stays.
     pub fn reset(&mut self) {
         self.len = 0;
-        self.holes.iter_mut().for_each(Vec::clear);
+        self.holes.fill(Holes::default());
     }
 
     /// Makes row `i` what row `rows[i]` was: reorders, repeats (beam search) or drops (finished)
@@ -338,30 +252,30 @@ impl<B: Backend> FusedKvCache<B> {
         let index: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
         let index = TensorData::new(index, [rows.len()]);
         let index = Tensor::<B, 1, Int>::from_data(index, &self.device);
-        for slot in &mut self.slots {
-            for stored in [&mut slot.key, &mut slot.value] {
-                *stored = Some(take(stored).select(index.clone()));
-            }
+        for slot in self.keys.iter_mut().chain(&mut self.values) {
+            slot.select(index.clone());
         }
         self.holes = rows.iter().map(|&row| self.holes[row].clone()).collect();
         Ok(())
     }
 
-    /// Cached keys and values of a storing layer in the decoder's float type, holes included,
-    /// `[batch, n_kv_heads, len, head_dim]` each; `slot` counts storing layers from the bottom.
-    ///
-    /// # Panics
-    /// If `slot` is not below the number of storing layers.
-    pub fn get(&self, slot: usize) -> KeyValue<B> {
-        let Slot { key, value } = &self.slots[slot];
-        KeyValue {
-            key: prefix(key, self.len).float(self.float),
-            value: prefix(value, self.len).float(self.float),
+    /// Cached keys (or values) of a layer, counted from 0, in the decoder's float type, holes included:
+    /// `[batch, n_kv_heads, len, head_dim]`. None if the layer stores none.
+    pub fn get(&self, part: KvPart, layer: usize) -> Option<Tensor<B, 4>> {
+        let slot = self.shape.layout.slot(part, layer)?;
+        let stored = self.slots(part)[slot].prefix(self.len);
+        Some(stored.float(self.float))
+    }
+
+    fn slots(&self, part: KvPart) -> &[Slot<B>] {
+        match part {
+            KvPart::Key => &self.keys,
+            KvPart::Value => &self.values,
         }
     }
 
     /// Per row, the slots in use that hold no token.
-    pub fn holes(&self) -> &[Vec<Range<usize>>] {
+    pub(crate) fn holes(&self) -> &[Holes] {
         &self.holes
     }
 
@@ -402,14 +316,6 @@ impl<B: Backend> FusedKvCache<B> {
     }
 }
 
-/// The first `len` positions, sharing the memory.
-fn prefix<B: Backend>(stored: &Option<Stored<B>>, len: usize) -> Stored<B> {
-    stored
-        .clone()
-        .expect("no write is under way")
-        .narrow(0, len)
-}
-
 /// An append under way: one chunk's keys and values of every storing layer.
 pub(crate) struct Append<'c, B: Backend> {
     cache: &'c mut FusedKvCache<B>,
@@ -417,95 +323,33 @@ pub(crate) struct Append<'c, B: Backend> {
 }
 
 impl<B: Backend> Append<'_, B> {
-    fn prefix(&self, stored: &Option<Stored<B>>) -> Stored<B> {
-        prefix(stored, self.cache.len + self.seq)
-    }
-
     /// Makes the new slots count; the first `padding[row]` of them hold no token.
     pub fn commit(self, padding: &[usize]) {
         let start = self.cache.len;
         self.cache.len += self.seq;
         for (holes, &padding) in self.cache.holes.iter_mut().zip(padding) {
-            push_hole(holes, start..start + padding);
+            holes.push(start..start + padding);
         }
+    }
+
+    fn slot(&self, part: KvPart, layer: usize) -> usize {
+        let slot = self.cache.shape.layout.slot(part, layer);
+        slot.expect("a layout reads and writes what it stores")
     }
 }
 
 impl<B: Backend> KvStore<B> for Append<'_, B> {
-    fn put(&mut self, slot: usize, kv: KeyValue<B>) {
-        let start = self.cache.len;
-        let slot = &mut self.cache.slots[slot];
-        for (stored, rows) in [(&mut slot.key, kv.key), (&mut slot.value, kv.value)] {
-            *stored = Some(take(stored).assign(start, rows));
-        }
+    fn put(&mut self, part: KvPart, layer: usize, x: Tensor<B, 4>) {
+        let slot = self.slot(part, layer);
+        let slots = match part {
+            KvPart::Key => &mut self.cache.keys,
+            KvPart::Value => &mut self.cache.values,
+        };
+        slots[slot].assign(self.cache.len, x);
     }
 
-    fn key(&self, slot: usize) -> Stored<B> {
-        self.prefix(&self.cache.slots[slot].key)
-    }
-
-    fn value(&self, slot: usize) -> Stored<B> {
-        self.prefix(&self.cache.slots[slot].value)
-    }
-}
-
-fn take<B: Backend>(stored: &mut Option<Stored<B>>) -> Stored<B> {
-    stored.take().expect("no write is under way")
-}
-
-/// Drops the parts of holes at or above `len`.
-fn clip(holes: &mut Vec<Range<usize>>, len: usize) {
-    holes.retain_mut(|hole| {
-        hole.end = hole.end.min(len);
-        hole.start < hole.end
-    });
-}
-
-/// Adds a hole above the others.
-fn push_hole(holes: &mut Vec<Range<usize>>, hole: Range<usize>) {
-    match holes.last_mut() {
-        _ if hole.is_empty() => {}
-        Some(last) if last.end == hole.start => last.end = hole.end,
-        _ => holes.push(hole),
-    }
-}
-
-/// The slot after a row's first `tokens` tokens.
-fn end_of(tokens: usize, holes: &[Range<usize>]) -> usize {
-    let mut end = tokens;
-    for hole in holes {
-        if hole.start >= end {
-            break;
-        }
-        end += hole.len();
-    }
-    end
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn end_of_skips_the_holes_before_it() {
-        let holes = [0..2, 3..4];
-        assert_eq!(end_of(0, &holes), 0);
-        assert_eq!(end_of(1, &holes), 3);
-        assert_eq!(end_of(2, &holes), 5);
-        assert_eq!(end_of(3, &[]), 3);
-    }
-
-    #[test]
-    fn holes_merge_and_clip() {
-        let mut holes = Vec::new();
-        push_hole(&mut holes, 0..2);
-        push_hole(&mut holes, 2..2);
-        push_hole(&mut holes, 2..3);
-        push_hole(&mut holes, 5..8);
-        assert_eq!(holes, [0..3, 5..8]);
-        clip(&mut holes, 6);
-        assert_eq!(holes, [0..3, 5..6]);
-        clip(&mut holes, 5);
-        assert_eq!((holes.len(), &holes[0]), (1, &(0..3)));
+    fn get(&self, part: KvPart, layer: usize) -> Stored<B> {
+        let slot = self.slot(part, layer);
+        self.cache.slots(part)[slot].prefix(self.cache.len + self.seq)
     }
 }

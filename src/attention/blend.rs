@@ -1,0 +1,162 @@
+//! The learned blend of stored keys and values: a_i1 ⊙ K_1 + a_in ⊙ K_n and
+//! b_i1 ⊙ V_1 + b_in ⊙ V_n (arXiv 2512.03870), for any number of sources.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Distribution, Tensor, TensorData, backend::Backend};
+
+use crate::config::{FusionInit, FusionStart};
+use crate::plan::{KvPart, KvSource, LayerKv};
+
+/// Configuration of a [`KvFusion`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct KvFusionConfig {
+    /// Key/value heads.
+    pub n_kv_heads: usize,
+    /// Channels per head.
+    pub head_dim: usize,
+    /// Where the keys come from.
+    pub key: KvSource,
+    /// Where the values come from.
+    pub value: KvSource,
+    /// Where the weights start.
+    pub init: FusionInit,
+}
+
+impl KvFusionConfig {
+    /// A fusion layer, or none if the plan takes keys and values as they are.
+    pub fn init<B: Backend>(&self, device: &B::Device) -> Option<KvFusion<B>> {
+        let key_weight = self.weight(KvPart::Key, device);
+        let value_weight = self.weight(KvPart::Value, device);
+        if key_weight.is_none() && value_weight.is_none() {
+            return None;
+        }
+        Some(KvFusion {
+            key_weight,
+            value_weight,
+        })
+    }
+
+    fn weight<B: Backend>(&self, part: KvPart, device: &B::Device) -> Option<Param<Tensor<B, 3>>> {
+        let source = match part {
+            KvPart::Key => &self.key,
+            KvPart::Value => &self.value,
+        };
+        let KvSource::Blend { sources, .. } = source else {
+            return None;
+        };
+        let shape = source.weights_shape(part, self.n_kv_heads, self.head_dim)?;
+        let [n_sources, heads, channels] = shape;
+        let lite = lite_source(part, sources);
+        let start: Vec<f64> = sources
+            .iter()
+            .flat_map(|source| {
+                let mean = match self.init.start {
+                    FusionStart::Lite if lite == Some(*source) => 1.0,
+                    FusionStart::Lite => 0.0,
+                    FusionStart::Equal => 1.0 / n_sources as f64,
+                };
+                std::iter::repeat_n(mean, heads * channels)
+            })
+            .collect();
+        let mut weight = Tensor::from_data(TensorData::new(start, shape), device);
+        if self.init.noise > 0.0 {
+            weight =
+                weight + Tensor::random(shape, Distribution::Normal(0.0, self.init.noise), device);
+        }
+        Some(Param::from_tensor(weight))
+    }
+}
+
+/// The weights with which one layer blends stored layers' keys and values.
+///
+/// Should be created with [`KvFusionConfig`]. Weights are per source, kv head and channel, or one
+/// scalar per source. Keys are blended after RoPE: both channels of a rotated pair (j and
+/// j + head_dim/2) share one weight, so that scores stay a function of relative position.
+#[derive(Module, Debug)]
+pub struct KvFusion<B: Backend> {
+    /// `[sources, n_kv_heads, head_dim / 2]` or `[sources, 1, 1]`; none if keys come as they are.
+    pub key_weight: Option<Param<Tensor<B, 3>>>,
+    /// `[sources, n_kv_heads, head_dim]` or `[sources, 1, 1]`; none if values come as they are.
+    pub value_weight: Option<Param<Tensor<B, 3>>>,
+}
+
+impl<B: Backend> KvFusion<B> {
+    /// The weights of keys or values, one per source, broadcastable to
+    /// `[batch, n_kv_heads, seq, head_dim]`; those of keys with both channels of each pair.
+    pub fn weights(&self, part: KvPart) -> Option<Vec<Tensor<B, 4>>> {
+        let weight = self.weight(part)?.val();
+        Some(per_source(match (part, weight.dims()) {
+            (KvPart::Value, _) | (KvPart::Key, [_, 1, 1]) => weight,
+            (KvPart::Key, _) => Tensor::cat(vec![weight.clone(), weight], 2),
+        }))
+    }
+
+    /// The parameter of keys or values.
+    pub(crate) fn weight(&self, part: KvPart) -> Option<&Param<Tensor<B, 3>>> {
+        match part {
+            KvPart::Key => self.key_weight.as_ref(),
+            KvPart::Value => self.value_weight.as_ref(),
+        }
+    }
+
+    pub(crate) fn weight_mut(&mut self, part: KvPart) -> &mut Option<Param<Tensor<B, 3>>> {
+        match part {
+            KvPart::Key => &mut self.key_weight,
+            KvPart::Value => &mut self.value_weight,
+        }
+    }
+}
+
+fn per_source<B: Backend>(weight: Tensor<B, 3>) -> Vec<Tensor<B, 4>> {
+    let [sources, heads, channels] = weight.dims();
+    (0..sources)
+        .map(|source| {
+            weight
+                .clone()
+                .narrow(0, source, 1)
+                .reshape([1, heads, 1, channels])
+        })
+        .collect()
+}
+
+/// The source that FusedKV-Lite takes: of keys the highest, of values the lowest
+/// (arXiv 2512.03870).
+pub(crate) fn lite_source(part: KvPart, sources: &[usize]) -> Option<usize> {
+    let sources = sources.iter().copied();
+    match part {
+        KvPart::Key => sources.max(),
+        KvPart::Value => sources.min(),
+    }
+}
+
+/// The α of YOCO++ (arXiv 2604.13556): what a layer adds of a lower layer's cached keys and values
+/// to its own. At 0 it is YOCO.
+#[derive(Module, Debug)]
+pub struct KvResidual<B: Backend> {
+    /// α of the keys, `[1]`; none where nothing is added to them.
+    pub key_weight: Option<Param<Tensor<B, 1>>>,
+    /// α of the values, `[1]`; none where nothing is added to them.
+    pub value_weight: Option<Param<Tensor<B, 1>>>,
+}
+
+impl<B: Backend> KvResidual<B> {
+    /// Every α at `start`; nothing if the layer adds nothing.
+    pub(crate) fn new(layer: &LayerKv, start: f64, device: &B::Device) -> Option<Self> {
+        let [key_weight, value_weight] = KvPart::BOTH.map(|part| {
+            layer.part(part).residual()?;
+            Some(Param::from_tensor(Tensor::full([1], start, device)))
+        });
+        (key_weight.is_some() || value_weight.is_some()).then_some(Self {
+            key_weight,
+            value_weight,
+        })
+    }
+
+    /// α of the keys or of the values.
+    pub(crate) fn weight(&self, part: KvPart) -> Option<&Param<Tensor<B, 1>>> {
+        match part {
+            KvPart::Key => self.key_weight.as_ref(),
+            KvPart::Value => self.value_weight.as_ref(),
+        }
+    }
+}

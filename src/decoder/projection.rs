@@ -1,0 +1,41 @@
+//! A linear layer.
+
+use burn::module::{Initializer, Module, Param};
+use burn::tensor::{Tensor, backend::Backend};
+
+use crate::kernels::linear;
+
+/// `x · weight + bias`.
+#[derive(Module, Debug)]
+pub struct Projection<B: Backend> {
+    /// `[input, output]`.
+    pub weight: Param<Tensor<B, 2>>,
+    /// `[output]`.
+    pub bias: Option<Param<Tensor<B, 1>>>,
+}
+
+impl<B: Backend> Projection<B> {
+    /// Without a bias.
+    pub(super) fn new(
+        [input, output]: [usize; 2],
+        initializer: &Initializer,
+        device: &B::Device,
+    ) -> Self {
+        let shape = [input, output];
+        Self {
+            weight: initializer.init_with(shape, Some(input), Some(output), device),
+            bias: None,
+        }
+    }
+
+    /// # Shapes
+    /// - x: `[batch, seq, input]`
+    /// - output: `[batch, seq, output]`
+    pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        let product = linear(x, self.weight.val());
+        match &self.bias {
+            Some(bias) => product + bias.val().unsqueeze(),
+            None => product,
+        }
+    }
+}

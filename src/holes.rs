@@ -1,0 +1,84 @@
+//! Slots of a row that hold no token.
+
+use std::ops::Range;
+
+/// The slots of a row that hold no token: sorted, disjoint, not empty ranges. Nothing attends to
+/// them, and they take no position.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Holes(Vec<Range<usize>>);
+
+impl Holes {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Slots in all holes.
+    pub fn slots(&self) -> usize {
+        self.0.iter().map(ExactSizeIterator::len).sum()
+    }
+
+    pub fn ranges(&self) -> &[Range<usize>] {
+        &self.0
+    }
+
+    /// Adds a hole above the others.
+    pub fn push(&mut self, hole: Range<usize>) {
+        match self.0.last_mut() {
+            _ if hole.is_empty() => {}
+            Some(last) if last.end == hole.start => last.end = hole.end,
+            _ => self.0.push(hole),
+        }
+    }
+
+    /// Drops what is at or above `len`.
+    pub fn clip(&mut self, len: usize) {
+        self.0.retain_mut(|hole| {
+            hole.end = hole.end.min(len);
+            hole.start < hole.end
+        });
+    }
+
+    /// The slot after the row's first `tokens` tokens.
+    pub fn end_of(&self, tokens: usize) -> usize {
+        let mut end = tokens;
+        for hole in &self.0 {
+            if hole.start >= end {
+                break;
+            }
+            end += hole.len();
+        }
+        end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn holes(ranges: &[Range<usize>]) -> Holes {
+        let mut holes = Holes::default();
+        ranges.iter().for_each(|range| holes.push(range.clone()));
+        holes
+    }
+
+    #[test]
+    fn the_end_of_tokens_is_after_the_holes_before_it() {
+        let some = holes(&[0..2, 3..4]);
+        for (tokens, end) in [(0, 0), (1, 3), (2, 5)] {
+            assert_eq!(some.end_of(tokens), end);
+        }
+        assert_eq!(holes(&[]).end_of(3), 3);
+    }
+
+    #[test]
+    fn holes_merge_and_clip() {
+        let mut holes = holes(&[0..2, 2..2, 2..3, 5..8]);
+        assert_eq!(holes.ranges(), [0..3, 5..8]);
+        holes.clip(6);
+        assert_eq!(holes.ranges(), [0..3, 5..6]);
+        assert_eq!(holes.slots(), 4);
+        holes.clip(5);
+        assert_eq!(holes.ranges().len(), 1);
+    }
+}

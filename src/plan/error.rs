@@ -1,0 +1,101 @@
+//! Plans that no decoder can follow.
+
+use thiserror::Error;
+
+use super::KvPlan;
+
+/// A plan that no decoder can follow.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// The name is none of [`KvPlan::methods`].
+    #[error("unknown method `{0}`, expected one of {known}", known = known())]
+    UnknownMethod(String),
+    /// A method without what belongs to it.
+    #[error("the plan `{method}` has no `{key}`")]
+    MissingKey {
+        /// The method.
+        method: String,
+        /// What it needs.
+        key: &'static str,
+    },
+    /// A method with what belongs to another.
+    #[error("the plan `{method}` has a `{key}`, expected none")]
+    UnknownKey {
+        /// The method.
+        method: String,
+        /// What it does not know.
+        key: &'static str,
+    },
+    /// A layer of a custom plan that says too little or too much.
+    #[error("a layer of a custom plan, expected `store`, `reuse`, or `key` and `value`")]
+    LayerForm,
+    /// A decoder needs a layer.
+    #[error("the plan has no layers, expected at least 1")]
+    NoLayers,
+    /// A custom plan for another depth.
+    #[error("the plan describes {plan} layers, the decoder has {n_layers}")]
+    LayerCount {
+        /// Layers in the plan.
+        plan: usize,
+        /// Layers in the decoder.
+        n_layers: usize,
+    },
+    /// Too few or too many storing layers.
+    #[error(
+        "`{method}` with {storage_layers} storage layers in a decoder of {n_layers} layers, \
+         expected at least {min} and fewer than {n_layers}"
+    )]
+    StorageLayers {
+        /// The method asked for.
+        method: &'static str,
+        /// Storing layers asked for.
+        storage_layers: usize,
+        /// The fewest this method can work with.
+        min: usize,
+        /// Layers in the decoder.
+        n_layers: usize,
+    },
+    /// A CLA factor of 0 or larger than the decoder.
+    #[error("a CLA factor of {factor} in a decoder of {n_layers} layers, expected 1 to {n_layers}")]
+    ClaFactor {
+        /// The factor asked for.
+        factor: usize,
+        /// Layers in the decoder.
+        n_layers: usize,
+    },
+    /// A blend without sources.
+    #[error("layer {reader} has an empty blend, expected at least one source")]
+    EmptyBlend {
+        /// The layer with the blend.
+        reader: usize,
+    },
+    /// The same source twice in a blend.
+    #[error("layer {reader} names source {layer} twice in one blend")]
+    DuplicateSource {
+        /// The layer with the blend.
+        reader: usize,
+        /// The source named twice.
+        layer: usize,
+    },
+    /// A source above its reader, or the reader itself where it has nothing of its own.
+    #[error("layer {reader} reads layer {layer}, expected a layer below it")]
+    SourceNotBelow {
+        /// The reading layer.
+        reader: usize,
+        /// What it reads.
+        layer: usize,
+    },
+    /// A source that keeps no keys, or no values, of its own.
+    #[error("layer {reader} reads layer {layer}, which does not store")]
+    SourceDoesNotStore {
+        /// The reading layer.
+        reader: usize,
+        /// What it reads.
+        layer: usize,
+    },
+}
+
+fn known() -> String {
+    KvPlan::methods().collect::<Vec<_>>().join(", ")
+}

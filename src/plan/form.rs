@@ -1,0 +1,238 @@
+//! Plans as JSON spells them: a checkpoint's `kv_plan`.
+//!
+//! A layer that stores both or reuses both is written as it was before keys and values were planned
+//! apart, so that older readers know it.
+
+use std::fmt;
+
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, MapAccess, Unexpected, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::error::PlanError;
+use super::layout::{BlendWeights, KvSource, LayerKv};
+use super::{CUSTOM, KvPlan, METHODS, Method, Parameter};
+
+/// `{"method": …}` with what belongs to the method, and nothing else.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PlanForm {
+    method: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    storage_layers: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    factor: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    layers: Option<Vec<LayerKv>>,
+}
+
+impl From<KvPlan> for PlanForm {
+    fn from(plan: KvPlan) -> Self {
+        let mut form = Self {
+            method: plan.method().to_owned(),
+            storage_layers: None,
+            factor: None,
+            layers: None,
+        };
+        match plan {
+            KvPlan::Standard => {}
+            KvPlan::FusedKv { storage_layers }
+            | KvPlan::FusedKvLite { storage_layers }
+            | KvPlan::FusedKvLiteLearnable { storage_layers }
+            | KvPlan::FusedKvLiteReversed { storage_layers }
+            | KvPlan::Yoco { storage_layers }
+            | KvPlan::YocoPlusPlus { storage_layers }
+            | KvPlan::DenseFusion { storage_layers } => form.storage_layers = Some(storage_layers),
+            KvPlan::Cla { factor } => form.factor = Some(factor),
+            KvPlan::Custom { layers } => form.layers = Some(layers),
+        }
+        form
+    }
+}
+
+impl TryFrom<PlanForm> for KvPlan {
+    type Error = PlanError;
+
+    fn try_from(form: PlanForm) -> Result<Self, PlanError> {
+        let PlanForm {
+            method: name,
+            storage_layers,
+            factor,
+            layers,
+        } = form;
+        let known = METHODS.iter().find(|known| known.name == name);
+        let expected = match known {
+            Some(Method { parameter, .. }) => match parameter {
+                Parameter::None => None,
+                Parameter::StorageLayers => Some("storage_layers"),
+                Parameter::Factor => Some("factor"),
+            },
+            None if name == CUSTOM => Some("layers"),
+            None => return Err(PlanError::UnknownMethod(name)),
+        };
+        for (key, is_there) in [
+            ("storage_layers", storage_layers.is_some()),
+            ("factor", factor.is_some()),
+            ("layers", layers.is_some()),
+        ] {
+            match (expected == Some(key), is_there) {
+                (true, false) => return Err(PlanError::MissingKey { method: name, key }),
+                // The format lets every method but `cla` have it.
+                (false, true) if key == "storage_layers" && expected.is_none() => {}
+                (false, true) => return Err(PlanError::UnknownKey { method: name, key }),
+                _ => {}
+            }
+        }
+        Ok(match (known, layers) {
+            (Some(method), _) => (method.plan)(storage_layers.or(factor).unwrap_or_default()),
+            (None, layers) => KvPlan::Custom {
+                layers: layers.unwrap_or_default(),
+            },
+        })
+    }
+}
+
+/// `{"store": {…}}`, `{"reuse": {…}}` or `{"key": …, "value": …}`.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct LayerForm {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    store: Option<StoreForm>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    reuse: Option<ReuseForm>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    key: Option<KvSource>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    value: Option<KvSource>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoreForm {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    residual: Option<usize>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ReuseForm {
+    key: KvSource,
+    value: KvSource,
+}
+
+impl From<LayerKv> for LayerForm {
+    fn from(LayerKv { key, value }: LayerKv) -> Self {
+        use KvSource::Own;
+        let mut form = Self {
+            store: None,
+            reuse: None,
+            key: None,
+            value: None,
+        };
+        match (&key, &value) {
+            (Own { residual: a }, Own { residual: b }) if a == b => {
+                form.store = Some(StoreForm { residual: *a });
+            }
+            (Own { .. }, _) | (_, Own { .. }) => {
+                (form.key, form.value) = (Some(key), Some(value));
+            }
+            _ => form.reuse = Some(ReuseForm { key, value }),
+        }
+        form
+    }
+}
+
+impl TryFrom<LayerForm> for LayerKv {
+    type Error = PlanError;
+
+    fn try_from(form: LayerForm) -> Result<Self, PlanError> {
+        match form {
+            LayerForm {
+                store: Some(StoreForm { residual }),
+                reuse: None,
+                key: None,
+                value: None,
+            } => {
+                let own = KvSource::Own { residual };
+                Ok(Self {
+                    key: own.clone(),
+                    value: own,
+                })
+            }
+            LayerForm {
+                store: None,
+                reuse: Some(ReuseForm { key, value }),
+                key: None,
+                value: None,
+            }
+            | LayerForm {
+                store: None,
+                reuse: None,
+                key: Some(key),
+                value: Some(value),
+            } => Ok(Self { key, value }),
+            _ => Err(PlanError::LayerForm),
+        }
+    }
+}
+
+/// A source as an object of one key; an own one without a residual is written `"own"`.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+enum SourceForm {
+    Own {
+        #[serde(default)]
+        residual: Option<usize>,
+    },
+    AsIs(usize),
+    Blend {
+        sources: Vec<usize>,
+        weights: BlendWeights,
+    },
+}
+
+const OWN: &str = "own";
+
+impl Serialize for KvSource {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let form = match self.clone() {
+            Self::Own { residual: None } => return serializer.serialize_str(OWN),
+            Self::Own { residual } => SourceForm::Own { residual },
+            Self::AsIs(source) => SourceForm::AsIs(source),
+            Self::Blend { sources, weights } => SourceForm::Blend { sources, weights },
+        };
+        form.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for KvSource {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(SourceVisitor)
+    }
+}
+
+struct SourceVisitor;
+
+impl<'de> Visitor<'de> for SourceVisitor {
+    type Value = KvSource;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("\"own\", or an object with `own`, `as_is` or `blend`")
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<KvSource, E> {
+        match name {
+            OWN => Ok(KvSource::OWN),
+            _ => Err(E::invalid_value(Unexpected::Str(name), &self)),
+        }
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<KvSource, A::Error> {
+        let form = SourceForm::deserialize(MapAccessDeserializer::new(map))?;
+        Ok(match form {
+            SourceForm::Own { residual } => KvSource::Own { residual },
+            SourceForm::AsIs(source) => KvSource::AsIs(source),
+            SourceForm::Blend { sources, weights } => KvSource::Blend { sources, weights },
+        })
+    }
+}
