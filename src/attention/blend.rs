@@ -99,6 +99,7 @@ impl<B: Backend> KvFusion<B> {
         }
     }
 
+    #[cfg(feature = "convert")]
     pub(crate) fn weight_mut(&mut self, part: KvPart) -> &mut Option<Param<Tensor<B, 3>>> {
         match part {
             KvPart::Key => &mut self.key_weight,

@@ -2,7 +2,7 @@
 //!
 //! With queries q, keys K = Σ_s a_s ⊙ K_s and values V = Σ_s b_s ⊙ V_s:
 //! - *materialised*: form K and V, then ordinary attention;
-//! - *absorbed*: q · K = Σ_s (q ⊙ a_s) · K_s and Σ_t p_t V[t] = Σ_s b_s ⊙ Σ_t p_t V_s[t], so the
+//! - *absorbed*: q · K = Σ_s (q ⊙ a_s) · K_s and Σ_t p_t V_t = Σ_s b_s ⊙ Σ_t p_t V_st, so the
 //!   weights move to the query and the output, and nothing of the sources' size is written.
 //!
 //! The blend costs as much as a few queries do, so the absorbed form is for few queries over a

@@ -10,6 +10,8 @@ mod attention;
 mod flex;
 pub(crate) mod operands;
 pub(crate) mod stored;
+#[cfg(feature = "flex")]
+mod table;
 #[cfg(test)]
 pub(crate) mod work;
 
@@ -22,6 +24,22 @@ use burn::tensor::{BasicOps, Tensor, backend::Backend};
 use attention::generic_attention;
 pub(crate) use attention::{blended, causal_mask, same_for_all_tokens};
 use operands::{FusionForm, Term, Visibility};
+#[cfg(feature = "flex")]
+use table::Kernels;
+
+/// What the first table of kernels has that knows the arguments, if any does: every table stands here.
+macro_rules! kernel {
+    ($operation:ident $(::<$backend:ty>)? ($($argument:expr),*)) => {{
+        let output = None;
+        #[cfg(feature = "flex")]
+        let output = output
+            .or_else(|| flex::FlexKernels::$operation$(::<$backend>)?($($argument),*));
+        #[cfg(feature = "train")]
+        let output = output
+            .or_else(|| flex::autodiff::AutodiffKernels::$operation$(::<$backend>)?($($argument),*));
+        output
+    }};
+}
 
 /// `x · weight` over the last dimension; `weight` is `[input, output]` in any layout.
 pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tensor<B, 3> {
@@ -52,15 +70,7 @@ pub(crate) fn tied_head<B: Backend>(x: Tensor<B, 3>, embedding: Tensor<B, 2>) ->
 fn own_linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
     #[cfg(test)]
     work::linear(x.dims(), weight.dims());
-    #[cfg(feature = "flex")]
-    if let Some(output) = flex::linear(x, weight) {
-        return Some(output);
-    }
-    #[cfg(feature = "train")]
-    if let Some(output) = flex::autodiff::linear(x, weight) {
-        return Some(output);
-    }
-    None
+    kernel!(linear(x, weight))
 }
 
 /// `lhs · rhs` by Burn's operation: `[…, rows, k]` times `[…, k, n]`, computed as of two equal rows
@@ -85,11 +95,7 @@ pub(crate) fn matmul<B: Backend, const D: usize>(
 /// then stays in the processor's caches.
 #[cfg_attr(not(feature = "flex"), expect(clippy::extra_unused_type_parameters))]
 pub(crate) fn tokens_per_pass<B: Backend>() -> Option<usize> {
-    #[cfg(feature = "flex")]
-    if flex::is_flex::<B>() {
-        return Some(flex::TOKENS_PER_PASS);
-    }
-    None
+    kernel!(tokens_per_pass::<B>())
 }
 
 /// Attention over terms that may still be blended or not.
@@ -102,12 +108,7 @@ pub(crate) fn attention<B: Backend>(
 ) -> Tensor<B, 4> {
     #[cfg(test)]
     work::attention(&query, &keys, &values, visibility);
-    #[cfg(feature = "flex")]
-    if let Some(output) = flex::attention(&query, &keys, &values, visibility) {
-        return output;
-    }
-    #[cfg(feature = "train")]
-    if let Some(output) = flex::autodiff::attention(&query, &keys, &values, visibility) {
+    if let Some(output) = kernel!(attention(&query, &keys, &values, visibility)) {
         return output;
     }
     generic_attention(form, query, keys, values, visibility)
@@ -118,12 +119,7 @@ pub(crate) fn rms_norm<B: Backend, const D: usize>(
     norm: &RmsNorm<B>,
     x: Tensor<B, D>,
 ) -> Tensor<B, D> {
-    #[cfg(feature = "flex")]
-    if let Some(output) = flex::rms_norm(&x, &norm.gamma.val(), norm.epsilon) {
-        return output;
-    }
-    #[cfg(feature = "train")]
-    if let Some(output) = flex::autodiff::rms_norm(&x, &norm.gamma.val(), norm.epsilon) {
+    if let Some(output) = kernel!(rms_norm(&x, &norm.gamma.val(), norm.epsilon)) {
         return output;
     }
     norm.forward(x)
@@ -136,12 +132,7 @@ pub(crate) fn rope<B: Backend>(
     cos: Tensor<B, 4>,
     sin: Tensor<B, 4>,
 ) -> Tensor<B, 4> {
-    #[cfg(feature = "flex")]
-    if let Some(output) = flex::rope(&x, &cos, &sin) {
-        return output;
-    }
-    #[cfg(feature = "train")]
-    if let Some(output) = flex::autodiff::rope(&x, &cos, &sin) {
+    if let Some(output) = kernel!(rope(&x, &cos, &sin)) {
         return output;
     }
     let [_, _, _, pairs] = cos.dims();
@@ -154,12 +145,7 @@ pub(crate) fn rope<B: Backend>(
 
 /// Exchanges the sequence and the head dimension, 1 and 2.
 pub(crate) fn swap_heads<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
-    #[cfg(feature = "flex")]
-    if let Some(output) = flex::swap_heads(&x) {
-        return output;
-    }
-    #[cfg(feature = "train")]
-    if let Some(output) = flex::autodiff::swap_heads(&x) {
+    if let Some(output) = kernel!(swap_heads(&x)) {
         return output;
     }
     x.swap_dims(1, 2)
@@ -183,12 +169,7 @@ pub(crate) fn assign_rows<B: Backend, K: BasicOps<B> + 'static>(
 
 /// `silu(gate) ⊙ up`.
 pub(crate) fn swiglu<B: Backend>(gate: Tensor<B, 3>, up: Tensor<B, 3>) -> Tensor<B, 3> {
-    #[cfg(feature = "flex")]
-    if let Some(output) = flex::swiglu(&gate, &up) {
-        return output;
-    }
-    #[cfg(feature = "train")]
-    if let Some(output) = flex::autodiff::swiglu(&gate, &up) {
+    if let Some(output) = kernel!(swiglu(&gate, &up)) {
         return output;
     }
     silu(gate) * up
@@ -202,8 +183,8 @@ pub(crate) fn cross_entropy<B: Backend>(
     logits: Tensor<B, 2>,
     targets: Tensor<B, 2, Int>,
 ) -> Tensor<B, 2> {
-    if let Some(losses) = flex::autodiff::cross_entropy(&logits, &targets) {
-        return losses;
+    if let Some(output) = kernel!(cross_entropy(&logits, &targets)) {
+        return output;
     }
     // The shift cancels, so that no gradient flows through the maximum.
     let largest = logits.clone().detach().max_dim(1);

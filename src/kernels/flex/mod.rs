@@ -29,10 +29,13 @@ use rayon::prelude::*;
 #[cfg(feature = "train")]
 pub(super) use adam_w::adam_w;
 pub(super) use assign::assign_rows;
-pub(super) use attention::attention;
-pub(super) use heads::{rope, swap_heads};
-pub(super) use linear::linear;
-pub(super) use pointwise::{rms_norm, swiglu};
+use attention::attention;
+use heads::{rope, swap_heads};
+use linear::linear;
+use pointwise::{rms_norm, swiglu};
+
+use super::operands::{Term, Visibility};
+use super::table::Kernels;
 
 /// The instruction set of this processor.
 static ARCH: LazyLock<Arch> = LazyLock::new(Arch::new);
@@ -41,11 +44,52 @@ static ARCH: LazyLock<Arch> = LazyLock::new(Arch::new);
 const PARALLEL: usize = 1 << 15;
 
 /// Measured on prompts of 8192 tokens: 512 to 1024 are a third faster than all at once.
-pub(super) const TOKENS_PER_PASS: usize = 1024;
+const TOKENS_PER_PASS: usize = 1024;
 
-/// Whether the backend is Flex.
-pub(super) fn is_flex<B: Backend>() -> bool {
-    TypeId::of::<B>() == TypeId::of::<Flex>()
+/// The kernels for Flex.
+pub(super) struct FlexKernels;
+
+impl Kernels for FlexKernels {
+    fn tokens_per_pass<B: Backend>() -> Option<usize> {
+        (TypeId::of::<B>() == TypeId::of::<Flex>()).then_some(TOKENS_PER_PASS)
+    }
+
+    fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
+        linear(x, weight)
+    }
+
+    fn attention<B: Backend>(
+        query: &Tensor<B, 4>,
+        keys: &[Term<B>],
+        values: &[Term<B>],
+        visibility: &Visibility<B>,
+    ) -> Option<Tensor<B, 4>> {
+        attention(query, keys, values, visibility)
+    }
+
+    fn rms_norm<B: Backend, const D: usize>(
+        x: &Tensor<B, D>,
+        gamma: &Tensor<B, 1>,
+        epsilon: f64,
+    ) -> Option<Tensor<B, D>> {
+        rms_norm(x, gamma, epsilon)
+    }
+
+    fn rope<B: Backend>(
+        x: &Tensor<B, 4>,
+        cos: &Tensor<B, 4>,
+        sin: &Tensor<B, 4>,
+    ) -> Option<Tensor<B, 4>> {
+        rope(x, cos, sin)
+    }
+
+    fn swap_heads<B: Backend>(x: &Tensor<B, 4>) -> Option<Tensor<B, 4>> {
+        swap_heads(x)
+    }
+
+    fn swiglu<B: Backend>(gate: &Tensor<B, 3>, up: &Tensor<B, 3>) -> Option<Tensor<B, 3>> {
+        swiglu(gate, up)
+    }
 }
 
 /// Flex's tensor of floats, if that is what `tensor` is.
