@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 list() {
-    grep -o 'href="[^"]*\.html"' target/doc/fusedkv/all.html |
+    grep -o 'href="[^"]*\.html"' "${CARGO_TARGET_DIR:-target}/doc/fusedkv/all.html" |
         sed -E 's/href="(.*)\.html"/\1/' | grep -E '(^|/)(struct|enum|trait|fn|macro|type|constant)\.' |
         sed -E 's,/,::,g; s/(.*::)?(struct|enum|trait|fn|macro|type|constant)\.(.*)/\1\3 (\2)/' |
         LC_ALL=C sort -u

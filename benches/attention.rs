@@ -33,23 +33,23 @@ fn random(seq: usize) -> Tensor<Flex, 4> {
 }
 
 fn fusion() -> KvFusion<Flex> {
-    let mix = KvSource::Blend {
+    let blended = KvSource::Blend {
         sources: vec![0, 1],
         weights: BlendWeights::PerChannel,
     };
     let config = KvFusionConfig {
         n_kv_heads: HEADS,
         head_dim: HEAD_DIM,
-        key: mix.clone(),
-        value: mix,
+        key: blended.clone(),
+        value: blended,
         init: FusionInit::equal().with_noise(0.1),
     };
-    config.init(&FlexDevice).expect("the mix has weights")
+    config.init(&FlexDevice).expect("the blend has weights")
 }
 
 /// Σ wₛ ⊙ xₛ, formed.
 fn blend(sources: &[Tensor<Flex, 4>], weights: Option<Vec<Tensor<Flex, 4>>>) -> Tensor<Flex, 4> {
-    let weights = weights.expect("the mix has weights");
+    let weights = weights.expect("the blend has weights");
     let mut terms = sources.iter().zip(weights).map(|(x, w)| x.clone() * w);
     let first = terms.next().expect("two sources");
     terms.fold(first, |sum, term| sum + term)

@@ -49,7 +49,7 @@ impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
         let model = load_checkpoint::<B>(&self.model, Default::default(), device)?.model;
         let flow = information_flow(&model);
-        if flow.keys.is_empty() {
+        if flow.keys.is_empty() && flow.values.is_empty() {
             return Err("every layer of the model has keys and values of its own".into());
         }
         let write = |path: &Path| {
@@ -63,6 +63,10 @@ impl Program for Args {
         println!("{}", json.display());
         font::register()?;
         for (name, layers) in [("keys", &flow.keys), ("values", &flow.values)] {
+            if layers.is_empty() {
+                println!("every layer has {name} of its own");
+                continue;
+            }
             let path = self.out.join(format!("{name}.svg"));
             draw(&path, name, layers)?;
             println!("{}", path.display());

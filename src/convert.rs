@@ -1,7 +1,7 @@
 //! From a standard decoder to one of another plan, ready for further training.
 //!
-//! A layer that stores under the new plan keeps its own K/V projections; one that reuses loses
-//! them, and reads stored layers instead. Its fusion weights start as FusedKV-Lite's, or are fitted
+//! Where a layer stores keys or values under the new plan, it keeps its projection of them; where it
+//! does not, it loses it and reads stored layers instead. Its fusion weights start as FusedKV-Lite's, or are fitted
 //! so that the blends come closest to the keys and values it had: least squares per kv head and
 //! channel (per pair of channels for keys, after RoPE), as one linear regression each, on a text.
 
@@ -12,14 +12,11 @@ use thiserror::Error;
 
 use crate::attention::{KvFusion, KvResidual, lite_source};
 use crate::cache::CacheError;
-use crate::config::ConfigError;
-use crate::config::FusedKvDecoderConfig;
-use crate::decoder::ForwardError;
-use crate::decoder::{FusedKvDecoder, Logits};
+use crate::config::{ConfigError, FusedKvDecoderConfig};
+use crate::decoder::{ForwardError, FusedKvDecoder, Logits};
 use crate::numbers::numbers;
-use crate::plan::{KvLayout, KvPart, KvPlan, KvSource};
-use crate::tokens::TokenBatch;
-use crate::tokens::TokensError;
+use crate::plan::{KvLayout, KvPart, KvPlan};
+use crate::tokens::{TokenBatch, TokensError};
 
 /// Pulls fitted weights to where they started, as a share of the sources' mean square: decides
 /// where the text does not, e.g. between sources that are alike.
@@ -63,7 +60,8 @@ impl From<CacheError> for ConvertError {
     }
 }
 
-/// How far the blends of a converted layer are from the keys and values it had.
+/// How far the blends of a converted layer are from the keys and values it had; 0 of those that stay
+/// its own.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LayerFit {
     /// The layer, counted from 0.
@@ -176,7 +174,7 @@ pub fn convert_fitted<B: Backend>(
     let mut fits = Vec::new();
     let layout = converted.layout();
     for (layer, kv) in layout.layers().iter().enumerate() {
-        let reuses = |part| !matches!(kv.part(part), KvSource::Own { .. });
+        let reuses = |part| !kv.part(part).is_own();
         if KvPart::BOTH.into_iter().any(reuses) {
             let regressions = KvPart::BOTH.map(|part| Regression::new(layout, layer, part, config));
             fits.push((layer, regressions));
@@ -191,12 +189,12 @@ pub fn convert_fitted<B: Backend>(
         let batch = TokenBatch::from_rows(&[window], config.vocab_size, &device)?;
         let mut cache = model.new_cache(1, window.len())?;
         model.forward_cached(batch, &mut cache, Logits::Last)?;
-        for part in KvPart::BOTH {
+        for (i, part) in KvPart::BOTH.into_iter().enumerate() {
             // A standard decoder stores every layer's.
             let all = (0..config.n_layers).map(|layer| cache.get(part, layer).map(numbers));
             let all: Vec<_> = all.map(Option::unwrap_or_default).collect();
             for (layer, regressions) in &mut fits {
-                regressions[part as usize].add(&all, *layer, config.head_dim);
+                regressions[i].add(&all, *layer, config.head_dim);
             }
         }
     }

@@ -1,7 +1,6 @@
 //! What a configuration costs: parameters, cache bytes, bytes read, FLOPs.
 
-use crate::config::ConfigError;
-use crate::config::FusedKvDecoderConfig;
+use crate::config::{ConfigError, FusedKvDecoderConfig};
 use crate::parameters::{TensorSpec, tensors};
 use crate::plan::{KvLayout, KvPart};
 

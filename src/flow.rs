@@ -9,9 +9,9 @@ use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
 use crate::decoder::FusedKvDecoder;
-use crate::plan::{KvPart, KvSource};
+use crate::plan::KvPart;
 
-/// The weights of all layers that reuse keys or values.
+/// The weights of all layers that reuse keys, and of all that reuse values: they may be others.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InformationFlow {
     /// Depth of the decoder.
@@ -61,7 +61,7 @@ pub fn information_flow<B: Backend>(model: &FusedKvDecoder<B>) -> InformationFlo
             (KvPart::Key, &mut flow.keys),
             (KvPart::Value, &mut flow.values),
         ] {
-            if matches!(kv.part(part), KvSource::Own { .. }) {
+            if kv.part(part).is_own() {
                 continue;
             }
             let weight = fusion.and_then(|fusion| fusion.weight(part));

@@ -354,3 +354,24 @@ impl<B: Backend> ModuleDisplayDefault for PlanModule<B> {
 }
 
 impl<B: Backend> ModuleDisplay for PlanModule<B> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As records named layers before keys and values were planned apart.
+    #[test]
+    fn older_layers_are_read() {
+        let read = |json: &str| LayerKv::from(serde_json::from_str::<RecordedLayer>(json).unwrap());
+        assert_eq!(read(r#"{"store":{}}"#), LayerKv::OWN);
+        let own = KvSource::Own { residual: Some(0) };
+        let added = read(r#"{"store":{"residual":0}}"#);
+        assert_eq!((&added.key, &added.value), (&own, &own));
+        let reused = read(
+            r#"{"reuse":{"key":{"as_is":1},
+                         "value":{"blend":{"sources":[0,1],"weights":"per_layer"}}}}"#,
+        );
+        assert_eq!(reused.key, KvSource::AsIs(1));
+        assert!(matches!(reused.value, KvSource::Blend { .. }));
+    }
+}

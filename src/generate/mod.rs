@@ -59,6 +59,7 @@ pub struct GeneratedToken {
 
 /// Why a row ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum FinishReason {
     /// A stop token was drawn.
     Stop,

@@ -156,7 +156,7 @@ fn weighted<B: Backend>(x: Tensor<B, 4>, weight: Option<Tensor<B, 4>>) -> Tensor
 }
 
 fn sum<B: Backend>(mut terms: impl Iterator<Item = Tensor<B, 4>>) -> Tensor<B, 4> {
-    let first = terms.next().expect("a validated mix has a source");
+    let first = terms.next().expect("a blend has a source");
     terms.fold(first, |sum, term| sum + term)
 }
 

@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use super::KvPlan;
+use super::{KvPart, KvPlan};
 
 /// A plan that no decoder can follow.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -65,30 +65,38 @@ pub enum PlanError {
         n_layers: usize,
     },
     /// A blend without sources.
-    #[error("layer {reader} has an empty blend, expected at least one source")]
+    #[error("the {part} of layer {reader} are a blend of nothing, expected at least one source")]
     EmptyBlend {
+        /// Keys or values.
+        part: KvPart,
         /// The layer with the blend.
         reader: usize,
     },
     /// The same source twice in a blend.
-    #[error("layer {reader} names source {layer} twice in one blend")]
+    #[error("the {part} of layer {reader} are blended of layer {layer} twice")]
     DuplicateSource {
+        /// Keys or values.
+        part: KvPart,
         /// The layer with the blend.
         reader: usize,
         /// The source named twice.
         layer: usize,
     },
     /// A source above its reader, or the reader itself where it has nothing of its own.
-    #[error("layer {reader} reads layer {layer}, expected a layer below it")]
+    #[error("layer {reader} reads the {part} of layer {layer}, expected a layer below it")]
     SourceNotBelow {
+        /// Keys or values.
+        part: KvPart,
         /// The reading layer.
         reader: usize,
         /// What it reads.
         layer: usize,
     },
     /// A source that keeps no keys, or no values, of its own.
-    #[error("layer {reader} reads layer {layer}, which does not store")]
+    #[error("layer {reader} reads the {part} of layer {layer}, which stores none")]
     SourceDoesNotStore {
+        /// Keys or values.
+        part: KvPart,
         /// The reading layer.
         reader: usize,
         /// What it reads.

@@ -1,7 +1,7 @@
 //! Plans as JSON spells them: a checkpoint's `kv_plan`.
 //!
-//! A layer that stores both or reuses both is written as it was before keys and values were planned
-//! apart, so that older readers know it.
+//! A layer that has nothing but keys and values of its own, or none of its own, is written as it was
+//! before they were planned apart, so that older readers know it.
 
 use std::fmt;
 
@@ -77,7 +77,7 @@ impl TryFrom<PlanForm> for KvPlan {
         ] {
             match (expected == Some(key), is_there) {
                 (true, false) => return Err(PlanError::MissingKey { method: name, key }),
-                // The format lets every method but `cla` have it.
+                // The format lets `standard` have it.
                 (false, true) if key == "storage_layers" && expected.is_none() => {}
                 (false, true) => return Err(PlanError::UnknownKey { method: name, key }),
                 _ => {}
@@ -136,6 +136,7 @@ impl From<LayerKv> for LayerForm {
             (Own { .. }, _) | (_, Own { .. }) => {
                 (form.key, form.value) = (Some(key), Some(value));
             }
+            // Also blends that a layer's own are part of, which older readers refuse.
             _ => form.reuse = Some(ReuseForm { key, value }),
         }
         form
@@ -164,8 +165,8 @@ impl TryFrom<LayerForm> for LayerKv {
                 reuse: Some(ReuseForm { key, value }),
                 key: None,
                 value: None,
-            }
-            | LayerForm {
+            } if ![&key, &value].iter().any(|source| source.is_own()) => Ok(Self { key, value }),
+            LayerForm {
                 store: None,
                 reuse: None,
                 key: Some(key),

@@ -84,6 +84,15 @@ impl KvPart {
     }
 }
 
+impl fmt::Display for KvPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Key => "keys",
+            Self::Value => "values",
+        })
+    }
+}
+
 impl LayerKv {
     /// A layer of a standard decoder: keys and values of its own, both cached.
     pub const OWN: Self = Self {
@@ -140,6 +149,11 @@ impl KvSource {
             Self::AsIs(source) => vec![*source],
             Self::Blend { sources, .. } => sources.clone(),
         }
+    }
+
+    /// Whether it is the layer's own alone.
+    pub(crate) fn is_own(&self) -> bool {
+        matches!(self, Self::Own { .. })
     }
 
     /// Whether it has the layer at `layer` store keys or values of its own.
@@ -208,36 +222,52 @@ impl Reads {
                 .collect(),
         };
         for (reader, layer) in layers.iter().enumerate() {
-            reads.check(reader, layer.part(part))?;
+            reads.check(part, reader, layer.part(part))?;
         }
         Ok(reads)
     }
 
-    fn check(&self, reader: usize, source: &KvSource) -> Result<(), PlanError> {
+    fn check(&self, part: KvPart, reader: usize, source: &KvSource) -> Result<(), PlanError> {
         if self.sources[reader].is_empty() {
-            return Err(PlanError::EmptyBlend { reader });
+            return Err(PlanError::EmptyBlend { part, reader });
         }
         let mut seen = BTreeSet::new();
         for &layer in &self.sources[reader] {
             if layer > reader || (layer == reader && matches!(source, KvSource::AsIs(_))) {
-                return Err(PlanError::SourceNotBelow { reader, layer });
+                return Err(PlanError::SourceNotBelow {
+                    part,
+                    reader,
+                    layer,
+                });
             }
-            self.check_stored(reader, layer)?;
+            self.check_stored(part, reader, layer)?;
             if !seen.insert(layer) {
-                return Err(PlanError::DuplicateSource { reader, layer });
+                return Err(PlanError::DuplicateSource {
+                    part,
+                    reader,
+                    layer,
+                });
             }
         }
         match source.residual() {
-            Some(layer) if layer >= reader => Err(PlanError::SourceNotBelow { reader, layer }),
-            Some(layer) => self.check_stored(reader, layer),
+            Some(layer) if layer >= reader => Err(PlanError::SourceNotBelow {
+                part,
+                reader,
+                layer,
+            }),
+            Some(layer) => self.check_stored(part, reader, layer),
             None => Ok(()),
         }
     }
 
-    fn check_stored(&self, reader: usize, layer: usize) -> Result<(), PlanError> {
+    fn check_stored(&self, part: KvPart, reader: usize, layer: usize) -> Result<(), PlanError> {
         match self.slots[layer] {
             Some(_) => Ok(()),
-            None => Err(PlanError::SourceDoesNotStore { reader, layer }),
+            None => Err(PlanError::SourceDoesNotStore {
+                part,
+                reader,
+                layer,
+            }),
         }
     }
 }

@@ -77,7 +77,7 @@ pub enum KvPlan {
         /// Layers per stored layer; 1 is the standard decoder.
         factor: usize,
     },
-    /// Top layers mix all n stored layers with one learned scalar each: the FusedKV paper's probe
+    /// Top layers blend all n stored layers with one learned scalar each: the FusedKV paper's probe
     /// of where keys and values want to come from.
     DenseFusion {
         /// Number of bottom layers that store, n.
@@ -179,7 +179,11 @@ impl KvPlan {
 
     /// The method's name as checkpoints spell it.
     pub fn method(&self) -> &'static str {
-        Method::of(self).map_or(CUSTOM, |method| method.name)
+        match (Method::of(self), self) {
+            (Some(method), _) => method.name,
+            (None, Self::Custom { .. }) => CUSTOM,
+            (None, _) => unreachable!("every method stands in the table"),
+        }
     }
 
     /// Spells the plan out for a decoder of `n_layers` layers and validates it.

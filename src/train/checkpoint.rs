@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use burn::config::config_to_json;
 use burn::record::{
@@ -225,25 +226,37 @@ pub(super) fn difference(
     })
 }
 
-/// The parts of a checkpoint that its threads are still to read from the devices or to write.
+/// The parts of a checkpoint that its threads are still to read from the devices or to write, and
+/// whether one of the threads died of it. Burn's learner hands each part to a thread of its own, which
+/// records it once.
 ///
 /// Training waits for them: a backend that fuses operations does not survive tensors that one thread
 /// reads while another goes on with them (docs/decisions/cubecl-faults.md).
 #[derive(Clone, Debug, Default)]
-pub(super) struct Unwritten(Arc<(Mutex<usize>, Condvar)>);
+pub(super) struct Unwritten(Arc<(Mutex<Parts>, Condvar)>);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Parts {
+    unwritten: usize,
+    thread_died: bool,
+}
 
 impl Unwritten {
-    fn parts(&self) -> MutexGuard<'_, usize> {
+    fn parts(&self) -> MutexGuard<'_, Parts> {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn announce(&self, parts: usize) {
-        *self.parts() += parts;
+        self.parts().unwritten += parts;
     }
 
-    fn wait(&self) {
-        let waiting = self.0.1.wait_while(self.parts(), |parts| *parts > 0);
-        drop(waiting.unwrap_or_else(PoisonError::into_inner));
+    /// Until none is left; whether every thread still lives.
+    fn wait(&self) -> bool {
+        let waiting = self
+            .0
+            .1
+            .wait_while(self.parts(), |parts| parts.unwritten > 0);
+        !waiting.unwrap_or_else(PoisonError::into_inner).thread_died
     }
 }
 
@@ -253,7 +266,9 @@ struct Done<'u>(&'u Unwritten);
 impl Drop for Done<'_> {
     fn drop(&mut self) {
         let mut parts = self.0.parts();
-        *parts = parts.saturating_sub(1);
+        // Recorders also write what no run waits for.
+        parts.unwritten = parts.unwritten.saturating_sub(1);
+        parts.thread_died |= thread::panicking();
         drop(parts);
         self.0.0.1.notify_all();
     }
@@ -420,13 +435,18 @@ impl Patience {
 #[derive(Clone)]
 pub(super) struct EpochEnd {
     pub unwritten: Unwritten,
+    pub interrupter: Interrupter,
     pub patience: Option<Patience>,
 }
 
 impl EarlyStoppingStrategy for EpochEnd {
     // The epoch's losses are there: checkpoints, which wait for them, come first.
     fn should_stop(&mut self, _: usize, _: &EventStoreClient) -> bool {
-        self.unwritten.wait();
+        if !self.unwritten.wait() {
+            let reason = "a thread that writes checkpoints died";
+            self.interrupter.stop(Some(reason));
+            return true;
+        }
         self.patience.as_ref().is_some_and(Patience::is_over)
     }
 }
@@ -434,6 +454,8 @@ impl EarlyStoppingStrategy for EpochEnd {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::channel;
+
+    use burn_flex::Flex;
 
     use super::*;
     use crate::{FusedKvDecoderConfig, KvPlan};
@@ -469,5 +491,24 @@ mod tests {
         assert_eq!(kept, *history.lock().unwrap());
         let epochs: Vec<_> = kept.iter().map(|losses| losses.epoch).collect();
         assert_eq!(epochs, [1]);
+    }
+
+    #[test]
+    fn nobody_waits_for_a_part_that_cannot_be_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("missing").join("model-1");
+        let unwritten = Unwritten::default();
+        let recorder = CompleteFileRecorder::telling(unwritten.clone());
+        unwritten.announce(2);
+        Recorder::<Flex>::record(&recorder, 1usize, path).unwrap_err();
+        let died = thread::spawn({
+            let unwritten = unwritten.clone();
+            move || {
+                let _done = Done(&unwritten);
+                panic!("while a tensor was read");
+            }
+        });
+        assert!(!unwritten.wait());
+        died.join().unwrap_err();
     }
 }

@@ -7,8 +7,7 @@ use thiserror::Error;
 
 use crate::cache::CacheError;
 use crate::checkpoint::CheckpointError;
-use crate::config::ConfigError;
-use crate::config::FusedKvDecoderConfig;
+use crate::config::{ConfigError, FusedKvDecoderConfig};
 use crate::decoder::ForwardError;
 use crate::tokenizer::TokenizerError;
 

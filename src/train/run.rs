@@ -381,6 +381,7 @@ fn run_training<B: AutodiffBackend>(
     .with_checkpointing_strategy(strategy)
     .early_stopping(EpochEnd {
         unwritten,
+        interrupter: interrupter.clone(),
         patience,
     })
     .with_interrupter(interrupter.clone())

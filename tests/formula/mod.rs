@@ -62,15 +62,20 @@ fn custom(n_layers: usize) -> KvPlan {
     KvPlan::Custom { layers }
 }
 
-/// Keys and values apart: keys of their own with the bottom's values, values of their own, to which
-/// the bottom's are added, with a blend of keys, and blends that a layer's own are part of.
+/// Keys and values apart: keys of their own, to which the bottom's are added, with the bottom's values;
+/// values of their own with a blend of keys; blends that a layer's own are part of; and on top one that
+/// stores nothing.
 fn apart(n_layers: usize) -> KvPlan {
     let blend = |sources, weights| KvSource::Blend { sources, weights };
     let layers = (0..n_layers)
         .map(|layer| match layer % 4 {
             0 if layer == 0 => LayerKv::OWN,
+            _ if layer > 1 && layer + 1 == n_layers => LayerKv {
+                key: blend(vec![0, 1], BlendWeights::PerChannel),
+                value: KvSource::AsIs(0),
+            },
             1 => LayerKv {
-                key: KvSource::OWN,
+                key: KvSource::Own { residual: Some(0) },
                 value: KvSource::AsIs(0),
             },
             2 => LayerKv {

@@ -105,15 +105,15 @@ fn random<B: Backend>(dims: [usize; 4]) -> Tensor<B, 4> {
 }
 
 fn fusion<B: Backend>(sources: usize, shape: &Shape) -> KvFusion<B> {
-    let mix = KvSource::Blend {
+    let blended = KvSource::Blend {
         sources: (0..sources).collect(),
         weights: BlendWeights::PerChannel,
     };
     let config = KvFusionConfig {
         n_kv_heads: shape.n_kv_heads,
         head_dim: shape.head_dim,
-        key: mix.clone(),
-        value: mix,
+        key: blended.clone(),
+        value: blended,
         init: FusionInit::equal().with_noise(1.0),
     };
     config.init(&Default::default()).unwrap()

@@ -34,6 +34,7 @@ fn plans_nobody_can_follow_are_refused() {
         (
             vec![layer(as_is(0), as_is(0))],
             PlanError::SourceNotBelow {
+                part: KvPart::Key,
                 reader: 0,
                 layer: 0,
             },
@@ -41,6 +42,7 @@ fn plans_nobody_can_follow_are_refused() {
         (
             vec![store(), layer(as_is(2), as_is(0)), store()],
             PlanError::SourceNotBelow {
+                part: KvPart::Key,
                 reader: 1,
                 layer: 2,
             },
@@ -52,17 +54,22 @@ fn plans_nobody_can_follow_are_refused() {
                 layer(as_is(0), as_is(1)),
             ],
             PlanError::SourceDoesNotStore {
+                part: KvPart::Value,
                 reader: 2,
                 layer: 1,
             },
         ),
         (
             vec![store(), layer(blend(&[]), as_is(0))],
-            PlanError::EmptyBlend { reader: 1 },
+            PlanError::EmptyBlend {
+                part: KvPart::Key,
+                reader: 1,
+            },
         ),
         (
             vec![store(), layer(as_is(0), blend(&[0, 0]))],
             PlanError::DuplicateSource {
+                part: KvPart::Value,
                 reader: 1,
                 layer: 0,
             },
@@ -70,6 +77,7 @@ fn plans_nobody_can_follow_are_refused() {
         (
             vec![store(), layer(own(Some(1)), own(Some(0)))],
             PlanError::SourceNotBelow {
+                part: KvPart::Key,
                 reader: 1,
                 layer: 1,
             },
@@ -77,6 +85,7 @@ fn plans_nobody_can_follow_are_refused() {
         (
             vec![store(), layer(own(None), blend(&[0, 2])), store()],
             PlanError::SourceNotBelow {
+                part: KvPart::Value,
                 reader: 1,
                 layer: 2,
             },
@@ -89,6 +98,7 @@ fn plans_nobody_can_follow_are_refused() {
                 layer(as_is(1), as_is(1)),
             ],
             PlanError::SourceDoesNotStore {
+                part: KvPart::Value,
                 reader: 2,
                 layer: 1,
             },
@@ -100,6 +110,7 @@ fn plans_nobody_can_follow_are_refused() {
                 layer(own(Some(1)), own(Some(1))),
             ],
             PlanError::SourceDoesNotStore {
+                part: KvPart::Value,
                 reader: 2,
                 layer: 1,
             },
@@ -264,6 +275,14 @@ fn plans_read_as_checkpoints_spell_them() {
             "storage_layers",
         ),
         (r#"{"method": "cla"}"#, "factor"),
+        (
+            r#"{"method": "custom", "layers": [], "storage_layers": 2}"#,
+            "storage_layers",
+        ),
+        (
+            r#"{"method": "custom", "layers": [{"reuse": {"key": "own", "value": "own"}}]}"#,
+            "`key` and `value`",
+        ),
         (r#"{"method": "custom"}"#, "layers"),
         (
             r#"{"method": "custom", "layers": [{}]}"#,

@@ -1,9 +1,9 @@
 //! Burn's records of decoders: they come back as they were, and those of another plan are refused.
 
 use burn::module::Module;
-use burn::record::{FullPrecisionSettings, NamedMpkBytesRecorder, Recorder};
+use burn::record::{BinBytesRecorder, BytesRecorder, FullPrecisionSettings, NamedMpkBytesRecorder};
 use fusedkv::backend::{Flex, FlexDevice};
-use fusedkv::decoder::{PlanRecord, RecordError};
+use fusedkv::decoder::{DecoderRecord, PlanRecord, RecordError};
 use fusedkv::{FusedKvDecoder, KvPlan, Logits, TokenBatch};
 use proptest::prelude::*;
 
@@ -16,6 +16,15 @@ fn logits(model: &FusedKvDecoder<Flex>) -> Vec<f64> {
     values(&logits.unwrap())
 }
 
+/// A record as it is read back from bytes.
+fn through<R: BytesRecorder<Flex, Vec<u8>>>(
+    recorder: &R,
+    record: DecoderRecord<Flex>,
+) -> DecoderRecord<Flex> {
+    let bytes = recorder.record(record, ()).unwrap();
+    recorder.load(bytes, &FlexDevice).unwrap()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
@@ -23,15 +32,15 @@ proptest! {
     fn a_record_is_of_one_plan(
         own in prop::sample::select(plans(4)),
         other in prop::sample::select(plans(4)),
-        through_bytes in any::<bool>(),
+        format in 0..3,
     ) {
         let recorded = model::<Flex>(&fixed(other.clone()), 1);
         let expected = logits(&recorded);
         let mut record = recorded.into_record();
-        if through_bytes {
-            let recorder = NamedMpkBytesRecorder::<FullPrecisionSettings>::default();
-            let bytes = Recorder::<Flex>::record(&recorder, record, ()).unwrap();
-            record = recorder.load(bytes, &FlexDevice).unwrap();
+        match format {
+            0 => {}
+            1 => record = through(&NamedMpkBytesRecorder::<FullPrecisionSettings>::default(), record),
+            _ => record = through(&BinBytesRecorder::<FullPrecisionSettings>::default(), record),
         }
         let decoder = model::<Flex>(&fixed(own.clone()), 2);
         let layers = |plan: &KvPlan| plan.resolve(4).unwrap().layers().to_vec();

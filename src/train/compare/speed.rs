@@ -7,8 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::method::Method;
 use crate::config::ConfigError;
-use crate::decoder::ForwardError;
-use crate::decoder::{FusedKvDecoder, Logits};
+use crate::decoder::{ForwardError, FusedKvDecoder, Logits};
 use crate::tokens::TokenBatch;
 
 /// Medians of timed generations.
