@@ -67,12 +67,13 @@ golden!(
     cla,
     dense_fusion,
     custom,
+    apart,
 );
 
 /// In half precision the decoder computes what it does in single, to the precision of the numbers.
 #[test]
 fn half_precision_is_close() {
-    for name in ["standard", "fused_kv", "yoco_plus_plus", "custom"] {
+    for name in ["standard", "fused_kv", "yoco_plus_plus", "custom", "apart"] {
         agrees::<Flex>(name, WeightDtype::F16, 1e-2);
         agrees::<Flex>(name, WeightDtype::Bf16, 8e-2);
     }

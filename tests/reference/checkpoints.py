@@ -84,6 +84,12 @@ def cases():
         {"reuse": {"key": {"blend": {"sources": [1, 0], "weights": "per_channel"}}, "value": {"as_is": 0}}},
         {"reuse": {"key": {"as_is": 1}, "value": {"blend": {"sources": [0, 1], "weights": "per_layer"}}}},
     ]}, "F32", 1
+    yield "apart", base, {"method": "custom", "layers": [
+        {"store": {}},
+        {"key": "own", "value": {"as_is": 0}},
+        {"key": {"blend": {"sources": [2, 0], "weights": "per_channel"}}, "value": {"own": {"residual": 0}}},
+        {"reuse": {"key": {"as_is": 2}, "value": {"blend": {"sources": [0, 2], "weights": "per_layer"}}}},
+    ]}, "F32", 1
 
 
 def config_json(config, plan, dtype, new_style):

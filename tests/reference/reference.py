@@ -66,33 +66,44 @@ def rope(x, theta):
 
 
 def plan_layers(plan, n_layers):
-    """Per layer ("store", residual) or ("reuse", (key sources, kind), (value sources, kind)),
-    kind being None (as it is), "per_channel" or "per_layer"."""
+    """Per layer where its key and its value come from: ("own", residual) or (sources, kind), kind being
+    None (as it is), "per_channel" or "per_layer"."""
+    def source(spec):
+        if spec == "own":
+            return "own", None
+        if "own" in spec:
+            return "own", spec["own"]["residual"]
+        if "as_is" in spec:
+            return [spec["as_is"]], None
+        return spec["blend"]["sources"], spec["blend"]["weights"]
+
+    def stores(residual):
+        return dict.fromkeys(("key", "value"), ("own", residual))
+
+    def custom(layer):
+        if "store" in layer:
+            return stores(layer["store"].get("residual"))
+        parts = layer.get("reuse", layer)
+        return {part: source(parts[part]) for part in ("key", "value")}
+
+    def reuse(key, value):
+        return {"key": key, "value": value}
+
     method = plan["method"]
     if method == "custom":
-        def mix(spec):
-            if "as_is" in spec:
-                return [spec["as_is"]], None
-            return spec["blend"]["sources"], spec["blend"]["weights"]
-
-        return [
-            ("store", layer["store"].get("residual"))
-            if "store" in layer
-            else ("reuse", mix(layer["reuse"]["key"]), mix(layer["reuse"]["value"]))
-            for layer in plan["layers"]
-        ]
+        return [custom(layer) for layer in plan["layers"]]
     if method == "standard":
-        return [("store", None)] * n_layers
+        return [stores(None)] * n_layers
     if method == "cla":
         c = plan["factor"]
         return [
-            ("store", None) if i % c == 0 else ("reuse", ([i - i % c], None), ([i - i % c], None))
+            stores(None) if i % c == 0 else reuse(([i - i % c], None), ([i - i % c], None))
             for i in range(n_layers)
         ]
     n = plan["storage_layers"]
     top = n - 1
     everything = list(range(n))
-    reuse = {
+    upper = {
         "fused_kv": (([0, top], "per_channel"), ([0, top], "per_channel")),
         "fused_kv_lite": (([top], None), ([0], None)),
         "fused_kv_lite_learnable": (([top], "per_channel"), ([0], "per_channel")),
@@ -101,8 +112,8 @@ def plan_layers(plan, n_layers):
         "yoco_plus_plus": (([top], None), ([top], None)),
         "dense_fusion": ((everything, "per_layer"), (everything, "per_layer")),
     }[method]
-    stores = [("store", 0 if method == "yoco_plus_plus" and i > 0 else None) for i in range(n)]
-    return stores + [("reuse", *reuse)] * (n_layers - n)
+    lower = [stores(0 if method == "yoco_plus_plus" and i > 0 else None) for i in range(n)]
+    return lower + [reuse(*upper)] * (n_layers - n)
 
 
 def fusion_weights(weight, name, mix, kv_heads, channels, is_key):
@@ -127,7 +138,7 @@ def logits(c, plan, tokens, weight=parameter):
     embedding = weight("model.embed_tokens.weight", (c["vocab_size"], h))
     x = embedding[tokens]
     seq = len(tokens)
-    stored = {}
+    stored = {"key": {}, "value": {}}
 
     def norm(x, name):
         return rms_norm(x, weight(name, (x.shape[-1],)), eps)
@@ -141,28 +152,29 @@ def logits(c, plan, tokens, weight=parameter):
         y = norm(x, prefix + "input_layernorm.weight")
         q = project(y, attn + "q_proj.weight", heads)
         q = rope(norm(q, attn + "q_norm.weight"), c["rope_theta"])
-        if layer[0] == "store":
-            k = project(y, attn + "k_proj.weight", kv_heads)
-            k = rope(norm(k, attn + "k_norm.weight"), c["rope_theta"])
-            v = project(y, attn + "v_proj.weight", kv_heads)
-            if layer[1] is not None:
-                alpha = [weight(f"{attn}kv_residual.{n}_weight", (1,)) for n in ("key", "value")]
-                k = k + alpha[0] * stored[layer[1]][0]
-                v = v + alpha[1] * stored[layer[1]][1]
-            stored[i] = (k, v)
-        else:
-            _, key, value = layer
-            a = fusion_weights(weight, attn + "kv_fusion.key_weight", key, kv_heads, d, True)
-            b = fusion_weights(weight, attn + "kv_fusion.value_weight", value, kv_heads, d, False)
-            k = sum(w * stored[s][0] for w, s in zip(a, key[0]))
-            v = sum(w * stored[s][1] for w, s in zip(b, value[0]))
+        kv = {}
+        for part, (sources, kind) in layer.items():
+            if sources == "own" or i in sources:
+                own = project(y, f"{attn}{part[0]}_proj.weight", kv_heads)
+                if part == "key":
+                    own = rope(norm(own, attn + "k_norm.weight"), c["rope_theta"])
+                if sources == "own" and kind is not None:
+                    own = own + weight(f"{attn}kv_residual.{part}_weight", (1,)) * stored[part][kind]
+                stored[part][i] = own
+            if sources == "own":
+                kv[part] = stored[part][i]
+            else:
+                name = f"{attn}kv_fusion.{part}_weight"
+                w = fusion_weights(weight, name, (sources, kind), kv_heads, d, part == "key")
+                kv[part] = sum(a * stored[part][s] for a, s in zip(w, sources))
+        k, v = kv["key"], kv["value"]
         out = np.zeros((seq, heads, d))
         for head in range(heads):
-            kv = head // (heads // kv_heads)
+            group = head // (heads // kv_heads)
             for t in range(seq):
-                score = k[kv, : t + 1] @ q[head, t] / np.sqrt(d)
+                score = k[group, : t + 1] @ q[head, t] / np.sqrt(d)
                 p = np.exp(score - score.max())
-                out[t, head] = (p / p.sum()) @ v[kv, : t + 1]
+                out[t, head] = (p / p.sum()) @ v[group, : t + 1]
         x = x + out.reshape(seq, heads * d) @ weight(attn + "o_proj.weight", (h, heads * d)).T
         y = norm(x, prefix + "post_attention_layernorm.weight")
         f = c["intermediate_size"]
@@ -196,6 +208,15 @@ def cases():
         {"store": {}},
         {"reuse": {"key": {"as_is": 3}, "value": {"blend": {"sources": [0, 1, 3], "weights": "per_layer"}}}},
         {"reuse": {"key": per_channel(1, 3), "value": per_channel(0, 3, 1)}},
+    ]}
+    # Keys and values apart, a layer's own among what it blends.
+    yield "apart", base, {"method": "custom", "layers": [
+        {"store": {}},
+        {"key": "own", "value": {"as_is": 0}},
+        {"key": {"own": {"residual": 1}}, "value": "own"},
+        {"key": per_channel(0, 3), "value": {"blend": {"sources": [3, 0, 2], "weights": "per_layer"}}},
+        {"key": {"as_is": 3}, "value": {"own": {"residual": 2}}},
+        {"reuse": {"key": per_channel(2, 1), "value": {"as_is": 4}}},
     ]}
     untied = base | dict(tie_word_embeddings=False, num_key_value_heads=4, rope_theta=1e6)
     yield "fused_kv_untied_mha", untied, {"method": "fused_kv", "storage_layers": 2}

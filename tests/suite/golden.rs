@@ -15,20 +15,17 @@ fn agrees(json: &str) {
     let case: Value = serde_json::from_str(json).unwrap();
     let c = &case["config"];
     let plan: KvPlan = serde_json::from_value(case["kv_plan"].clone()).unwrap();
-    let config = FusedKvDecoderConfig::new(
-        number(c, "vocab_size"),
-        number(c, "hidden_size"),
-        number(c, "num_hidden_layers"),
-        number(c, "num_attention_heads"),
-        number(c, "num_key_value_heads"),
-        number(c, "head_dim"),
-        number(c, "intermediate_size"),
-        plan,
-    )
-    .with_rope_theta(c["rope_theta"].as_f64().unwrap())
-    .with_rms_norm_eps(c["rms_norm_eps"].as_f64().unwrap())
-    .with_tie_embeddings(c["tie_word_embeddings"].as_bool().unwrap())
-    .with_max_positions(number(c, "max_position_embeddings"));
+    let config = FusedKvDecoderConfig::new(number(c, "vocab_size"), plan)
+        .with_hidden_size(number(c, "hidden_size"))
+        .with_n_layers(number(c, "num_hidden_layers"))
+        .with_n_heads(number(c, "num_attention_heads"))
+        .with_n_kv_heads(number(c, "num_key_value_heads"))
+        .with_head_dim(number(c, "head_dim"))
+        .with_ffn_size(number(c, "intermediate_size"))
+        .with_rope_theta(c["rope_theta"].as_f64().unwrap())
+        .with_rms_norm_eps(c["rms_norm_eps"].as_f64().unwrap())
+        .with_tie_embeddings(c["tie_word_embeddings"].as_bool().unwrap())
+        .with_max_positions(number(c, "max_position_embeddings"));
     let tokens: Vec<Vec<u32>> = serde_json::from_value(case["tokens"].clone()).unwrap();
     let expected: Vec<Vec<Vec<f64>>> = serde_json::from_value(case["logits"].clone()).unwrap();
     let dims = [expected.len(), expected[0].len(), expected[0][0].len()];
@@ -77,6 +74,7 @@ golden!(
     yoco_plus_plus,
     dense_fusion,
     custom,
+    apart,
     fused_kv_untied_mha,
     fused_kv_one_kv_head,
 );
