@@ -224,7 +224,7 @@ impl AdamWRates {
 }
 
 /// AdamW's update of a parameter by its gradient and both moments, to the parameter and both moments;
-/// where there is no kernel for it, what it was given.
+/// the tensors back where no kernel takes them.
 #[cfg(feature = "train")]
 pub(crate) fn adam_w<B: Backend, const D: usize>(
     rates: &AdamWRates,

@@ -6,7 +6,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::pointwise::CHUNK;
-use super::{ARCH, same};
+use super::{ARCH, downcast};
 use crate::kernels::AdamWRates;
 
 /// Parameter, gradient and both moments to parameter and moments; back as they came if they are not
@@ -18,7 +18,7 @@ pub(crate) fn adam_w<B: Backend, const D: usize>(
     if tensors.iter().any(|tensor| tensor.dtype() != DType::F32) {
         return Err(tensors);
     }
-    let tensors: [Tensor<Flex, D>; 4] = same(tensors)?;
+    let tensors: [Tensor<Flex, D>; 4] = downcast(tensors)?;
     let [mut parameter, gradient, mut first, mut second] = tensors.map(contiguous);
     parameter
         .storage_mut::<f32>()
@@ -37,7 +37,7 @@ pub(crate) fn adam_w<B: Backend, const D: usize>(
         });
     let updated = [parameter, first, second]
         .map(|tensor| Tensor::<Flex, D>::from_primitive(TensorPrimitive::Float(tensor)));
-    Ok(same(updated).unwrap_or_else(|_| unreachable!("B is Flex")))
+    Ok(downcast(updated).unwrap_or_else(|_| unreachable!("B is Flex")))
 }
 
 fn contiguous<const D: usize>(tensor: Tensor<Flex, D>) -> FlexTensor {

@@ -5,7 +5,7 @@ use burn::tensor::{backend::Backend, bf16, f16};
 use burn_flex::{Flex, FlexTensor};
 use pulp::bytemuck::Pod;
 
-use super::same;
+use super::downcast;
 
 type Pair<B, K> = (Tensor<B, 4, K>, Tensor<B, 4, K>);
 
@@ -19,19 +19,19 @@ where
     B: Backend,
     K: BasicOps<B> + 'static,
 {
-    let pair = match same::<_, Pair<Flex, Float>>(pair) {
+    let pair = match downcast::<_, Pair<Flex, Float>>(pair) {
         Ok((target, rows)) => {
             let (target, rows) = (target.into_primitive(), rows.into_primitive());
             let target = write(target.tensor(), start, &rows.tensor());
             let target = Tensor::<Flex, 4>::from_primitive(TensorPrimitive::Float(target));
-            return Ok(same(target).unwrap_or_else(|_| unreachable!("B is Flex, K is Float")));
+            return Ok(downcast(target).unwrap_or_else(|_| unreachable!("B is Flex, K is Float")));
         }
         Err(pair) => pair,
     };
-    let (target, rows) = same::<_, Pair<Flex, Int>>(pair)?;
+    let (target, rows) = downcast::<_, Pair<Flex, Int>>(pair)?;
     let target = write(target.into_primitive(), start, &rows.into_primitive());
     let target = Tensor::<Flex, 4, Int>::from_primitive(target);
-    Ok(same(target).unwrap_or_else(|_| unreachable!("B is Flex, K is Int")))
+    Ok(downcast(target).unwrap_or_else(|_| unreachable!("B is Flex, K is Int")))
 }
 
 fn write(target: FlexTensor, start: usize, rows: &FlexTensor) -> FlexTensor {

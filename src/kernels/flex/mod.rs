@@ -114,21 +114,21 @@ fn int_tensor<B: Backend, const D: usize>(tensor: &Tensor<B, D, Int>) -> Option<
 
 /// Flex's tensor of truth values, if that is what `tensor` is; under autodiff it is as well.
 fn bool_tensor<B: Backend, const D: usize>(tensor: &Tensor<B, D, Bool>) -> Option<FlexTensor> {
-    same(tensor.clone().into_primitive()).ok()
+    downcast(tensor.clone().into_primitive()).ok()
 }
 
 /// A new tensor; `B` is Flex.
 fn tensor<B: Backend, const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Option<Tensor<B, D>> {
     let data = TensorData::new(values, shape);
     let tensor = FlexTensor::from_data(data);
-    same(Tensor::<Flex, D>::from_primitive(TensorPrimitive::Float(
+    downcast(Tensor::<Flex, D>::from_primitive(TensorPrimitive::Float(
         tensor,
     )))
     .ok()
 }
 
 /// The value itself if it is a `U`, which only its type's parameters hide.
-fn same<T: 'static, U: 'static>(value: T) -> Result<U, T> {
+fn downcast<T: 'static, U: 'static>(value: T) -> Result<U, T> {
     let mut value = Some(value);
     let found = (&mut value as &mut dyn Any).downcast_mut::<Option<U>>();
     match (found.and_then(Option::take), value) {

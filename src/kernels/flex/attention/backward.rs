@@ -88,33 +88,31 @@ impl Trained {
         let problem = self.problem(&kept.query, &kept.key, &keys, &values);
         let gradient = gradient.to_contiguous();
         let (key, value) = (kept.key.storage::<f32>(), kept.value.storage::<f32>());
-        let mut of_query = vec![0.0; problem.query.len()];
-        let (mut of_key, mut of_value) = (vec![0.0; key.len()], vec![0.0; value.len()]);
+        let mut d_query = vec![0.0; problem.query.len()];
+        let (mut d_key, mut d_value) = (vec![0.0; key.len()], vec![0.0; value.len()]);
         let head = problem.n_keys * problem.head_dim;
         let group = problem.n_heads / problem.n_kv_heads * problem.n_queries * problem.head_dim;
-        of_query
+        d_query
             .par_chunks_mut(group)
-            .zip(of_key.par_chunks_mut(head))
-            .zip(of_value.par_chunks_mut(head))
+            .zip(d_key.par_chunks_mut(head))
+            .zip(d_value.par_chunks_mut(head))
             .zip(key.par_chunks(head).zip(value.par_chunks(head)))
             .enumerate()
-            .for_each(
-                |(kv_head, (((of_query, of_key), of_value), (key, value)))| {
-                    ARCH.dispatch(KvHead {
-                        problem: &problem,
-                        kv_head,
-                        key,
-                        value,
-                        output: kept.output.storage(),
-                        gradient: gradient.storage(),
-                        log_sums: &kept.log_sums,
-                        of_query,
-                        of_key,
-                        of_value,
-                    });
-                },
-            );
-        [of_query, of_key, of_value]
+            .for_each(|(kv_head, (((d_query, d_key), d_value), (key, value)))| {
+                ARCH.dispatch(KvHead {
+                    problem: &problem,
+                    kv_head,
+                    key,
+                    value,
+                    output: kept.output.storage(),
+                    gradient: gradient.storage(),
+                    log_sums: &kept.log_sums,
+                    d_query,
+                    d_key,
+                    d_value,
+                });
+            });
+        [d_query, d_key, d_value]
     }
 }
 
@@ -146,9 +144,9 @@ struct KvHead<'a> {
     gradient: &'a [f32],
     log_sums: &'a [f32],
     /// Of this head and its queries.
-    of_query: &'a mut [f32],
-    of_key: &'a mut [f32],
-    of_value: &'a mut [f32],
+    d_query: &'a mut [f32],
+    d_key: &'a mut [f32],
+    d_value: &'a mut [f32],
 }
 
 impl WithSimd for KvHead<'_> {
@@ -177,17 +175,17 @@ impl KvHead<'_> {
         let vectors = head_dim.div_ceil(S::F32_LANES);
         let zero = simd.splat_f32s(0.0);
         let mut sums = Sums {
-            of_key: vec![zero; n_keys * vectors],
-            of_value: vec![zero; n_keys * vectors],
+            d_key: vec![zero; n_keys * vectors],
+            d_value: vec![zero; n_keys * vectors],
             vectors,
         };
-        let of_query = std::mem::take(&mut self.of_query);
-        for (i, of_query) in of_query.chunks_mut(n_queries * head_dim).enumerate() {
-            for (tile, of_query) in of_query.chunks_mut(lanes * head_dim).enumerate() {
-                self.queries::<S, HIGH>(simd, i, tile * lanes, of_query, &mut sums);
+        let d_query = std::mem::take(&mut self.d_query);
+        for (i, d_query) in d_query.chunks_mut(n_queries * head_dim).enumerate() {
+            for (tile, d_query) in d_query.chunks_mut(lanes * head_dim).enumerate() {
+                self.queries::<S, HIGH>(simd, i, tile * lanes, d_query, &mut sums);
             }
         }
-        let targets = [(&sums.of_key, self.of_key), (&sums.of_value, self.of_value)];
+        let targets = [(&sums.d_key, self.d_key), (&sums.d_value, self.d_value)];
         for (sums, target) in targets {
             let padded: &[f32] = cast_slice(sums);
             let rows = padded.chunks(vectors * S::F32_LANES);
@@ -204,7 +202,7 @@ impl KvHead<'_> {
         simd: S,
         member: usize,
         first: usize,
-        of_query: &mut [f32],
+        d_query: &mut [f32],
         sums: &mut Sums<S>,
     ) {
         let problem = self.problem;
@@ -212,7 +210,7 @@ impl KvHead<'_> {
         let lanes = WIDE * S::F32_LANES;
         let zero = [simd.splat_f32s(0.0); WIDE];
         let one = [simd.splat_f32s(1.0); WIDE];
-        let n = of_query.len() / head_dim;
+        let n = d_query.len() / head_dim;
         let head = self.kv_head * (problem.n_heads / problem.n_kv_heads) + member;
         let batch = self.kv_head / problem.n_kv_heads;
         let row = head * problem.n_queries + first;
@@ -233,42 +231,42 @@ impl KvHead<'_> {
 
         let factor = simd.splat_f32s((head_dim as f32).sqrt().recip());
         let mut query_sums = vec![zero; head_dim];
-        let (mut probabilities, mut of_scores) = ([zero; TILE], [zero; TILE]);
+        let (mut probabilities, mut d_scores) = ([zero; TILE], [zero; TILE]);
         let end = problem.visible_end(first + n - 1);
         for start in (0..end).step_by(TILE) {
             let range = start..(start + TILE).min(end);
             let tile = range.start * head_dim..range.end * head_dim;
             let (keys, values) = (&self.key[tile.clone()], &self.value[tile]);
             let probabilities = &mut probabilities[..range.len()];
-            let of_scores = &mut of_scores[..range.len()];
+            let d_scores = &mut d_scores[..range.len()];
             scores_of::<S, HIGH>(simd, keys, &query_lanes, probabilities);
-            scores_of::<S, HIGH>(simd, values, &gradient_lanes, of_scores);
-            for (p, of_score) in probabilities.iter_mut().zip(of_scores.iter_mut()) {
+            scores_of::<S, HIGH>(simd, values, &gradient_lanes, d_scores);
+            for (p, d_score) in probabilities.iter_mut().zip(d_scores.iter_mut()) {
                 for i in 0..WIDE {
                     p[i] = simd::exp2(simd, simd.sub_f32s(p[i], log_sums[i]));
-                    let slope = simd.mul_f32s(simd.sub_f32s(of_score[i], dots[i]), factor);
-                    of_score[i] = simd.mul_f32s(p[i], slope);
+                    let slope = simd.mul_f32s(simd.sub_f32s(d_score[i], dots[i]), factor);
+                    d_score[i] = simd.mul_f32s(p[i], slope);
                 }
             }
             let p: &mut [f32] = cast_slice_mut(&mut *probabilities);
-            let of_score: &mut [f32] = cast_slice_mut(&mut *of_scores);
+            let d_score: &mut [f32] = cast_slice_mut(&mut *d_scores);
             for query in 0..n {
                 problem.for_each_hidden(batch, first + query, range.clone(), |key| {
                     p[key * lanes + query] = 0.0;
-                    of_score[key * lanes + query] = 0.0;
+                    d_score[key * lanes + query] = 0.0;
                 });
             }
-            add_values::<S, HIGH>(simd, keys, of_scores, one, &mut query_sums);
+            add_values::<S, HIGH>(simd, keys, d_scores, one, &mut query_sums);
             let place = range.start * sums.vectors..range.end * sums.vectors;
-            let of_keys = &mut sums.of_key[place.clone()];
-            add_rows::<S, HIGH>(simd, of_scores, &query_rows, sums.vectors, of_keys);
-            let of_values = &mut sums.of_value[place];
-            add_rows::<S, HIGH>(simd, probabilities, &gradient_rows, sums.vectors, of_values);
+            let d_keys = &mut sums.d_key[place.clone()];
+            add_rows::<S, HIGH>(simd, d_scores, &query_rows, sums.vectors, d_keys);
+            let d_values = &mut sums.d_value[place];
+            add_rows::<S, HIGH>(simd, probabilities, &gradient_rows, sums.vectors, d_values);
         }
         let channels: &[f32] = cast_slice(&query_sums);
-        for (query, of_query) in of_query.chunks_mut(head_dim).enumerate() {
+        for (query, d_query) in d_query.chunks_mut(head_dim).enumerate() {
             let channels = channels.iter().skip(query).step_by(lanes);
-            of_query
+            d_query
                 .iter_mut()
                 .zip(channels)
                 .for_each(|(to, x)| *to = *x);
@@ -278,8 +276,8 @@ impl KvHead<'_> {
 
 /// Gradients of one head's keys and values, rows of `vectors` vectors.
 struct Sums<S: Simd> {
-    of_key: Vec<S::f32s>,
-    of_value: Vec<S::f32s>,
+    d_key: Vec<S::f32s>,
+    d_value: Vec<S::f32s>,
     vectors: usize,
 }
 

@@ -49,14 +49,14 @@ impl Operation<2> for Linear {
         &self,
         (x, weight): Self::State,
         gradient: FlexTensor,
-        [of_x, of_weight]: [bool; 2],
+        [d_x, d_weight]: [bool; 2],
     ) -> [Option<FlexTensor>; 2] {
         let gradient = self.rows(&gradient);
-        let x_gradient = of_x.then(|| {
+        let x_gradient = d_x.then(|| {
             let gradient = Flex::float_matmul(gradient.clone(), weight.transpose(0, 1));
             self.windows(&gradient)
         });
-        let weight_gradient = of_weight.then(|| {
+        let weight_gradient = d_weight.then(|| {
             // In the weight's own layout: a transposed embedding's gradient is transposed back.
             if weight.is_contiguous() {
                 Flex::float_matmul(x.transpose(0, 1), gradient)

@@ -7,7 +7,7 @@ use burn_flex::FlexTensor;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::super::{ARCH, same, simd};
+use super::super::{ARCH, downcast, simd};
 use super::{Operation, flex, record, shaped_as, tracked, untyped};
 
 pub(crate) fn cross_entropy<B: Backend>(
@@ -15,7 +15,7 @@ pub(crate) fn cross_entropy<B: Backend>(
     targets: &Tensor<B, 2, Int>,
 ) -> Option<Tensor<B, 2>> {
     let logits = tracked(logits)?;
-    let targets: FlexTensor = same(targets.clone().into_primitive()).ok()?;
+    let targets: FlexTensor = downcast(targets.clone().into_primitive()).ok()?;
     let targets = targets.into_data();
     let operation = CrossEntropy {
         targets: targets.iter::<u64>().map(|id| id as usize).collect(),

@@ -31,7 +31,7 @@ use burn::tensor::ops::FloatTensor;
 use burn::tensor::{DType, Int, Tensor, TensorData, TensorPrimitive};
 use burn_flex::{Flex, FlexTensor};
 
-use super::same;
+use super::downcast;
 use crate::kernels::operands::{Term, Visibility};
 use crate::kernels::table::Kernels;
 use attention::attention;
@@ -153,7 +153,7 @@ fn tracked<B: Backend, const D: usize>(tensor: &Tensor<B, D>) -> Option<Tracked>
         return None;
     }
     match tensor.clone().into_primitive() {
-        TensorPrimitive::Float(tensor) => same(tensor).ok(),
+        TensorPrimitive::Float(tensor) => downcast(tensor).ok(),
         TensorPrimitive::QFloat(_) => None,
     }
 }
@@ -167,7 +167,7 @@ fn constant<B: Backend, const D: usize>(tensor: &Tensor<B, D>) -> Option<FlexTen
 
 /// The other way; `B` is autodiff on Flex.
 fn untyped<B: Backend, const D: usize>(tensor: Tracked) -> Option<Tensor<B, D>> {
-    let tensor = same(tensor).ok()?;
+    let tensor = downcast(tensor).ok()?;
     Some(Tensor::from_primitive(TensorPrimitive::Float(tensor)))
 }
 

@@ -183,29 +183,28 @@ impl WithSimd for GateBackward<'_> {
         let (gates, gate_tail) = S::as_simd_f32s(self.gate);
         let (ups, up_tail) = S::as_simd_f32s(self.up);
         let (gradients, gradient_tail) = S::as_simd_f32s(self.gradient);
-        let (of_gates, of_gate_tail) = S::as_mut_simd_f32s(self.gate_gradient);
-        let (of_ups, of_up_tail) = S::as_mut_simd_f32s(self.up_gradient);
+        let (d_gates, d_gate_tail) = S::as_mut_simd_f32s(self.gate_gradient);
+        let (d_ups, d_up_tail) = S::as_mut_simd_f32s(self.up_gradient);
         let one = simd.splat_f32s(1.0);
         let minus_log2_e = simd.splat_f32s(-std::f32::consts::LOG2_E);
         let inputs = gates.iter().zip(ups).zip(gradients);
-        for (((&gate, &up), &gradient), (of_gate, of_up)) in
-            inputs.zip(of_gates.iter_mut().zip(of_ups))
+        for (((&gate, &up), &gradient), (d_gate, d_up)) in inputs.zip(d_gates.iter_mut().zip(d_ups))
         {
             let power = simd::exp2(simd, simd.mul_f32s(gate, minus_log2_e));
             let s = simd.div_f32s(one, simd.add_f32s(one, power));
             let silu = simd.mul_f32s(gate, s);
-            *of_up = simd.mul_f32s(gradient, silu);
+            *d_up = simd.mul_f32s(gradient, silu);
             // s · (1 + gate · (1 − s)) = s + silu · (1 − s)
             let slope = simd.mul_add_f32s(silu, simd.sub_f32s(one, s), s);
-            *of_gate = simd.mul_f32s(simd.mul_f32s(gradient, up), slope);
+            *d_gate = simd.mul_f32s(simd.mul_f32s(gradient, up), slope);
         }
         let inputs = gate_tail.iter().zip(up_tail).zip(gradient_tail);
-        for (((gate, up), gradient), (of_gate, of_up)) in
-            inputs.zip(of_gate_tail.iter_mut().zip(of_up_tail))
+        for (((gate, up), gradient), (d_gate, d_up)) in
+            inputs.zip(d_gate_tail.iter_mut().zip(d_up_tail))
         {
             let s = 1.0 / (1.0 + (-gate).exp());
-            *of_up = gradient * gate * s;
-            *of_gate = gradient * up * s * (1.0 + gate * (1.0 - s));
+            *d_up = gradient * gate * s;
+            *d_gate = gradient * up * s * (1.0 + gate * (1.0 - s));
         }
     }
 }
