@@ -121,7 +121,13 @@ fn fused_kv_materialised(bencher: Bencher, size: [usize; 2]) {
 #[divan::bench(args = [1024, 65_536])]
 fn append(bencher: Bencher, capacity: usize) {
     let plan = KvPlan::FusedKv { storage_layers: 2 };
-    let config = FusedKvDecoderConfig::new(VOCAB, 64, 4, HEADS, HEADS, HEAD_DIM, 64, plan)
+    let config = FusedKvDecoderConfig::new(VOCAB, plan)
+        .with_hidden_size(64)
+        .with_n_layers(4)
+        .with_n_heads(HEADS)
+        .with_n_kv_heads(HEADS)
+        .with_head_dim(HEAD_DIM)
+        .with_ffn_size(64)
         .with_max_positions(1024);
     let model = config
         .init::<Flex>(&FlexDevice)

@@ -222,25 +222,22 @@ impl Args {
     }
 
     fn config(&self, vocab_size: usize) -> Result<TrainingConfig, Box<dyn Error>> {
-        let model = FusedKvDecoderConfig::new(
-            vocab_size,
-            self.hidden,
-            self.layers,
-            self.heads,
-            self.kv_heads.unwrap_or(self.heads),
-            self.head_dim.unwrap_or(self.hidden / self.heads.max(1)),
-            self.ffn.unwrap_or(self.hidden * 11 / 4),
-            self.plan.plan(self.layers)?,
-        )
-        .with_rope_theta(1e4)
-        .with_fusion_init(
-            match self.fusion_init {
-                FusionStartName::Lite => FusionInit::lite(),
-                FusionStartName::Equal => FusionInit::equal(),
-            }
-            .with_residual(self.alpha),
-        )
-        .with_max_positions(self.context.max(CACHE_TOKENS));
+        let model = FusedKvDecoderConfig::new(vocab_size, self.plan.plan(self.layers)?)
+            .with_hidden_size(self.hidden)
+            .with_n_layers(self.layers)
+            .with_n_heads(self.heads)
+            .with_n_kv_heads(self.kv_heads.unwrap_or(self.heads))
+            .with_head_dim(self.head_dim.unwrap_or(self.hidden / self.heads.max(1)))
+            .with_ffn_size(self.ffn.unwrap_or(self.hidden * 11 / 4))
+            .with_rope_theta(1e4)
+            .with_fusion_init(
+                match self.fusion_init {
+                    FusionStartName::Lite => FusionInit::lite(),
+                    FusionStartName::Equal => FusionInit::equal(),
+                }
+                .with_residual(self.alpha),
+            )
+            .with_max_positions(self.context.max(CACHE_TOKENS));
         Ok(
             TrainingConfig::new(model, self.context, self.batch, self.steps)
                 .with_learning_rate(self.lr)

@@ -45,7 +45,7 @@ pub enum ConfigError {
 /// Shape of a Qwen3-style decoder, and the plan of its KV cache.
 ///
 /// Plain data with a JSON form ([`Config::save`], [`Config::load`]); build the decoder with
-/// [`init`](Self::init). Pre-norm RMSNorm, SwiGLU, RoPE, RMSNorm on every head of q and k, no
+/// [`init`](Self::init). [`new`](Self::new) starts at 6 layers × 128; `with_…` sets every size. Pre-norm RMSNorm, SwiGLU, RoPE, RMSNorm on every head of q and k, no
 /// biases.
 ///
 /// ```
@@ -59,17 +59,23 @@ pub struct FusedKvDecoderConfig {
     /// Size of the vocabulary.
     pub vocab_size: usize,
     /// Width of the residual stream.
+    #[config(default = 128)]
     pub hidden_size: usize,
     /// Number of layers, L.
+    #[config(default = 6)]
     pub n_layers: usize,
     /// Number of query heads.
+    #[config(default = 4)]
     pub n_heads: usize,
     /// Number of key/value heads; fewer than `n_heads` is grouped-query attention
     /// (arXiv 2305.13245).
+    #[config(default = 4)]
     pub n_kv_heads: usize,
     /// Channels per head; even, because RoPE rotates pairs.
+    #[config(default = 32)]
     pub head_dim: usize,
     /// Inner width of the SwiGLU block.
+    #[config(default = 352)]
     pub ffn_size: usize,
     /// Which layers store keys and values, and what the others read.
     pub plan: KvPlan,
@@ -162,7 +168,7 @@ impl FusionInit {
 impl FusedKvDecoderConfig {
     /// A decoder of 6 layers × 128 for tests and for training on a CPU in minutes.
     pub fn tiny(vocab_size: usize, plan: KvPlan) -> Self {
-        Self::new(vocab_size, 128, 6, 4, 4, 32, 352, plan)
+        Self::new(vocab_size, plan)
             .with_max_positions(1024)
             .with_rope_theta(1e4)
     }
@@ -193,17 +199,14 @@ impl FusedKvDecoderConfig {
 
     fn paper(shape: [usize; 6], plan: impl FnOnce(usize) -> KvPlan) -> Self {
         let [hidden, layers, heads, kv_heads, head_dim, ffn] = shape;
-        Self::new(
-            128_000,
-            hidden,
-            layers,
-            heads,
-            kv_heads,
-            head_dim,
-            ffn,
-            plan(layers),
-        )
-        .with_max_positions(8192)
+        Self::new(128_000, plan(layers))
+            .with_hidden_size(hidden)
+            .with_n_layers(layers)
+            .with_n_heads(heads)
+            .with_n_kv_heads(kv_heads)
+            .with_head_dim(head_dim)
+            .with_ffn_size(ffn)
+            .with_max_positions(8192)
     }
 
     /// Checks every field and resolves the plan.

@@ -29,7 +29,14 @@ type Train = Autodiff<Flex>;
 static TURN: Mutex<()> = Mutex::new(());
 
 fn base() -> FusedKvDecoderConfig {
-    FusedKvDecoderConfig::new(VOCAB, 32, 4, 4, 4, 8, 64, KvPlan::Standard).with_max_positions(64)
+    FusedKvDecoderConfig::new(VOCAB, KvPlan::Standard)
+        .with_hidden_size(32)
+        .with_n_layers(4)
+        .with_n_heads(4)
+        .with_n_kv_heads(4)
+        .with_head_dim(8)
+        .with_ffn_size(64)
+        .with_max_positions(64)
 }
 
 fn comparison(directory: &Path, methods: &[&str], seeds: u64) -> Comparison {
@@ -363,8 +370,14 @@ fn a_model_that_reads_the_task_learns_to_recall() {
     let directory = tempdir().unwrap();
     let train = Needle::new(8, 8, 3200);
     let valid = Needle::new(8, 8, 200).with_seed(1);
-    let model =
-        FusedKvDecoderConfig::new(8, 32, 2, 2, 2, 16, 64, KvPlan::Standard).with_max_positions(8);
+    let model = FusedKvDecoderConfig::new(8, KvPlan::Standard)
+        .with_hidden_size(32)
+        .with_n_layers(2)
+        .with_n_heads(2)
+        .with_n_kv_heads(2)
+        .with_head_dim(16)
+        .with_ffn_size(64)
+        .with_max_positions(8);
     let config = TrainingConfig::new(model, 8, 16, 200)
         .with_epochs(1)
         .with_learning_rate(1e-2);

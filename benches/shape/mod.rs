@@ -43,17 +43,14 @@ impl Shape {
             },
         };
         let plan = KvPlan::from_method(method, self.layers)?;
-        let config = FusedKvDecoderConfig::new(
-            self.vocab,
-            self.hidden,
-            self.layers,
-            self.heads,
-            kv_heads,
-            self.head_dim,
-            self.ffn,
-            plan,
-        )
-        .with_max_positions(positions);
+        let config = FusedKvDecoderConfig::new(self.vocab, plan)
+            .with_hidden_size(self.hidden)
+            .with_n_layers(self.layers)
+            .with_n_heads(self.heads)
+            .with_n_kv_heads(kv_heads)
+            .with_head_dim(self.head_dim)
+            .with_ffn_size(self.ffn)
+            .with_max_positions(positions);
         config.validate()?;
         Ok(config)
     }

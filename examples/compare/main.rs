@@ -220,18 +220,15 @@ impl Args {
         vocab_size: usize,
         tokenizer: Option<Tokenizer>,
     ) -> Result<Comparison, Box<dyn Error>> {
-        let model = FusedKvDecoderConfig::new(
-            vocab_size,
-            self.hidden,
-            self.layers,
-            self.heads,
-            self.kv_heads.unwrap_or(self.heads),
-            self.hidden / self.heads.max(1),
-            self.ffn.unwrap_or(self.hidden * 11 / 4),
-            KvPlan::Standard,
-        )
-        .with_rope_theta(1e4)
-        .with_max_positions(self.context);
+        let model = FusedKvDecoderConfig::new(vocab_size, KvPlan::Standard)
+            .with_hidden_size(self.hidden)
+            .with_n_layers(self.layers)
+            .with_n_heads(self.heads)
+            .with_n_kv_heads(self.kv_heads.unwrap_or(self.heads))
+            .with_head_dim(self.hidden / self.heads.max(1))
+            .with_ffn_size(self.ffn.unwrap_or(self.hidden * 11 / 4))
+            .with_rope_theta(1e4)
+            .with_max_positions(self.context);
         let mut methods = self
             .methods
             .iter()

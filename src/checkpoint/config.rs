@@ -188,25 +188,24 @@ impl Keys {
                 format!("at most {MAX_POSITIONS}"),
             ));
         }
-        Ok(FusedKvDecoderConfig::new(
-            self.count("vocab_size")?,
-            self.count("hidden_size")?,
-            self.count("num_hidden_layers")?,
-            n_heads,
-            self.optional_count("num_key_value_heads")?
-                .unwrap_or(n_heads),
-            self.count("head_dim")?,
-            self.count("intermediate_size")?,
-            plan,
-        )
-        .with_rope_theta(self.rope_theta()?)
-        .with_rms_norm_eps(self.number("rms_norm_eps")?.unwrap_or(DEFAULT_RMS_NORM_EPS))
-        .with_tie_embeddings(self.flag("tie_word_embeddings")?)
-        .with_max_positions(max_positions)
-        .with_init_std(
-            self.number("initializer_range")?
-                .unwrap_or(DEFAULT_INIT_STD),
-        ))
+        Ok(FusedKvDecoderConfig::new(self.count("vocab_size")?, plan)
+            .with_hidden_size(self.count("hidden_size")?)
+            .with_n_layers(self.count("num_hidden_layers")?)
+            .with_n_heads(n_heads)
+            .with_n_kv_heads(
+                self.optional_count("num_key_value_heads")?
+                    .unwrap_or(n_heads),
+            )
+            .with_head_dim(self.count("head_dim")?)
+            .with_ffn_size(self.count("intermediate_size")?)
+            .with_rope_theta(self.rope_theta()?)
+            .with_rms_norm_eps(self.number("rms_norm_eps")?.unwrap_or(DEFAULT_RMS_NORM_EPS))
+            .with_tie_embeddings(self.flag("tie_word_embeddings")?)
+            .with_max_positions(max_positions)
+            .with_init_std(
+                self.number("initializer_range")?
+                    .unwrap_or(DEFAULT_INIT_STD),
+            ))
     }
 
     fn plan(&self) -> Result<KvPlan, CheckpointError> {

@@ -17,7 +17,13 @@
 //! let tokens = tokenizer.encode(&text)?;
 //!
 //! let plan = KvPlan::FusedKv { storage_layers: 2 };
-//! let model = FusedKvDecoderConfig::new(tokenizer.vocab_size(), 16, 4, 2, 2, 8, 32, plan);
+//! let model = FusedKvDecoderConfig::new(tokenizer.vocab_size(), plan)
+//!     .with_hidden_size(16)
+//!     .with_n_layers(4)
+//!     .with_n_heads(2)
+//!     .with_n_kv_heads(2)
+//!     .with_head_dim(8)
+//!     .with_ffn_size(32);
 //! let config = TrainingConfig::new(model, 16, 2, 4).with_epochs(2);
 //! let run = Run::new(directory.join("run")).with_progress(Progress::Quiet);
 //! let device = FlexDevice::default();

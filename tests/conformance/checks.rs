@@ -88,7 +88,13 @@ impl<B: Backend> ModuleMapper<B> for Cast {
 fn shape(i: usize, plan: KvPlan) -> FusedKvDecoderConfig {
     let [n_heads, n_kv_heads, head_dim] = [[4, 4, 32], [4, 2, 64], [6, 2, 80], [2, 1, 128]][i % 4];
     let (hidden, ffn, vocab, tied) = [(128, 256, 128, true), (48, 72, 50, false)][i / 4 % 2];
-    FusedKvDecoderConfig::new(vocab, hidden, 4, n_heads, n_kv_heads, head_dim, ffn, plan)
+    FusedKvDecoderConfig::new(vocab, plan)
+        .with_hidden_size(hidden)
+        .with_n_layers(4)
+        .with_n_heads(n_heads)
+        .with_n_kv_heads(n_kv_heads)
+        .with_head_dim(head_dim)
+        .with_ffn_size(ffn)
         .with_tie_embeddings(tied)
         .with_max_positions(512)
 }

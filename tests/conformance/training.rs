@@ -17,7 +17,14 @@ const SEED: u64 = 3;
 const VOCAB: usize = 50;
 
 fn decoder(plan: KvPlan) -> FusedKvDecoderConfig {
-    FusedKvDecoderConfig::new(VOCAB, 64, 4, 4, 2, 32, 96, plan).with_max_positions(64)
+    FusedKvDecoderConfig::new(VOCAB, plan)
+        .with_hidden_size(64)
+        .with_n_layers(4)
+        .with_n_heads(4)
+        .with_n_kv_heads(2)
+        .with_head_dim(32)
+        .with_ffn_size(96)
+        .with_max_positions(64)
 }
 
 /// A mean of the logits, weighted so that every one matters, and its gradients by every parameter,

@@ -9,7 +9,13 @@ const VOCAB: usize = 523;
 
 /// Wide enough for every product to be divided among threads; widths that fill no vector.
 fn decoder(plan: KvPlan) -> FusedKvDecoder<Flex> {
-    let config = FusedKvDecoderConfig::new(VOCAB, 198, 4, 6, 2, 34, 301, plan)
+    let config = FusedKvDecoderConfig::new(VOCAB, plan)
+        .with_hidden_size(198)
+        .with_n_layers(4)
+        .with_n_heads(6)
+        .with_n_kv_heads(2)
+        .with_head_dim(34)
+        .with_ffn_size(301)
         .with_rope_theta(1e4)
         .with_max_positions(2048);
     model(&config, 3)

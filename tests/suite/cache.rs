@@ -22,7 +22,13 @@ fn seen(cache: &FusedKvCache<F64>, n_layers: usize) -> (Vec<usize>, usize, Vec<f
 fn fixed_case() -> Case {
     let plan = KvPlan::FusedKv { storage_layers: 2 };
     Case {
-        config: fusedkv::FusedKvDecoderConfig::new(VOCAB, 12, 4, 4, 2, 4, 10, plan)
+        config: fusedkv::FusedKvDecoderConfig::new(VOCAB, plan)
+            .with_hidden_size(12)
+            .with_n_layers(4)
+            .with_n_heads(4)
+            .with_n_kv_heads(2)
+            .with_head_dim(4)
+            .with_ffn_size(10)
             .with_max_positions(16),
         tokens: vec![vec![1, 2, 3], vec![4, 5, 6]],
         seed: 3,

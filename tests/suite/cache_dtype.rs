@@ -75,7 +75,13 @@ proptest! {
 #[test]
 fn bytes_against_a_standard_cache_in_f32() {
     let bytes = |plan, dtype| {
-        let config = FusedKvDecoderConfig::new(VOCAB, 16, 4, 2, 2, 64, 16, plan);
+        let config = FusedKvDecoderConfig::new(VOCAB, plan)
+            .with_hidden_size(16)
+            .with_n_layers(4)
+            .with_n_heads(2)
+            .with_n_kv_heads(2)
+            .with_head_dim(64)
+            .with_ffn_size(16);
         let model = config.init::<Flex>(&Default::default()).unwrap();
         model.new_cache_of(dtype, 2, 10).unwrap().bytes_allocated()
     };
@@ -116,7 +122,14 @@ fn a_backend_without_the_numbers_says_so() {
 fn caches_of_other_numbers_are_cut_and_shuffled_alike() {
     let plan = KvPlan::FusedKv { storage_layers: 2 };
     let case = Case {
-        config: FusedKvDecoderConfig::new(VOCAB, 12, 4, 4, 2, 4, 10, plan).with_max_positions(16),
+        config: FusedKvDecoderConfig::new(VOCAB, plan)
+            .with_hidden_size(12)
+            .with_n_layers(4)
+            .with_n_heads(4)
+            .with_n_kv_heads(2)
+            .with_head_dim(4)
+            .with_ffn_size(10)
+            .with_max_positions(16),
         tokens: vec![vec![1, 2, 3], vec![4, 5, 6]],
         seed: 5,
     };
@@ -142,7 +155,14 @@ fn caches_of_other_numbers_are_cut_and_shuffled_alike() {
 fn an_overflow_in_the_cache_is_an_error_of_generation() {
     let plan = KvPlan::FusedKv { storage_layers: 2 };
     let mut model = Case {
-        config: FusedKvDecoderConfig::new(VOCAB, 12, 4, 4, 2, 4, 10, plan).with_max_positions(16),
+        config: FusedKvDecoderConfig::new(VOCAB, plan)
+            .with_hidden_size(12)
+            .with_n_layers(4)
+            .with_n_heads(4)
+            .with_n_kv_heads(2)
+            .with_head_dim(4)
+            .with_ffn_size(10)
+            .with_max_positions(16),
         tokens: vec![],
         seed: 5,
     }

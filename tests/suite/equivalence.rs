@@ -282,7 +282,13 @@ fn set_fusion<B: Backend>(
 /// The methods differ from each other: none is another under a new name.
 #[test]
 fn methods_are_distinct() {
-    let config = fusedkv::FusedKvDecoderConfig::new(VOCAB, 12, 6, 4, 2, 4, 10, KvPlan::Standard);
+    let config = fusedkv::FusedKvDecoderConfig::new(VOCAB, KvPlan::Standard)
+        .with_hidden_size(12)
+        .with_n_layers(6)
+        .with_n_heads(4)
+        .with_n_kv_heads(2)
+        .with_head_dim(4)
+        .with_ffn_size(10);
     let tokens = vec![vec![1, 5, 2, 9, 3, 3, 7]];
     let case = Case {
         config,

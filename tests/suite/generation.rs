@@ -70,7 +70,13 @@ proptest! {
 fn fixed_case() -> Case {
     let plan = fusedkv::KvPlan::FusedKv { storage_layers: 2 };
     Case {
-        config: fusedkv::FusedKvDecoderConfig::new(VOCAB, 12, 4, 4, 2, 4, 10, plan)
+        config: fusedkv::FusedKvDecoderConfig::new(VOCAB, plan)
+            .with_hidden_size(12)
+            .with_n_layers(4)
+            .with_n_heads(4)
+            .with_n_kv_heads(2)
+            .with_head_dim(4)
+            .with_ffn_size(10)
             .with_max_positions(16),
         tokens: vec![],
         seed: 3,

@@ -57,7 +57,14 @@ impl<B: Backend> ModuleMapper<B> for Nudge {
 }
 
 fn check(plan: KvPlan, expected_weights: usize) {
-    let config = FusedKvDecoderConfig::new(8, 12, 4, 4, 2, 4, 10, plan).with_rope_theta(100.0);
+    let config = FusedKvDecoderConfig::new(8, plan)
+        .with_hidden_size(12)
+        .with_n_layers(4)
+        .with_n_heads(4)
+        .with_n_kv_heads(2)
+        .with_head_dim(4)
+        .with_ffn_size(10)
+        .with_rope_theta(100.0);
     let decoder = model::<A64>(&config, 5);
     let gradients = objective(&decoder).backward();
     let mut collect = Collect(vec![], &gradients, false);
@@ -110,7 +117,13 @@ fn yoco_plus_plus() {
 
 #[test]
 fn a_decoder_that_tracks_gradients_has_no_cache() {
-    let config = FusedKvDecoderConfig::new(8, 8, 2, 2, 1, 4, 8, KvPlan::Standard);
+    let config = FusedKvDecoderConfig::new(8, KvPlan::Standard)
+        .with_hidden_size(8)
+        .with_n_layers(2)
+        .with_n_heads(2)
+        .with_n_kv_heads(1)
+        .with_head_dim(4)
+        .with_ffn_size(8);
     let training = model::<A64>(&config, 1);
     let error = training.new_cache(1, 4).unwrap_err();
     assert!(

@@ -44,7 +44,13 @@ pub fn model<B: Backend>(config: &FusedKvDecoderConfig, seed: u64) -> FusedKvDec
 
 /// A decoder of 4 layers that reads up to 64 tokens below [`VOCAB`].
 pub fn fixed(plan: KvPlan) -> FusedKvDecoderConfig {
-    FusedKvDecoderConfig::new(VOCAB, 12, 4, 4, 2, 6, 10, plan)
+    FusedKvDecoderConfig::new(VOCAB, plan)
+        .with_hidden_size(12)
+        .with_n_layers(4)
+        .with_n_heads(4)
+        .with_n_kv_heads(2)
+        .with_head_dim(6)
+        .with_ffn_size(10)
         .with_rope_theta(1e4)
         .with_max_positions(64)
 }
@@ -64,9 +70,7 @@ prop_compose! {
         shape in Just((n_layers, n_kv_heads, group, 2 * pairs, tie)),
     ) -> Case {
         let (n_layers, n_kv_heads, group, head_dim, tie) = shape;
-        let config = FusedKvDecoderConfig::new(
-            VOCAB, 12, n_layers, n_kv_heads * group, n_kv_heads, head_dim, 10, plan,
-        )
+        let config = FusedKvDecoderConfig::new(VOCAB, plan).with_hidden_size(12).with_n_layers(n_layers).with_n_heads(n_kv_heads * group).with_n_kv_heads(n_kv_heads).with_head_dim(head_dim).with_ffn_size(10)
         .with_tie_embeddings(tie)
         .with_rope_theta(100.0)
         .with_max_positions(64);

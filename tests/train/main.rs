@@ -28,7 +28,14 @@ const VOCAB: usize = 16;
 static TURN: Mutex<()> = Mutex::new(());
 
 fn decoder(plan: KvPlan) -> FusedKvDecoderConfig {
-    FusedKvDecoderConfig::new(VOCAB, 32, 4, 2, 2, 16, 64, plan).with_max_positions(64)
+    FusedKvDecoderConfig::new(VOCAB, plan)
+        .with_hidden_size(32)
+        .with_n_layers(4)
+        .with_n_heads(2)
+        .with_n_kv_heads(2)
+        .with_head_dim(16)
+        .with_ffn_size(64)
+        .with_max_positions(64)
 }
 
 fn config() -> TrainingConfig {
