@@ -11,8 +11,8 @@ use super::operands::{FusionForm, Term, Visibility};
 /// Queries per kv head from which a blend costs less than twice the products.
 const MANY: usize = 16;
 
-/// Attention of `query` `[batch, n_heads, queries, head_dim]` over blends of stored keys and values, as
-/// [`attend`](crate::attention::attend) is told it; without a `form` in the one that is faster.
+/// Attention of `query` `[batch, n_heads, queries, head_dim]` over blends of stored keys and values;
+/// without a `form` in the one that is faster.
 pub(crate) fn generic_attention<B: Backend>(
     form: Option<FusionForm>,
     query: Tensor<B, 4>,

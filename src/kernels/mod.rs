@@ -27,16 +27,14 @@ use operands::{FusionForm, Term, Visibility};
 #[cfg(feature = "flex")]
 use table::Kernels;
 
-/// What the first table of kernels has that knows the arguments, if any does: every table stands here.
+/// What the first table of kernels has that knows the arguments, if any does: every backend's stands
+/// here.
 macro_rules! kernel {
     ($operation:ident $(::<$backend:ty>)? ($($argument:expr),*)) => {{
         let output = None;
         #[cfg(feature = "flex")]
         let output = output
             .or_else(|| flex::FlexKernels::$operation$(::<$backend>)?($($argument),*));
-        #[cfg(feature = "train")]
-        let output = output
-            .or_else(|| flex::autodiff::AutodiffKernels::$operation$(::<$backend>)?($($argument),*));
         output
     }};
 }

@@ -6,7 +6,7 @@ use burn::tensor::{Tensor, backend::Backend};
 
 use super::operands::{Term, Visibility};
 
-/// The kernels for one type of backend. Each function computes what the one of its name in
+/// The kernels of one backend. Each function computes what the one of its name in
 /// [`kernels`](super) documents, or returns none where the tensors are another backend's or of a
 /// kind it has no kernel for; what a backend does not fill in, it leaves to Burn's operations.
 pub(super) trait Kernels {

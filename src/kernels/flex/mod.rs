@@ -9,7 +9,7 @@ mod adam_w;
 mod assign;
 mod attention;
 #[cfg(feature = "train")]
-pub(super) mod autodiff;
+mod autodiff;
 mod heads;
 mod linear;
 mod pointwise;
@@ -46,7 +46,17 @@ const PARALLEL: usize = 1 << 15;
 /// Measured on prompts of 8192 tokens: 512 to 1024 are a third faster than all at once.
 const TOKENS_PER_PASS: usize = 1024;
 
-/// The kernels for Flex.
+/// What the kernel has for Flex, or else the one with a gradient for autodiff on Flex.
+macro_rules! plain_or_tracked {
+    ($operation:ident($($argument:expr),*)) => {{
+        let output = $operation($($argument),*);
+        #[cfg(feature = "train")]
+        let output = output.or_else(|| autodiff::$operation($($argument),*));
+        output
+    }};
+}
+
+/// The kernels for Flex, and for autodiff on it.
 pub(super) struct FlexKernels;
 
 impl Kernels for FlexKernels {
@@ -55,7 +65,7 @@ impl Kernels for FlexKernels {
     }
 
     fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
-        linear(x, weight)
+        plain_or_tracked!(linear(x, weight))
     }
 
     fn attention<B: Backend>(
@@ -64,7 +74,7 @@ impl Kernels for FlexKernels {
         values: &[Term<B>],
         visibility: &Visibility<B>,
     ) -> Option<Tensor<B, 4>> {
-        attention(query, keys, values, visibility)
+        plain_or_tracked!(attention(query, keys, values, visibility))
     }
 
     fn rms_norm<B: Backend, const D: usize>(
@@ -72,7 +82,7 @@ impl Kernels for FlexKernels {
         gamma: &Tensor<B, 1>,
         epsilon: f64,
     ) -> Option<Tensor<B, D>> {
-        rms_norm(x, gamma, epsilon)
+        plain_or_tracked!(rms_norm(x, gamma, epsilon))
     }
 
     fn rope<B: Backend>(
@@ -80,15 +90,23 @@ impl Kernels for FlexKernels {
         cos: &Tensor<B, 4>,
         sin: &Tensor<B, 4>,
     ) -> Option<Tensor<B, 4>> {
-        rope(x, cos, sin)
+        plain_or_tracked!(rope(x, cos, sin))
     }
 
     fn swap_heads<B: Backend>(x: &Tensor<B, 4>) -> Option<Tensor<B, 4>> {
-        swap_heads(x)
+        plain_or_tracked!(swap_heads(x))
     }
 
     fn swiglu<B: Backend>(gate: &Tensor<B, 3>, up: &Tensor<B, 3>) -> Option<Tensor<B, 3>> {
-        swiglu(gate, up)
+        plain_or_tracked!(swiglu(gate, up))
+    }
+
+    #[cfg(feature = "train")]
+    fn cross_entropy<B: Backend>(
+        logits: &Tensor<B, 2>,
+        targets: &Tensor<B, 2, Int>,
+    ) -> Option<Tensor<B, 2>> {
+        autodiff::cross_entropy(logits, targets)
     }
 }
 

@@ -28,66 +28,16 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{DType, Int, Tensor, TensorData, TensorPrimitive};
+use burn::tensor::{DType, Tensor, TensorData, TensorPrimitive};
 use burn_flex::{Flex, FlexTensor};
 
 use super::downcast;
-use crate::kernels::operands::{Term, Visibility};
-use crate::kernels::table::Kernels;
-use attention::attention;
-use heads::{rope, swap_heads};
-use linear::linear;
-use loss::cross_entropy;
-use pointwise::{rms_norm, swiglu};
 
-/// The kernels for autodiff on Flex.
-pub(in crate::kernels) struct AutodiffKernels;
-
-impl Kernels for AutodiffKernels {
-    fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
-        linear(x, weight)
-    }
-
-    fn attention<B: Backend>(
-        query: &Tensor<B, 4>,
-        keys: &[Term<B>],
-        values: &[Term<B>],
-        visibility: &Visibility<B>,
-    ) -> Option<Tensor<B, 4>> {
-        attention(query, keys, values, visibility)
-    }
-
-    fn rms_norm<B: Backend, const D: usize>(
-        x: &Tensor<B, D>,
-        gamma: &Tensor<B, 1>,
-        epsilon: f64,
-    ) -> Option<Tensor<B, D>> {
-        rms_norm(x, gamma, epsilon)
-    }
-
-    fn rope<B: Backend>(
-        x: &Tensor<B, 4>,
-        cos: &Tensor<B, 4>,
-        sin: &Tensor<B, 4>,
-    ) -> Option<Tensor<B, 4>> {
-        rope(x, cos, sin)
-    }
-
-    fn swap_heads<B: Backend>(x: &Tensor<B, 4>) -> Option<Tensor<B, 4>> {
-        swap_heads(x)
-    }
-
-    fn swiglu<B: Backend>(gate: &Tensor<B, 3>, up: &Tensor<B, 3>) -> Option<Tensor<B, 3>> {
-        swiglu(gate, up)
-    }
-
-    fn cross_entropy<B: Backend>(
-        logits: &Tensor<B, 2>,
-        targets: &Tensor<B, 2, Int>,
-    ) -> Option<Tensor<B, 2>> {
-        cross_entropy(logits, targets)
-    }
-}
+pub(super) use attention::attention;
+pub(super) use heads::{rope, swap_heads};
+pub(super) use linear::linear;
+pub(super) use loss::cross_entropy;
+pub(super) use pointwise::{rms_norm, swiglu};
 
 /// A tensor of `Autodiff<Flex, C>`, which is the same for every C.
 type Tracked = FloatTensor<Autodiff<Flex>>;
