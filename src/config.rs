@@ -45,8 +45,8 @@ pub enum ConfigError {
 /// Shape of a Qwen3-style decoder, and the plan of its KV cache.
 ///
 /// Plain data with a JSON form ([`Config::save`], [`Config::load`]); build the decoder with
-/// [`init`](Self::init). [`new`](Self::new) starts at 6 layers × 128; `with_…` sets every size. Pre-norm RMSNorm, SwiGLU, RoPE, RMSNorm on every head of q and k, no
-/// biases.
+/// [`init`](Self::init). [`new`](Self::new) starts at 6 layers × 128; `with_…` sets every size.
+/// Pre-norm RMSNorm, SwiGLU, RoPE, RMSNorm on every head of q and k, no biases.
 ///
 /// ```
 /// use fusedkv::{FusedKvDecoderConfig, KvPlan};

@@ -1,9 +1,10 @@
 //! From a standard decoder to one of another plan, ready for further training.
 //!
-//! Where a layer stores keys or values under the new plan, it keeps its projection of them; where it
-//! does not, it loses it and reads stored layers instead. Its fusion weights start as FusedKV-Lite's, or are fitted
-//! so that the blends come closest to the keys and values it had: least squares per kv head and
-//! channel (per pair of channels for keys, after RoPE), as one linear regression each, on a text.
+//! Where a layer stores keys or values under the new plan, it keeps its projection of them; where
+//! it does not, it loses it and reads stored layers instead. Its fusion weights start as
+//! FusedKV-Lite's, or are fitted so that the blends come closest to the keys and values it had:
+//! least squares per kv head and channel (per pair of channels for keys, after RoPE), as one linear
+//! regression each, on a text.
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
@@ -15,7 +16,7 @@ use crate::cache::CacheError;
 use crate::config::{ConfigError, FusedKvDecoderConfig};
 use crate::decoder::{ForwardError, FusedKvDecoder, Logits};
 use crate::numbers::numbers;
-use crate::plan::{KvLayout, KvPart, KvPlan};
+use crate::plan::{KvLayout, KvPart, KvPlan, PerPart};
 use crate::tokens::{TokenBatch, TokensError};
 
 /// Pulls fitted weights to where they started, as a share of the sources' mean square: decides
@@ -176,7 +177,7 @@ pub fn convert_fitted<B: Backend>(
     for (layer, kv) in layout.layers().iter().enumerate() {
         let reuses = |part| !kv.part(part).is_own();
         if KvPart::BOTH.into_iter().any(reuses) {
-            let regressions = KvPart::BOTH.map(|part| Regression::new(layout, layer, part, config));
+            let regressions = PerPart::new(|part| Regression::new(layout, layer, part, config));
             fits.push((layer, regressions));
         }
     }
@@ -189,18 +190,19 @@ pub fn convert_fitted<B: Backend>(
         let batch = TokenBatch::from_rows(&[window], config.vocab_size, &device)?;
         let mut cache = model.new_cache(1, window.len())?;
         model.forward_cached(batch, &mut cache, Logits::Last)?;
-        for (i, part) in KvPart::BOTH.into_iter().enumerate() {
+        for part in KvPart::BOTH {
             // A standard decoder stores every layer's.
             let all = (0..config.n_layers).map(|layer| cache.get(part, layer).map(numbers));
             let all: Vec<_> = all.map(Option::unwrap_or_default).collect();
             for (layer, regressions) in &mut fits {
-                regressions[i].add(&all, *layer, config.head_dim);
+                regressions[part].add(&all, *layer, config.head_dim);
             }
         }
     }
     let mut layers = Vec::new();
     for (layer, regressions) in fits {
-        let [(key_weights, key), (value_weights, value)] = regressions.map(|r| r.solve());
+        let (key_weights, key) = regressions[KvPart::Key].solve();
+        let (value_weights, value) = regressions[KvPart::Value].solve();
         if let Some(fusion) = &mut converted.layers[layer].self_attn.kv_fusion {
             set(fusion.weight_mut(KvPart::Key), key_weights);
             set(fusion.weight_mut(KvPart::Value), value_weights);

@@ -24,26 +24,15 @@ impl PlanArgs {
     /// The plan for a decoder of `layers` layers.
     pub fn plan(&self, layers: usize) -> Result<KvPlan, Box<dyn Error>> {
         let mut plan = KvPlan::from_method(&self.method, layers)?;
-        match (&mut plan, self.storage_layers, self.factor) {
-            (_, None, None) => {}
-            (KvPlan::Cla { factor }, None, Some(layers)) => *factor = layers,
-            (
-                KvPlan::FusedKv { storage_layers }
-                | KvPlan::FusedKvLite { storage_layers }
-                | KvPlan::FusedKvLiteLearnable { storage_layers }
-                | KvPlan::FusedKvLiteReversed { storage_layers }
-                | KvPlan::Yoco { storage_layers }
-                | KvPlan::YocoPlusPlus { storage_layers }
-                | KvPlan::DenseFusion { storage_layers },
-                Some(layers),
-                None,
-            ) => *storage_layers = layers,
-            (_, Some(_), _) => {
-                return Err(format!("--storage-layers has no meaning for {}", self.method).into());
-            }
-            (_, None, Some(_)) => {
-                return Err(format!("--factor has no meaning for {}", self.method).into());
-            }
+        let meaningless = |option| format!("{option} has no meaning for {}", self.method);
+        if let Some(layers) = self.storage_layers {
+            let n = plan.storage_layers_mut();
+            *n.ok_or_else(|| meaningless("--storage-layers"))? = layers;
+        }
+        match (&mut plan, self.factor) {
+            (_, None) => {}
+            (KvPlan::Cla { factor }, Some(layers)) => *factor = layers,
+            (_, Some(_)) => return Err(meaningless("--factor").into()),
         }
         Ok(plan)
     }

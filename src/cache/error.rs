@@ -25,10 +25,10 @@ pub enum CacheError {
         /// Tokens per row asked for.
         capacity: usize,
     },
-    /// The name is none of [`CacheDtype::NAMES`](CacheDtype::NAMES).
+    /// The name is none of [`CacheDtype::NAMES`].
     #[error(
         "unknown cache dtype `{0}`, expected one of {known}",
-        known = known()
+        known = CacheDtype::NAMES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
     )]
     UnknownDtype(String),
     /// Numbers that the backend cannot keep.
@@ -89,9 +89,4 @@ pub enum CacheError {
         /// Tokens there are.
         len: usize,
     },
-}
-
-fn known() -> String {
-    let names: Vec<_> = CacheDtype::NAMES.iter().map(|(name, _)| *name).collect();
-    names.join(", ")
 }

@@ -16,7 +16,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 
 use crate::holes::Holes;
 use crate::kernels::stored::Stored;
-use crate::plan::{KvLayout, KvPart};
+use crate::plan::{KvLayout, KvPart, PerPart};
 pub use dtype::CacheDtype;
 pub use error::CacheError;
 use slot::Slot;
@@ -91,10 +91,8 @@ impl fmt::Display for CacheShape {
 #[derive(Clone, Debug)]
 pub struct FusedKvCache<B: Backend> {
     shape: CacheShape,
-    /// Of the layers that store keys, bottom first.
-    keys: Vec<Slot<B>>,
-    /// Of the layers that store values, bottom first.
-    values: Vec<Slot<B>>,
+    /// Of the layers that store keys, and of those that store values, bottom first.
+    slots: PerPart<Vec<Slot<B>>>,
     /// Per row, below `len`.
     holes: Vec<Holes>,
     len: usize,
@@ -124,15 +122,14 @@ impl<B: Backend> FusedKvCache<B> {
             return Err(CacheError::TooLarge { batch, capacity });
         }
         let dims = [batch, shape.n_kv_heads, capacity, shape.head_dim];
-        let [keys, values] = KvPart::BOTH.map(|part| {
+        let slots = PerPart::new(|part| {
             let stored = 0..shape.layout.n_stored(part);
             let zeros = |_| Slot::new(Stored::zeros(dims, numbers, device));
             stored.map(zeros).collect()
         });
         Ok(Self {
             shape,
-            keys,
-            values,
+            slots,
             holes: vec![Holes::default(); batch],
             len: 0,
             capacity,
@@ -182,7 +179,7 @@ impl<B: Backend> FusedKvCache<B> {
 
     /// Bytes of all key and value tensors as allocated, used or not.
     pub fn bytes_allocated(&self) -> usize {
-        self.keys.iter().chain(&self.values).map(Slot::bytes).sum()
+        self.slots.iter().flatten().map(Slot::bytes).sum()
     }
 
     /// Keeps the first `len` slots of every row, e.g. to undo rejected drafts.
@@ -252,26 +249,19 @@ impl<B: Backend> FusedKvCache<B> {
         let index: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
         let index = TensorData::new(index, [rows.len()]);
         let index = Tensor::<B, 1, Int>::from_data(index, &self.device);
-        for slot in self.keys.iter_mut().chain(&mut self.values) {
+        for slot in self.slots.iter_mut().flatten() {
             slot.select(index.clone());
         }
         self.holes = rows.iter().map(|&row| self.holes[row].clone()).collect();
         Ok(())
     }
 
-    /// Cached keys (or values) of a layer, counted from 0, in the decoder's float type, holes included:
-    /// `[batch, n_kv_heads, len, head_dim]`. None if the layer stores none.
+    /// Cached keys (or values) of a layer, counted from 0, in the decoder's float type, holes
+    /// included: `[batch, n_kv_heads, len, head_dim]`. None if the layer stores none.
     pub fn get(&self, part: KvPart, layer: usize) -> Option<Tensor<B, 4>> {
         let slot = self.shape.layout.slot(part, layer)?;
-        let stored = self.slots(part)[slot].prefix(self.len);
+        let stored = self.slots[part][slot].prefix(self.len);
         Some(stored.float(self.float))
-    }
-
-    fn slots(&self, part: KvPart) -> &[Slot<B>] {
-        match part {
-            KvPart::Key => &self.keys,
-            KvPart::Value => &self.values,
-        }
     }
 
     /// Per row, the slots in use that hold no token.
@@ -341,15 +331,11 @@ impl<B: Backend> Append<'_, B> {
 impl<B: Backend> KvStore<B> for Append<'_, B> {
     fn put(&mut self, part: KvPart, layer: usize, x: Tensor<B, 4>) {
         let slot = self.slot(part, layer);
-        let slots = match part {
-            KvPart::Key => &mut self.cache.keys,
-            KvPart::Value => &mut self.cache.values,
-        };
-        slots[slot].assign(self.cache.len, x);
+        self.cache.slots[part][slot].assign(self.cache.len, x);
     }
 
     fn get(&self, part: KvPart, layer: usize) -> Stored<B> {
         let slot = self.slot(part, layer);
-        self.cache.slots(part)[slot].prefix(self.cache.len + self.seq)
+        self.cache.slots[part][slot].prefix(self.cache.len + self.seq)
     }
 }

@@ -17,8 +17,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::FusedKvDecoder;
-use crate::attention::{KvFusion, KvResidual};
-use crate::plan::{BlendWeights, KvLayout, KvPart, KvSource, LayerKv};
+use crate::plan::{KvLayout, KvPart, KvSource, LayerKv, SourceForm};
 
 /// A record that is not of this decoder.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -93,38 +92,31 @@ impl<B: Backend> FusedKvDecoder<B> {
         check("lm_head", self.lm_head.is_some(), record.lm_head.is_some())?;
         for (i, (own, record)) in self.layers.iter().zip(&record.layers).enumerate() {
             let (own, record) = (&own.self_attn, &record.self_attn);
-            let fusion = |part| {
-                let weight = |f: &KvFusion<B>| f.weight(part).is_some();
-                own.kv_fusion.as_ref().is_some_and(weight)
-            };
-            let residual = |part| {
-                let weight = |r: &KvResidual<B>| r.weight(part).is_some();
-                own.kv_residual.as_ref().is_some_and(weight)
-            };
-            let (fused, added) = (record.kv_fusion.as_ref(), record.kv_residual.as_ref());
+            let (fusion, recorded) = (own.kv_fusion.as_ref(), record.kv_fusion.as_ref());
+            let (added, recorded_added) = (own.kv_residual.as_ref(), record.kv_residual.as_ref());
             for (name, own, record) in [
                 ("k_proj", own.k_proj.is_some(), record.k_proj.is_some()),
                 ("v_proj", own.v_proj.is_some(), record.v_proj.is_some()),
                 ("k_norm", own.k_norm.is_some(), record.k_norm.is_some()),
                 (
                     "kv_fusion.key_weight",
-                    fusion(KvPart::Key),
-                    fused.is_some_and(|fusion| fusion.key_weight.is_some()),
+                    fusion.is_some_and(|fusion| fusion.key_weight.is_some()),
+                    recorded.is_some_and(|fusion| fusion.key_weight.is_some()),
                 ),
                 (
                     "kv_fusion.value_weight",
-                    fusion(KvPart::Value),
-                    fused.is_some_and(|fusion| fusion.value_weight.is_some()),
+                    fusion.is_some_and(|fusion| fusion.value_weight.is_some()),
+                    recorded.is_some_and(|fusion| fusion.value_weight.is_some()),
                 ),
                 (
                     "kv_residual.key_weight",
-                    residual(KvPart::Key),
                     added.is_some_and(|residual| residual.key_weight.is_some()),
+                    recorded_added.is_some_and(|residual| residual.key_weight.is_some()),
                 ),
                 (
                     "kv_residual.value_weight",
-                    residual(KvPart::Value),
                     added.is_some_and(|residual| residual.value_weight.is_some()),
+                    recorded_added.is_some_and(|residual| residual.value_weight.is_some()),
                 ),
             ] {
                 check(&format!("layers.{i}.self_attn.{name}"), own, record)?;
@@ -167,67 +159,37 @@ impl PlanRecord {
     }
 }
 
-/// A layer of a plan as records hold it: also in formats that do not describe themselves, and as it
-/// was before keys and values were planned apart.
+/// A layer of a plan as records hold it: also in formats that do not describe themselves.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RecordedLayer {
-    /// Both are the layer's own.
+    /// As it is written.
+    Layer {
+        /// Where its keys come from.
+        key: SourceForm,
+        /// Where its values come from.
+        value: SourceForm,
+    },
+    /// Both are the layer's own: as it was before keys and values were planned apart.
     Store {
         /// What is added to both.
         #[serde(default)]
         residual: Option<usize>,
     },
-    /// Neither is.
+    /// Neither is, from the same time.
     Reuse {
-        /// Of its keys.
-        key: RecordedSource,
-        /// Of its values.
-        value: RecordedSource,
-    },
-    /// One is, or what is added to them differs.
-    Apart {
-        /// Of its keys.
-        key: RecordedSource,
-        /// Of its values.
-        value: RecordedSource,
-    },
-}
-
-/// A [`KvSource`] as records hold it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RecordedSource {
-    /// [`KvSource::AsIs`].
-    AsIs(usize),
-    /// [`KvSource::Blend`].
-    Blend {
-        /// The stored layers.
-        sources: Vec<usize>,
-        /// What shares one weight.
-        weights: BlendWeights,
-    },
-    /// [`KvSource::Own`].
-    Own {
-        /// What is added.
-        residual: Option<usize>,
+        /// Where its keys come from.
+        key: SourceForm,
+        /// Where its values come from.
+        value: SourceForm,
     },
 }
 
 impl From<LayerKv> for RecordedLayer {
     fn from(LayerKv { key, value }: LayerKv) -> Self {
-        match (&key, &value) {
-            (KvSource::Own { residual: a }, KvSource::Own { residual: b }) if a == b => {
-                Self::Store { residual: *a }
-            }
-            (KvSource::Own { .. }, _) | (_, KvSource::Own { .. }) => Self::Apart {
-                key: key.into(),
-                value: value.into(),
-            },
-            _ => Self::Reuse {
-                key: key.into(),
-                value: value.into(),
-            },
+        Self::Layer {
+            key: key.into(),
+            value: value.into(),
         }
     }
 }
@@ -235,34 +197,14 @@ impl From<LayerKv> for RecordedLayer {
 impl From<RecordedLayer> for LayerKv {
     fn from(layer: RecordedLayer) -> Self {
         match layer {
+            RecordedLayer::Layer { key, value } | RecordedLayer::Reuse { key, value } => Self {
+                key: key.into(),
+                value: value.into(),
+            },
             RecordedLayer::Store { residual } => Self {
                 key: KvSource::Own { residual },
                 value: KvSource::Own { residual },
             },
-            RecordedLayer::Reuse { key, value } | RecordedLayer::Apart { key, value } => Self {
-                key: key.into(),
-                value: value.into(),
-            },
-        }
-    }
-}
-
-impl From<KvSource> for RecordedSource {
-    fn from(source: KvSource) -> Self {
-        match source {
-            KvSource::Own { residual } => Self::Own { residual },
-            KvSource::AsIs(source) => Self::AsIs(source),
-            KvSource::Blend { sources, weights } => Self::Blend { sources, weights },
-        }
-    }
-}
-
-impl From<RecordedSource> for KvSource {
-    fn from(source: RecordedSource) -> Self {
-        match source {
-            RecordedSource::Own { residual } => Self::Own { residual },
-            RecordedSource::AsIs(source) => Self::AsIs(source),
-            RecordedSource::Blend { sources, weights } => Self::Blend { sources, weights },
         }
     }
 }

@@ -9,7 +9,7 @@ use super::{KvPart, KvPlan};
 #[non_exhaustive]
 pub enum PlanError {
     /// The name is none of [`KvPlan::methods`].
-    #[error("unknown method `{0}`, expected one of {known}", known = known())]
+    #[error("unknown method `{0}`, expected one of {known}", known = KvPlan::methods().collect::<Vec<_>>().join(", "))]
     UnknownMethod(String),
     /// A method without what belongs to it.
     #[error("the plan `{method}` has no `{key}`")]
@@ -102,8 +102,4 @@ pub enum PlanError {
         /// What it reads.
         layer: usize,
     },
-}
-
-fn known() -> String {
-    KvPlan::methods().collect::<Vec<_>>().join(", ")
 }

@@ -14,7 +14,7 @@ use super::layout::{BlendWeights, KvSource, LayerKv};
 use super::{CUSTOM, KvPlan, METHODS, Method, Parameter};
 
 /// `{"method": …}` with what belongs to the method, and nothing else.
-#[derive(Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PlanForm {
     method: String,
@@ -27,24 +27,16 @@ pub(super) struct PlanForm {
 }
 
 impl From<KvPlan> for PlanForm {
-    fn from(plan: KvPlan) -> Self {
+    fn from(mut plan: KvPlan) -> Self {
         let mut form = Self {
             method: plan.method().to_owned(),
-            storage_layers: None,
-            factor: None,
-            layers: None,
+            storage_layers: plan.storage_layers_mut().copied(),
+            ..Self::default()
         };
         match plan {
-            KvPlan::Standard => {}
-            KvPlan::FusedKv { storage_layers }
-            | KvPlan::FusedKvLite { storage_layers }
-            | KvPlan::FusedKvLiteLearnable { storage_layers }
-            | KvPlan::FusedKvLiteReversed { storage_layers }
-            | KvPlan::Yoco { storage_layers }
-            | KvPlan::YocoPlusPlus { storage_layers }
-            | KvPlan::DenseFusion { storage_layers } => form.storage_layers = Some(storage_layers),
             KvPlan::Cla { factor } => form.factor = Some(factor),
             KvPlan::Custom { layers } => form.layers = Some(layers),
+            _ => {}
         }
         form
     }
@@ -93,7 +85,7 @@ impl TryFrom<PlanForm> for KvPlan {
 }
 
 /// `{"store": {…}}`, `{"reuse": {…}}` or `{"key": …, "value": …}`.
-#[derive(Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct LayerForm {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -123,12 +115,7 @@ struct ReuseForm {
 impl From<LayerKv> for LayerForm {
     fn from(LayerKv { key, value }: LayerKv) -> Self {
         use KvSource::Own;
-        let mut form = Self {
-            store: None,
-            reuse: None,
-            key: None,
-            value: None,
-        };
+        let mut form = Self::default();
         match (&key, &value) {
             (Own { residual: a }, Own { residual: b }) if a == b => {
                 form.store = Some(StoreForm { residual: *a });
@@ -147,62 +134,74 @@ impl TryFrom<LayerForm> for LayerKv {
     type Error = PlanError;
 
     fn try_from(form: LayerForm) -> Result<Self, PlanError> {
-        match form {
-            LayerForm {
-                store: Some(StoreForm { residual }),
-                reuse: None,
-                key: None,
-                value: None,
-            } => {
+        match (form.store, form.reuse, form.key, form.value) {
+            (Some(StoreForm { residual }), None, None, None) => {
                 let own = KvSource::Own { residual };
                 Ok(Self {
                     key: own.clone(),
                     value: own,
                 })
             }
-            LayerForm {
-                store: None,
-                reuse: Some(ReuseForm { key, value }),
-                key: None,
-                value: None,
-            } if ![&key, &value].iter().any(|source| source.is_own()) => Ok(Self { key, value }),
-            LayerForm {
-                store: None,
-                reuse: None,
-                key: Some(key),
-                value: Some(value),
-            } => Ok(Self { key, value }),
+            (None, Some(ReuseForm { key, value }), None, None)
+                if !key.is_own() && !value.is_own() =>
+            {
+                Ok(Self { key, value })
+            }
+            (None, None, Some(key), Some(value)) => Ok(Self { key, value }),
             _ => Err(PlanError::LayerForm),
         }
     }
 }
 
-/// A source as an object of one key; an own one without a residual is written `"own"`.
-#[derive(Serialize, Deserialize)]
+/// A source as an object of one key, in JSON and in records.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-enum SourceForm {
+pub enum SourceForm {
+    /// [`KvSource::Own`]; JSON writes one without a residual `"own"`.
     Own {
+        /// What is added.
         #[serde(default)]
         residual: Option<usize>,
     },
+    /// [`KvSource::AsIs`].
     AsIs(usize),
+    /// [`KvSource::Blend`].
     Blend {
+        /// The stored layers.
         sources: Vec<usize>,
+        /// What shares one weight.
         weights: BlendWeights,
     },
+}
+
+impl From<KvSource> for SourceForm {
+    fn from(source: KvSource) -> Self {
+        match source {
+            KvSource::Own { residual } => Self::Own { residual },
+            KvSource::AsIs(source) => Self::AsIs(source),
+            KvSource::Blend { sources, weights } => Self::Blend { sources, weights },
+        }
+    }
+}
+
+impl From<SourceForm> for KvSource {
+    fn from(form: SourceForm) -> Self {
+        match form {
+            SourceForm::Own { residual } => Self::Own { residual },
+            SourceForm::AsIs(source) => Self::AsIs(source),
+            SourceForm::Blend { sources, weights } => Self::Blend { sources, weights },
+        }
+    }
 }
 
 const OWN: &str = "own";
 
 impl Serialize for KvSource {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let form = match self.clone() {
-            Self::Own { residual: None } => return serializer.serialize_str(OWN),
-            Self::Own { residual } => SourceForm::Own { residual },
-            Self::AsIs(source) => SourceForm::AsIs(source),
-            Self::Blend { sources, weights } => SourceForm::Blend { sources, weights },
-        };
-        form.serialize(serializer)
+        if *self == Self::OWN {
+            return serializer.serialize_str(OWN);
+        }
+        SourceForm::from(self.clone()).serialize(serializer)
     }
 }
 
@@ -229,11 +228,6 @@ impl<'de> Visitor<'de> for SourceVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<KvSource, A::Error> {
-        let form = SourceForm::deserialize(MapAccessDeserializer::new(map))?;
-        Ok(match form {
-            SourceForm::Own { residual } => KvSource::Own { residual },
-            SourceForm::AsIs(source) => KvSource::AsIs(source),
-            SourceForm::Blend { sources, weights } => KvSource::Blend { sources, weights },
-        })
+        SourceForm::deserialize(MapAccessDeserializer::new(map)).map(KvSource::from)
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::ops::{Index, IndexMut};
 
 use serde::{Deserialize, Serialize};
 
@@ -90,6 +91,38 @@ impl fmt::Display for KvPart {
             Self::Key => "keys",
             Self::Value => "values",
         })
+    }
+}
+
+/// One of keys and one of values.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PerPart<T>([T; 2]);
+
+impl<T> PerPart<T> {
+    pub fn new(of: impl FnMut(KvPart) -> T) -> Self {
+        Self(KvPart::BOTH.map(of))
+    }
+
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.0.iter_mut()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.0.iter()
+    }
+}
+
+impl<T> Index<KvPart> for PerPart<T> {
+    type Output = T;
+
+    fn index(&self, part: KvPart) -> &T {
+        &self.0[part as usize]
+    }
+}
+
+impl<T> IndexMut<KvPart> for PerPart<T> {
+    fn index_mut(&mut self, part: KvPart) -> &mut T {
+        &mut self.0[part as usize]
     }
 }
 
@@ -198,8 +231,7 @@ impl KvSource {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KvLayout {
     layers: Vec<LayerKv>,
-    keys: Reads,
-    values: Reads,
+    reads: PerPart<Reads>,
 }
 
 /// Who reads what of the keys, or of the values.
@@ -212,19 +244,15 @@ struct Reads {
 }
 
 impl Reads {
-    fn new(layers: &[LayerKv], part: KvPart) -> Result<Self, PlanError> {
+    fn new(layers: &[LayerKv], part: KvPart) -> Self {
         let parts = || layers.iter().map(|layer| layer.part(part)).enumerate();
         let mut next = 0..;
-        let reads = Self {
+        Self {
             sources: parts().map(|(layer, source)| source.reads(layer)).collect(),
             slots: parts()
                 .map(|(layer, source)| source.is_stored_by(layer).then(|| next.next()).flatten())
                 .collect(),
-        };
-        for (reader, layer) in layers.iter().enumerate() {
-            reads.check(part, reader, layer.part(part))?;
         }
-        Ok(reads)
     }
 
     fn check(&self, part: KvPart, reader: usize, source: &KvSource) -> Result<(), PlanError> {
@@ -277,18 +305,13 @@ impl KvLayout {
         if layers.is_empty() {
             return Err(PlanError::NoLayers);
         }
-        Ok(Self {
-            keys: Reads::new(&layers, KvPart::Key)?,
-            values: Reads::new(&layers, KvPart::Value)?,
-            layers,
-        })
-    }
-
-    fn reads(&self, part: KvPart) -> &Reads {
-        match part {
-            KvPart::Key => &self.keys,
-            KvPart::Value => &self.values,
+        let reads = PerPart::new(|part| Reads::new(&layers, part));
+        for part in KvPart::BOTH {
+            for (reader, layer) in layers.iter().enumerate() {
+                reads[part].check(part, reader, layer.part(part))?;
+            }
         }
+        Ok(Self { layers, reads })
     }
 
     /// Depth of the decoder the layout is for.
@@ -311,7 +334,7 @@ impl KvLayout {
 
     /// Number of layers whose keys, or whose values, are stored.
     pub fn n_stored(&self, part: KvPart) -> usize {
-        self.reads(part).slots.iter().flatten().count()
+        self.reads[part].slots.iter().flatten().count()
     }
 
     /// Whether the keys, or the values, of `layer` are stored.
@@ -319,7 +342,7 @@ impl KvLayout {
     /// # Panics
     /// If `layer` is not below [`n_layers`](Self::n_layers).
     pub fn stores(&self, part: KvPart, layer: usize) -> bool {
-        self.reads(part).slots[layer].is_some()
+        self.reads[part].slots[layer].is_some()
     }
 
     /// The stored layers whose keys, or whose values, `layer` attends to, itself included where it
@@ -328,13 +351,13 @@ impl KvLayout {
     /// # Panics
     /// If `layer` is not below [`n_layers`](Self::n_layers).
     pub fn sources(&self, part: KvPart, layer: usize) -> &[usize] {
-        &self.reads(part).sources[layer]
+        &self.reads[part].sources[layer]
     }
 
     /// The highest layer that stores keys or values. Above it, a position needs a hidden state only
     /// if its logits are asked for: nobody reads anything else of it.
     pub fn last_store(&self) -> usize {
-        let last = |part| self.reads(part).slots.iter().rposition(Option::is_some);
+        let last = |part| self.reads[part].slots.iter().rposition(Option::is_some);
         // The first layer has nothing below it to read, so a validated layout stores there.
         last(KvPart::Key).max(last(KvPart::Value)).unwrap_or(0)
     }
@@ -350,6 +373,6 @@ impl KvLayout {
     /// The cache slot of a layer's keys, or of its values, if they are stored; keys and values are
     /// counted apart, each from the bottom.
     pub(crate) fn slot(&self, part: KvPart, layer: usize) -> Option<usize> {
-        *self.reads(part).slots.get(layer)?
+        *self.reads[part].slots.get(layer)?
     }
 }

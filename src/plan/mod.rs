@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 
 pub use error::PlanError;
 use form::PlanForm;
+pub(crate) use form::SourceForm;
+pub(crate) use layout::PerPart;
 pub use layout::{BlendWeights, KvLayout, KvPart, KvSource, LayerKv};
 
 /// Which layers keep a KV cache, and how the others get their keys and values.
@@ -110,7 +112,7 @@ enum Parameter {
 const CUSTOM: &str = "custom";
 
 /// Every method but a custom one: the one place that knows their names.
-const METHODS: [Method; 9] = {
+static METHODS: [Method; 9] = {
     use Parameter::{Factor, None, StorageLayers};
     const fn method(name: &'static str, parameter: Parameter, plan: fn(usize) -> KvPlan) -> Method {
         Method {
@@ -183,6 +185,20 @@ impl KvPlan {
             (Some(method), _) => method.name,
             (None, Self::Custom { .. }) => CUSTOM,
             (None, _) => unreachable!("every method stands in the table"),
+        }
+    }
+
+    /// The number of bottom layers that store, n, of a method that has one.
+    pub fn storage_layers_mut(&mut self) -> Option<&mut usize> {
+        match self {
+            Self::FusedKv { storage_layers }
+            | Self::FusedKvLite { storage_layers }
+            | Self::FusedKvLiteLearnable { storage_layers }
+            | Self::FusedKvLiteReversed { storage_layers }
+            | Self::Yoco { storage_layers }
+            | Self::YocoPlusPlus { storage_layers }
+            | Self::DenseFusion { storage_layers } => Some(storage_layers),
+            Self::Standard | Self::Cla { .. } | Self::Custom { .. } => None,
         }
     }
 

@@ -204,20 +204,16 @@ fn set_option(
         expected,
     };
     let count = || value.parse::<usize>().map_err(|_| wrong("a whole number"));
+    if key == "n"
+        && let Some(layers) = model.plan.storage_layers_mut()
+    {
+        *layers = count()?;
+        return Ok(());
+    }
     match (key, &mut model.plan) {
         ("kv-heads", _) => model.n_kv_heads = count()?,
         ("ffn", _) => model.ffn_size = count()?,
         ("factor", KvPlan::Cla { factor }) => *factor = count()?,
-        (
-            "n",
-            KvPlan::FusedKv { storage_layers }
-            | KvPlan::FusedKvLite { storage_layers }
-            | KvPlan::FusedKvLiteLearnable { storage_layers }
-            | KvPlan::FusedKvLiteReversed { storage_layers }
-            | KvPlan::Yoco { storage_layers }
-            | KvPlan::YocoPlusPlus { storage_layers }
-            | KvPlan::DenseFusion { storage_layers },
-        ) => *storage_layers = count()?,
         ("init", _) => {
             model.fusion_init.start = match value {
                 "lite" => FusionStart::Lite,
