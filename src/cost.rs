@@ -154,7 +154,13 @@ mod tests {
             chunk in 1usize..50,
             group in 1usize..3,
         ) {
-            let config = FusedKvDecoderConfig::new(13, plan).with_hidden_size(12).with_n_layers(5).with_n_heads(2 * group).with_n_kv_heads(2).with_head_dim(6).with_ffn_size(10);
+            let config = FusedKvDecoderConfig::new(13, plan)
+                .with_hidden_size(12)
+                .with_n_layers(5)
+                .with_n_heads(2 * group)
+                .with_n_kv_heads(2)
+                .with_head_dim(6)
+                .with_ffn_size(10);
             let costs = config.costs().unwrap();
             let model = config.init::<Flex>(&FlexDevice).unwrap().with_prefill_chunk(chunk);
             let mut cache = model.new_cache(1, prompt + 1).unwrap();

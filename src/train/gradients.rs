@@ -174,7 +174,8 @@ mod tests {
     use burn_flex::{Flex, FlexDevice};
 
     use super::*;
-    use crate::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan};
+    use crate::train::small_decoder;
+    use crate::{FusedKvDecoder, KvPlan};
 
     type Train = Autodiff<Flex>;
 
@@ -198,13 +199,7 @@ mod tests {
     #[test]
     fn layers_have_the_norm_of_their_own_parameters() {
         let plan = KvPlan::FusedKv { storage_layers: 2 };
-        let config = FusedKvDecoderConfig::new(32, plan)
-            .with_hidden_size(16)
-            .with_n_layers(4)
-            .with_n_heads(2)
-            .with_n_kv_heads(2)
-            .with_head_dim(8)
-            .with_ffn_size(24);
+        let config = small_decoder(plan);
         let model: FusedKvDecoder<Train> = config.init(&FlexDevice).unwrap();
         let tokens =
             Tensor::<Train, 2, Int>::random([2, 9], Distribution::Uniform(0.0, 32.0), &FlexDevice);

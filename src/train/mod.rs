@@ -74,3 +74,15 @@ pub use recall::{AssociativeRecall, DistanceAccuracy, Needle};
 pub use run::{Run, Trained, train, train_from, train_from_on, train_on};
 pub use step::LanguageOutput;
 pub use token_file::TokenFile;
+
+/// A decoder of 4 layers, 16 wide, that knows 32 tokens.
+#[cfg(test)]
+fn small_decoder(plan: crate::KvPlan) -> crate::FusedKvDecoderConfig {
+    crate::FusedKvDecoderConfig::new(32, plan)
+        .with_hidden_size(16)
+        .with_n_layers(4)
+        .with_n_heads(2)
+        .with_n_kv_heads(2)
+        .with_head_dim(8)
+        .with_ffn_size(24)
+}

@@ -190,7 +190,8 @@ mod tests {
 
     use super::*;
     use crate::train::checkpoint::CompleteFileRecorder;
-    use crate::{FusedKvDecoder, FusedKvDecoderConfig, FusionInit, KvPlan};
+    use crate::train::small_decoder;
+    use crate::{FusedKvDecoder, FusionInit, KvPlan};
 
     type Train = Autodiff<Flex>;
     type Model = FusedKvDecoder<Train>;
@@ -198,14 +199,7 @@ mod tests {
     const LR: f64 = 0.01;
 
     fn config(plan: KvPlan) -> TrainingConfig {
-        let model = FusedKvDecoderConfig::new(32, plan)
-            .with_hidden_size(16)
-            .with_n_layers(4)
-            .with_n_heads(2)
-            .with_n_kv_heads(2)
-            .with_head_dim(8)
-            .with_ffn_size(24)
-            .with_fusion_init(FusionInit::equal().with_residual(0.5));
+        let model = small_decoder(plan).with_fusion_init(FusionInit::equal().with_residual(0.5));
         TrainingConfig::new(model, 8, 4, 10)
             .with_grad_clip(1e9)
             .with_beta_1(0.8)

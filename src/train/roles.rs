@@ -83,7 +83,8 @@ mod tests {
     use burn_flex::{Flex, FlexDevice};
 
     use super::*;
-    use crate::{FusedKvDecoderConfig, KvPart, KvPlan};
+    use crate::train::small_decoder;
+    use crate::{KvPart, KvPlan};
 
     #[test]
     fn roles_are_told_by_the_place_in_the_decoder() {
@@ -92,14 +93,7 @@ mod tests {
             (KvPlan::FusedKv { storage_layers: 2 }, 2 * 2),
             (KvPlan::YocoPlusPlus { storage_layers: 2 }, 2),
         ] {
-            let config = FusedKvDecoderConfig::new(32, plan)
-                .with_hidden_size(16)
-                .with_n_layers(4)
-                .with_n_heads(2)
-                .with_n_kv_heads(2)
-                .with_head_dim(8)
-                .with_ffn_size(24)
-                .with_tie_embeddings(false);
+            let config = small_decoder(plan).with_tie_embeddings(false);
             let model = config.init::<Flex>(&FlexDevice).unwrap();
             let roles = Roles::of(&model);
             let count = |role| roles.0.values().filter(|&&found| found == role).count();

@@ -11,7 +11,7 @@ use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
 use tempfile::tempdir;
 
 use crate::checks::{Subject, tokens};
-use crate::formula::{model_on, off, values};
+use crate::formula::{apart, model_on, off, values};
 
 const SEED: u64 = 3;
 const VOCAB: usize = 50;
@@ -82,6 +82,7 @@ pub fn gradients<B: Backend>(subject: &Subject<B>) {
         KvPlan::FusedKv { storage_layers: 2 },
         KvPlan::DenseFusion { storage_layers: 2 },
         KvPlan::YocoPlusPlus { storage_layers: 3 },
+        apart(4),
     ] {
         let (loss, found) = step::<Autodiff<B>>(&plan, &subject.device);
         let (expected_loss, expected) = step::<Autodiff<NdArray>>(&plan, &Default::default());

@@ -62,29 +62,29 @@ fn custom(n_layers: usize) -> KvPlan {
     KvPlan::Custom { layers }
 }
 
-/// Keys and values apart: keys of their own, to which the bottom's are added, with the bottom's values;
-/// values of their own with a blend of keys; blends that a layer's own are part of; and on top one that
-/// stores nothing.
-fn apart(n_layers: usize) -> KvPlan {
+/// Keys and values apart: some of a layer's own, to which the bottom's are added, beside some that it
+/// blends with its own or with others', and on top a layer that stores nothing.
+pub fn apart(n_layers: usize) -> KvPlan {
+    let own = KvSource::Own { residual: Some(0) };
     let blend = |sources, weights| KvSource::Blend { sources, weights };
     let layers = (0..n_layers)
         .map(|layer| match layer % 4 {
-            0 if layer == 0 => LayerKv::OWN,
+            _ if layer == 0 => LayerKv::OWN,
             _ if layer > 1 && layer + 1 == n_layers => LayerKv {
-                key: blend(vec![0, 1], BlendWeights::PerChannel),
+                key: blend(vec![1, 0], BlendWeights::PerLayer),
                 value: KvSource::AsIs(0),
             },
             1 => LayerKv {
-                key: KvSource::Own { residual: Some(0) },
-                value: KvSource::AsIs(0),
+                key: own.clone(),
+                value: blend(vec![layer, 0], BlendWeights::PerChannel),
             },
             2 => LayerKv {
-                key: blend(vec![layer - 1, 0], BlendWeights::PerLayer),
-                value: KvSource::Own { residual: Some(0) },
+                key: blend(vec![0, layer], BlendWeights::PerChannel),
+                value: own.clone(),
             },
             _ => LayerKv {
-                key: blend(vec![0, layer], BlendWeights::PerChannel),
-                value: blend(vec![layer, 0], BlendWeights::PerChannel),
+                key: KvSource::AsIs(1),
+                value: KvSource::OWN,
             },
         })
         .collect();

@@ -6,7 +6,7 @@ use fusedkv::{
 };
 use proptest::prelude::*;
 
-use crate::models::{Case, F64, VOCAB, any_case, difference, model, values};
+use crate::models::{Case, F64, VOCAB, any_case, difference, model, small, values};
 
 fn batch(rows: &[Vec<u32>]) -> TokenBatch<F64> {
     TokenBatch::from_rows(rows, VOCAB, &Default::default()).unwrap()
@@ -22,14 +22,7 @@ fn seen(cache: &FusedKvCache<F64>, n_layers: usize) -> (Vec<usize>, usize, Vec<f
 fn fixed_case() -> Case {
     let plan = KvPlan::FusedKv { storage_layers: 2 };
     Case {
-        config: fusedkv::FusedKvDecoderConfig::new(VOCAB, plan)
-            .with_hidden_size(12)
-            .with_n_layers(4)
-            .with_n_heads(4)
-            .with_n_kv_heads(2)
-            .with_head_dim(4)
-            .with_ffn_size(10)
-            .with_max_positions(16),
+        config: small(plan).with_max_positions(16),
         tokens: vec![vec![1, 2, 3], vec![4, 5, 6]],
         seed: 3,
     }

@@ -8,7 +8,7 @@ use fusedkv::{
 };
 use proptest::prelude::*;
 
-use crate::models::{Case, VOCAB, any_case, values};
+use crate::models::{Case, VOCAB, any_case, small, values};
 
 /// Prefills all but the last token and decodes it: the cache, and the last logits.
 fn decode(
@@ -122,14 +122,7 @@ fn a_backend_without_the_numbers_says_so() {
 fn caches_of_other_numbers_are_cut_and_shuffled_alike() {
     let plan = KvPlan::FusedKv { storage_layers: 2 };
     let case = Case {
-        config: FusedKvDecoderConfig::new(VOCAB, plan)
-            .with_hidden_size(12)
-            .with_n_layers(4)
-            .with_n_heads(4)
-            .with_n_kv_heads(2)
-            .with_head_dim(4)
-            .with_ffn_size(10)
-            .with_max_positions(16),
+        config: small(plan).with_max_positions(16),
         tokens: vec![vec![1, 2, 3], vec![4, 5, 6]],
         seed: 5,
     };
@@ -155,14 +148,7 @@ fn caches_of_other_numbers_are_cut_and_shuffled_alike() {
 fn an_overflow_in_the_cache_is_an_error_of_generation() {
     let plan = KvPlan::FusedKv { storage_layers: 2 };
     let mut model = Case {
-        config: FusedKvDecoderConfig::new(VOCAB, plan)
-            .with_hidden_size(12)
-            .with_n_layers(4)
-            .with_n_heads(4)
-            .with_n_kv_heads(2)
-            .with_head_dim(4)
-            .with_ffn_size(10)
-            .with_max_positions(16),
+        config: small(plan).with_max_positions(16),
         tokens: vec![],
         seed: 5,
     }

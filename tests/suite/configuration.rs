@@ -10,7 +10,7 @@ use fusedkv::{
 };
 use proptest::prelude::*;
 
-use crate::models::{F64, VOCAB, any_case, plans, values};
+use crate::models::{F64, VOCAB, any_case, plans, small, values};
 
 fn layer(key: KvSource, value: KvSource) -> LayerKv {
     LayerKv { key, value }
@@ -157,13 +157,7 @@ fn plans_nobody_can_follow_are_refused() {
 
 #[test]
 fn configurations_nobody_can_build_are_refused() {
-    let good = FusedKvDecoderConfig::new(VOCAB, KvPlan::Standard)
-        .with_hidden_size(12)
-        .with_n_layers(4)
-        .with_n_heads(4)
-        .with_n_kv_heads(2)
-        .with_head_dim(4)
-        .with_ffn_size(10);
+    let good = small(KvPlan::Standard);
     let refused = |change: fn(&mut FusedKvDecoderConfig)| {
         let mut config = good.clone();
         change(&mut config);
@@ -351,13 +345,7 @@ fn configuration_survives_json() {
 fn fusion_weights_start_where_they_are_told() {
     let weights = |init: FusionInit| {
         let plan = KvPlan::FusedKv { storage_layers: 3 };
-        let config = FusedKvDecoderConfig::new(VOCAB, plan)
-            .with_hidden_size(12)
-            .with_n_layers(4)
-            .with_n_heads(4)
-            .with_n_kv_heads(2)
-            .with_head_dim(4)
-            .with_ffn_size(10);
+        let config = small(plan);
         let model = config
             .with_fusion_init(init)
             .init::<F64>(&Default::default())
@@ -380,13 +368,7 @@ fn fusion_weights_start_where_they_are_told() {
 
     for start in [0.0, 0.25] {
         let plan = KvPlan::YocoPlusPlus { storage_layers: 3 };
-        let model = FusedKvDecoderConfig::new(VOCAB, plan)
-            .with_hidden_size(12)
-            .with_n_layers(4)
-            .with_n_heads(4)
-            .with_n_kv_heads(2)
-            .with_head_dim(4)
-            .with_ffn_size(10)
+        let model = small(plan)
             .with_fusion_init(FusionInit::lite().with_residual(start))
             .init::<F64>(&Default::default())
             .unwrap();

@@ -7,7 +7,7 @@ use fusedkv::backend::Flex;
 use fusedkv::{FusedKvDecoder, FusionForm, KvPlan, Logits, TokenBatch};
 use proptest::prelude::*;
 
-use crate::models::{Case, F64, VOCAB, any_case, difference};
+use crate::models::{Case, F64, VOCAB, any_case, difference, small};
 
 /// What f64 leaves; see [`F64`] on what Burn's norm does to it.
 const SAME: f64 = 1e-6;
@@ -282,13 +282,7 @@ fn set_fusion<B: Backend>(
 /// The methods differ from each other: none is another under a new name.
 #[test]
 fn methods_are_distinct() {
-    let config = fusedkv::FusedKvDecoderConfig::new(VOCAB, KvPlan::Standard)
-        .with_hidden_size(12)
-        .with_n_layers(6)
-        .with_n_heads(4)
-        .with_n_kv_heads(2)
-        .with_head_dim(4)
-        .with_ffn_size(10);
+    let config = small(KvPlan::Standard).with_n_layers(6);
     let tokens = vec![vec![1, 5, 2, 9, 3, 3, 7]];
     let case = Case {
         config,

@@ -9,7 +9,7 @@ use fusedkv::{
 };
 use proptest::prelude::*;
 
-use crate::models::{Case, F64, VOCAB, any_case};
+use crate::models::{Case, F64, VOCAB, any_case, small};
 
 fn rows(tokens: impl Iterator<Item = GeneratedToken>, n: usize) -> Vec<Vec<u32>> {
     let mut rows = vec![vec![]; n];
@@ -70,14 +70,7 @@ proptest! {
 fn fixed_case() -> Case {
     let plan = fusedkv::KvPlan::FusedKv { storage_layers: 2 };
     Case {
-        config: fusedkv::FusedKvDecoderConfig::new(VOCAB, plan)
-            .with_hidden_size(12)
-            .with_n_layers(4)
-            .with_n_heads(4)
-            .with_n_kv_heads(2)
-            .with_head_dim(4)
-            .with_ffn_size(10)
-            .with_max_positions(16),
+        config: small(plan).with_max_positions(16),
         tokens: vec![],
         seed: 3,
     }

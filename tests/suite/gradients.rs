@@ -6,7 +6,7 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 use fusedkv::backend::Autodiff;
 use fusedkv::{CacheError, FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
 
-use crate::models::{F64, model, values};
+use crate::models::{F64, model, small, values};
 
 type A64 = Autodiff<F64>;
 
@@ -57,14 +57,11 @@ impl<B: Backend> ModuleMapper<B> for Nudge {
 }
 
 fn check(plan: KvPlan, expected_weights: usize) {
-    let config = FusedKvDecoderConfig::new(8, plan)
-        .with_hidden_size(12)
-        .with_n_layers(4)
-        .with_n_heads(4)
-        .with_n_kv_heads(2)
-        .with_head_dim(4)
-        .with_ffn_size(10)
-        .with_rope_theta(100.0);
+    let config = FusedKvDecoderConfig {
+        vocab_size: 8,
+        ..small(plan)
+    }
+    .with_rope_theta(100.0);
     let decoder = model::<A64>(&config, 5);
     let gradients = objective(&decoder).backward();
     let mut collect = Collect(vec![], &gradients, false);

@@ -42,15 +42,21 @@ pub fn model<B: Backend>(config: &FusedKvDecoderConfig, seed: u64) -> FusedKvDec
     formula::model_on(config, seed, &Default::default())
 }
 
-/// A decoder of 4 layers that reads up to 64 tokens below [`VOCAB`].
-pub fn fixed(plan: KvPlan) -> FusedKvDecoderConfig {
+/// A decoder of 4 layers, 12 wide, of tokens below [`VOCAB`].
+pub fn small(plan: KvPlan) -> FusedKvDecoderConfig {
     FusedKvDecoderConfig::new(VOCAB, plan)
         .with_hidden_size(12)
         .with_n_layers(4)
         .with_n_heads(4)
         .with_n_kv_heads(2)
-        .with_head_dim(6)
+        .with_head_dim(4)
         .with_ffn_size(10)
+}
+
+/// [`small`] with heads of 6 channels that reads up to 64 tokens.
+pub fn fixed(plan: KvPlan) -> FusedKvDecoderConfig {
+    small(plan)
+        .with_head_dim(6)
         .with_rope_theta(1e4)
         .with_max_positions(64)
 }
@@ -70,10 +76,14 @@ prop_compose! {
         shape in Just((n_layers, n_kv_heads, group, 2 * pairs, tie)),
     ) -> Case {
         let (n_layers, n_kv_heads, group, head_dim, tie) = shape;
-        let config = FusedKvDecoderConfig::new(VOCAB, plan).with_hidden_size(12).with_n_layers(n_layers).with_n_heads(n_kv_heads * group).with_n_kv_heads(n_kv_heads).with_head_dim(head_dim).with_ffn_size(10)
-        .with_tie_embeddings(tie)
-        .with_rope_theta(100.0)
-        .with_max_positions(64);
+        let config = small(plan)
+            .with_n_layers(n_layers)
+            .with_n_heads(n_kv_heads * group)
+            .with_n_kv_heads(n_kv_heads)
+            .with_head_dim(head_dim)
+            .with_tie_embeddings(tie)
+            .with_rope_theta(100.0)
+            .with_max_positions(64);
         Case { config, tokens, seed }
     }
 }
