@@ -123,7 +123,10 @@ pub fn convert<B: Backend>(
     converted.norm = model.norm.clone();
     converted.lm_head = model.lm_head.clone();
     for (to, from) in converted.layers.iter_mut().zip(&model.layers) {
-        let (fusion, residual) = (to.self_attn.kv_fusion.take(), to.self_attn.kv_residual.take());
+        let (fusion, residual) = (
+            to.self_attn.kv_fusion.take(),
+            to.self_attn.kv_residual.take(),
+        );
         let stores_keys = to.self_attn.k_proj.is_some();
         let stores_values = to.self_attn.v_proj.is_some();
         // Everything but what the plan decides is the standard decoder's.

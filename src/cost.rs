@@ -104,7 +104,9 @@ impl DecoderCosts {
             };
             // Pairs of query and key: position t sees t + 1 keys, or those of its window.
             let last = cached + tokens;
-            let pairs: usize = (last - queries + 1..=last).map(|keys| spec.visible(keys)).sum();
+            let pairs: usize = (last - queries + 1..=last)
+                .map(|keys| spec.visible(keys))
+                .sum();
             let kv = tokens * self.stored(layer) * c.hidden_size * spec.kv.width();
             let trunk = c.hidden_size * (2 * spec.q_width() + 3 * spec.ffn_size);
             kv + queries * trunk + pairs * spec.q_width() * self.layout.n_reads(layer)

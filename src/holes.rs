@@ -99,7 +99,11 @@ mod tests {
             (2, 4, 2),
             (3, 4, 0),
         ] {
-            assert_eq!(some.start_of_last(tokens, end), start, "{tokens} before {end}");
+            assert_eq!(
+                some.start_of_last(tokens, end),
+                start,
+                "{tokens} before {end}"
+            );
         }
         assert_eq!(holes(&[]).start_of_last(3, 5), 2);
     }

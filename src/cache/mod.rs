@@ -19,8 +19,8 @@ use crate::kernels::stored::Stored;
 use crate::plan::{KvLayout, KvPart, PerPart};
 pub use dtype::CacheDtype;
 pub use error::CacheError;
-use slot::{HISTORY, Slot};
 pub(crate) use slot::SlotShape;
+use slot::{HISTORY, Slot};
 pub(crate) use store::{KvStore, Uncached};
 
 /// What a cache must agree with its decoder about.
@@ -44,7 +44,12 @@ impl CacheShape {
         for (layer, slot) in self.slots.iter().enumerate() {
             let head = (slot.head_dim.checked_mul(numbers.size())?).checked_add(scale)?;
             let stored = KvPart::BOTH.map(|part| usize::from(self.layout.stores(part, layer)));
-            let tensors = [stored.iter().sum(), batch, slot.n_kv_heads, slot.tokens(capacity)];
+            let tensors = [
+                stored.iter().sum(),
+                batch,
+                slot.n_kv_heads,
+                slot.tokens(capacity),
+            ];
             let tensors = tensors.into_iter().try_fold(head, usize::checked_mul)?;
             bytes = bytes.checked_add(tensors)?;
         }
@@ -357,7 +362,9 @@ fn needed(holes: &[Holes], len: usize, window: Option<usize>) -> usize {
     let Some(window) = window else {
         return 0;
     };
-    let starts = holes.iter().map(|holes| holes.start_of_last(window - 1, len));
+    let starts = holes
+        .iter()
+        .map(|holes| holes.start_of_last(window - 1, len));
     starts.min().unwrap_or(0)
 }
 

@@ -102,7 +102,9 @@ fn check(config: &ModelConfig, weights: &mut Weights) -> Result<Vec<FileTensor>,
         for index in 0..decoder.n_layers {
             let of_layer = layer_tensors(decoder, &LayerKv::OWN, index);
             // One that no family has in another tensor.
-            let norm = of_layer.iter().find(|spec| spec.name.ends_with("norm.weight"));
+            let norm = of_layer
+                .iter()
+                .find(|spec| spec.name.ends_with("norm.weight"));
             if let Some(norm) = norm.filter(|norm| !weights.contains(&norm.name)) {
                 return Err(weights.missing(norm));
             }

@@ -261,8 +261,10 @@ impl Shard {
             source,
         };
         let mut file = BufWriter::new(File::create(&path).map_err(write)?);
-        let (specs, parts): (Vec<_>, Vec<_>) =
-            (tensors.into_iter().map(|tensor| (tensor.spec, tensor.parts))).unzip();
+        let (specs, parts): (Vec<_>, Vec<_>) = (tensors
+            .into_iter()
+            .map(|tensor| (tensor.spec, tensor.parts)))
+        .unzip();
         file.write_all(&header(&specs, dtype)).map_err(write)?;
         // Rows that follow one another in a tensor do so in the file.
         let parts: Vec<TensorSpec> = parts.into_iter().flatten().collect();

@@ -60,7 +60,9 @@ pub(super) fn file_tensors(config: &FusedKvDecoderConfig, layout: &KvLayout) -> 
 /// What the tensor is called that a parameter is a part of.
 fn fused_name(parameter: &str) -> Option<String> {
     FUSED.iter().find_map(|(fused, parts)| {
-        let part = parts.iter().find(|part| parameter.contains(&format!(".{part}.")))?;
+        let part = parts
+            .iter()
+            .find(|part| parameter.contains(&format!(".{part}.")))?;
         Some(parameter.replace(&format!(".{part}."), &format!(".{fused}.")))
     })
 }

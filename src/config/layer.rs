@@ -53,7 +53,9 @@ impl LayerSpec {
 
     /// How many of `context` tokens its last query sees.
     pub(crate) fn visible(&self, context: usize) -> usize {
-        self.kind.window.map_or(context, |window| window.min(context))
+        self.kind
+            .window
+            .map_or(context, |window| window.min(context))
     }
 }
 
@@ -67,7 +69,10 @@ impl FusedKvDecoderConfig {
                 rope: Some(self.rope()),
             },
         };
-        let rotary_dim = kind.rope.as_ref().map_or(0, |rope| rope.rotary_dim(self.head_dim));
+        let rotary_dim = kind
+            .rope
+            .as_ref()
+            .map_or(0, |rope| rope.rotary_dim(self.head_dim));
         LayerSpec {
             kind,
             n_heads: self.n_heads,

@@ -52,8 +52,7 @@ impl<B: Backend> Attention<B> {
     ) -> Self {
         let (block, spec, hidden) = (&config.block, config.layer(index), config.hidden_size);
         let (q_width, kv_width) = (spec.q_width(), spec.kv.width());
-        let projection =
-            |shape, bias| Projection::new(shape, bias, &config.initializer(), device);
+        let projection = |shape, bias| Projection::new(shape, bias, &config.initializer(), device);
         let norm = |width: Option<usize>| width.map(|width| Norm::new(width, config, device));
         let [q_norm, k_norm] = spec.qk_norm_widths(block.qk_norm);
         let stores = |part| layout.stores(part, index);

@@ -24,11 +24,7 @@ pub struct FeedForward<B: Backend> {
 }
 
 impl<B: Backend> FeedForward<B> {
-    pub(super) fn new(
-        config: &FusedKvDecoderConfig,
-        ffn_size: usize,
-        device: &B::Device,
-    ) -> Self {
+    pub(super) fn new(config: &FusedKvDecoderConfig, ffn_size: usize, device: &B::Device) -> Self {
         let (hidden, bias) = (config.hidden_size, config.block.mlp_bias);
         let projection = |shape| Projection::new(shape, bias, &config.initializer(), device);
         Self {

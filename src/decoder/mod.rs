@@ -26,10 +26,12 @@ pub use record::{DecoderRecord, PlanModule, PlanRecord, RecordError};
 pub use rope::{Rope, RopeAngles, RopeError};
 
 use crate::attention::FusionForm;
-use crate::cache::{CacheDtype, CacheError, CacheShape, FusedKvCache, KvStore, SlotShape, Uncached};
+use crate::cache::{
+    CacheDtype, CacheError, CacheShape, FusedKvCache, KvStore, SlotShape, Uncached,
+};
 use crate::config::{ConfigError, FusedKvDecoderConfig, LayerKind};
-use crate::kernels::operands::Visibility;
 use crate::holes::Holes;
+use crate::kernels::operands::Visibility;
 use crate::kernels::{self, tied_head};
 use crate::plan::KvLayout;
 #[cfg(feature = "convert")]
@@ -427,8 +429,10 @@ impl<B: Backend> FusedKvDecoder<B> {
         let holes = tokens.holes(holes, cached);
         let positions: Option<Vec<Vec<usize>>> = (!holes.is_empty()).then(|| {
             let rows = past.iter().zip(tokens.padding());
-            rows.map(|(past, &padding)| (0..seq).map(|i| past + i.saturating_sub(padding)).collect())
-                .collect()
+            rows.map(|(past, &padding)| {
+                (0..seq).map(|i| past + i.saturating_sub(padding)).collect()
+            })
+            .collect()
         });
         let angles = |rope: &Rope| match &positions {
             None => rope.range(cached, seq, &device),
@@ -441,7 +445,11 @@ impl<B: Backend> FusedKvDecoder<B> {
             angles: rope.as_ref().map(angles),
             visibility: Visibility::new(*window, holes.clone(), cached + seq),
         };
-        self.ropes.iter().zip(self.windows.iter()).map(span).collect()
+        self.ropes
+            .iter()
+            .zip(self.windows.iter())
+            .map(span)
+            .collect()
     }
 }
 

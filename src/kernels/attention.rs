@@ -53,11 +53,7 @@ pub(crate) fn blended<B: Backend>(
 }
 
 /// As many queries as keys, by Burn's `attention`.
-fn whole<B: Backend>(
-    query: Tensor<B, 4>,
-    key: Tensor<B, 4>,
-    value: Tensor<B, 4>,
-) -> Tensor<B, 4> {
+fn whole<B: Backend>(query: Tensor<B, 4>, key: Tensor<B, 4>, value: Tensor<B, 4>) -> Tensor<B, 4> {
     let [_, n_heads, n_queries, _] = query.dims();
     let (key, value) = (repeat_heads(key, n_heads), repeat_heads(value, n_heads));
     let options = AttentionModuleOptions {

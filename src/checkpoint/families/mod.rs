@@ -198,7 +198,10 @@ pub(super) fn read(keys: &Keys) -> Result<FusedKvDecoderConfig, CheckpointError>
         .with_hidden_size(hidden_size)
         .with_n_layers(n_layers)
         .with_n_heads(n_heads)
-        .with_n_kv_heads(keys.optional_count("num_key_value_heads")?.unwrap_or(n_heads))
+        .with_n_kv_heads(
+            keys.optional_count("num_key_value_heads")?
+                .unwrap_or(n_heads),
+        )
         .with_head_dim(head_dim)
         .with_ffn_size(keys.count("intermediate_size")?)
         .with_rope_theta(theta)
@@ -248,7 +251,9 @@ pub(super) fn write(config: &FusedKvDecoderConfig) -> Result<Value, CheckpointEr
             json[key] = json!(value);
         }
     }
-    let name = ACTIVATIONS.iter().find(|(_, known)| *known == block.activation);
+    let name = ACTIVATIONS
+        .iter()
+        .find(|(_, known)| *known == block.activation);
     if let Some((name, _)) = name {
         json[format.activation.0] = json!(name);
     }
@@ -282,17 +287,32 @@ fn check_written(json: &Value, config: &FusedKvDecoderConfig) -> Result<(), Chec
     };
     for (field, same) in [
         ("norm_placement", said.norm_placement == is.norm_placement),
-        ("norm_unit_offset", said.norm_unit_offset == is.norm_unit_offset),
+        (
+            "norm_unit_offset",
+            said.norm_unit_offset == is.norm_unit_offset,
+        ),
         ("qk_norm", said.qk_norm == is.qk_norm),
         ("qkv_bias", said.qkv_bias == is.qkv_bias),
         ("output_bias", said.output_bias == is.output_bias),
         ("mlp_bias", said.mlp_bias == is.mlp_bias),
         ("activation", said.activation == is.activation),
-        ("embedding_scale", close(said.embedding_scale, is.embedding_scale)),
-        ("attention_scale", close(said.attention_scale, is.attention_scale)),
-        ("attention_softcap", close(said.attention_softcap, is.attention_softcap)),
+        (
+            "embedding_scale",
+            close(said.embedding_scale, is.embedding_scale),
+        ),
+        (
+            "attention_scale",
+            close(said.attention_scale, is.attention_scale),
+        ),
+        (
+            "attention_softcap",
+            close(said.attention_softcap, is.attention_softcap),
+        ),
         ("logit_softcap", close(said.logit_softcap, is.logit_softcap)),
-        ("layers, rope_scaling or rotary_dim", layers(&read) == layers(config)),
+        (
+            "layers, rope_scaling or rotary_dim",
+            layers(&read) == layers(config),
+        ),
     ] {
         if !same {
             return Err(CheckpointError::Family {
@@ -311,12 +331,16 @@ fn format_and_plan(keys: &Keys) -> Result<(&'static Format, KvPlan), CheckpointE
     });
     let plan = plan.transpose()?;
     let known = || {
-        let names = FORMATS.iter().map(|format| format!("\"{}\"", format.model_type));
+        let names = FORMATS
+            .iter()
+            .map(|format| format!("\"{}\"", format.model_type));
         names.collect::<Vec<_>>().join(", ")
     };
     let format = |key: &str, name: &str| {
         let format = FORMATS.iter().find(|format| format.model_type == name);
-        format.copied().ok_or_else(|| keys.wrong(key, format!("\"{FUSED}\" or one of {}", known())))
+        format
+            .copied()
+            .ok_or_else(|| keys.wrong(key, format!("\"{FUSED}\" or one of {}", known())))
     };
     let model_type = keys.get("model_type").and_then(Value::as_str);
     match (model_type.unwrap_or_default(), plan) {
@@ -326,7 +350,9 @@ fn format_and_plan(keys: &Keys) -> Result<(&'static Format, KvPlan), CheckpointE
             Ok((format("base_model_type", &base)?, plan))
         }
         (FUSED, None) => Err(keys.wrong("kv_plan", "a plan, for the model_type \"fusedkv\"")),
-        (name, None | Some(KvPlan::Standard)) => Ok((format("model_type", name)?, KvPlan::Standard)),
+        (name, None | Some(KvPlan::Standard)) => {
+            Ok((format("model_type", name)?, KvPlan::Standard))
+        }
         (name, Some(_)) => {
             format("model_type", name)?;
             Err(keys.wrong("kv_plan", format!("none, for the model_type \"{name}\"")))

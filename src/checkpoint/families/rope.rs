@@ -29,12 +29,14 @@ pub(super) struct Ropes {
 const FULL: &str = "full_attention";
 const SLIDING: &str = "sliding_attention";
 const POSITIONS: &str = "original_max_position_embeddings";
-const TYPES: &str =
-    "\"default\", \"linear\", \"dynamic\", \"llama3\", \"yarn\" or \"longrope\"";
+const TYPES: &str = "\"default\", \"linear\", \"dynamic\", \"llama3\", \"yarn\" or \"longrope\"";
 
 impl Ropes {
     pub fn of(&self, sliding: bool) -> &RopeConfig {
-        self.sliding.as_ref().filter(|_| sliding).unwrap_or(&self.full)
+        self.sliding
+            .as_ref()
+            .filter(|_| sliding)
+            .unwrap_or(&self.full)
     }
 
     /// The positions a model of `max_position_embeddings` reads: with a base that grows with the
@@ -55,13 +57,15 @@ pub(super) fn read(
 ) -> Result<Ropes, CheckpointError> {
     let scaling = keys.object("rope_scaling")?.filter(|rope| !rope.is_empty());
     let parameters = keys.object("rope_parameters")?;
-    let read = |theta: f64, rope: Option<&Keys>| Reader {
-        keys,
-        format,
-        head_dim,
-        max_positions,
-    }
-    .rope(theta, rope);
+    let read = |theta: f64, rope: Option<&Keys>| {
+        Reader {
+            keys,
+            format,
+            head_dim,
+            max_positions,
+        }
+        .rope(theta, rope)
+    };
     let theta = keys.number("rope_theta")?;
     let default = format.defaults.rope_theta;
     let RopeKeys::ByLayerType { sliding_theta } = format.rope else {
@@ -92,7 +96,10 @@ pub(super) fn read(
     let local = keys.number("rope_local_base_freq")?;
     Ok(Ropes {
         full: read(theta.unwrap_or(default), full.as_ref())?,
-        sliding: Some(read(local.unwrap_or(sliding_theta), by_type(SLIDING)?.as_ref())?),
+        sliding: Some(read(
+            local.unwrap_or(sliding_theta),
+            by_type(SLIDING)?.as_ref(),
+        )?),
     })
 }
 
@@ -146,8 +153,7 @@ impl Reader<'_> {
         let number = |key: &str, default: f64| -> Result<f64, CheckpointError> {
             Ok(rope.number(key)?.unwrap_or(default))
         };
-        let needed =
-            |key: &str| rope.number(key)?.ok_or_else(|| rope.wrong(key, "a number"));
+        let needed = |key: &str| rope.number(key)?.ok_or_else(|| rope.wrong(key, "a number"));
         let positions = || -> Result<usize, CheckpointError> {
             let beside = match self.format.rope {
                 RopeKeys::Phi3 => self.keys.optional_count(POSITIONS)?.or(Some(4096)),
@@ -155,7 +161,9 @@ impl Reader<'_> {
             };
             Ok(match beside {
                 Some(positions) => positions,
-                None => rope.optional_count(POSITIONS)?.unwrap_or(self.max_positions),
+                None => rope
+                    .optional_count(POSITIONS)?
+                    .unwrap_or(self.max_positions),
             })
         };
         match (name.as_deref().unwrap_or("default"), self.format.rope) {
@@ -247,7 +255,8 @@ pub(super) fn write(json: &mut Value, config: &FusedKvDecoderConfig, format: &Fo
     if let RopeScaling::Dynamic { positions, .. } = full.scaling {
         json["max_position_embeddings"] = json!(positions);
     }
-    if let (RopeKeys::Phi3, RopeScaling::LongRope { positions, .. }) = (format.rope, &full.scaling) {
+    if let (RopeKeys::Phi3, RopeScaling::LongRope { positions, .. }) = (format.rope, &full.scaling)
+    {
         json[POSITIONS] = json!(positions);
     }
     match format.rope {

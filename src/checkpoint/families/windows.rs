@@ -82,7 +82,8 @@ impl Windows {
             }
         };
         let kinds: Vec<_> = (0..n_layers).map(kind).collect();
-        let plain = |kind: &LayerKind| kind.window.is_none() && kind.rope == Some(ropes.full.clone());
+        let plain =
+            |kind: &LayerKind| kind.window.is_none() && kind.rope == Some(ropes.full.clone());
         Ok(match kinds.iter().all(plain) {
             true => Vec::new(),
             false => kinds,
@@ -95,7 +96,10 @@ impl Windows {
         let from = keys.optional_count("max_window_layers")?.unwrap_or(28);
         let nth = match self {
             Self::AllButEvery { nth, key } => {
-                let told = key.map(|key| keys.optional_count(key)).transpose()?.flatten();
+                let told = key
+                    .map(|key| keys.optional_count(key))
+                    .transpose()?
+                    .flatten();
                 told.filter(|&nth| nth > 0).unwrap_or(nth)
             }
             _ => 1,
@@ -117,7 +121,11 @@ impl Windows {
             _ => None,
         };
         let read = |value: &Value| {
-            let types = value.as_array()?.iter().map(slides).collect::<Option<Vec<_>>>()?;
+            let types = value
+                .as_array()?
+                .iter()
+                .map(slides)
+                .collect::<Option<Vec<_>>>()?;
             (types.len() == n_layers).then_some(types)
         };
         let expected = match self {
@@ -147,18 +155,26 @@ impl Windows {
             return Err(keys.wrong("no_rope_layer_interval", "at least 1"));
         }
         let layers = 0..n_layers.min(MAX_LAYERS);
-        Ok(Some(layers.map(|layer| (layer + 1).is_multiple_of(interval)).collect()))
+        Ok(Some(
+            layers
+                .map(|layer| (layer + 1).is_multiple_of(interval))
+                .collect(),
+        ))
     }
 
     pub fn write(self, json: &mut Value, config: &FusedKvDecoderConfig) {
         if matches!(self, Self::None) {
             return;
         }
-        let kinds: Vec<_> = (0..config.n_layers).map(|layer| config.layer(layer).kind).collect();
+        let kinds: Vec<_> = (0..config.n_layers)
+            .map(|layer| config.layer(layer).kind)
+            .collect();
         let window = kinds.iter().find_map(|kind| kind.window);
         json["sliding_window"] = json!(window);
         let slides = |kind: &LayerKind| kind.window.is_some();
-        let types = kinds.iter().map(|kind| if slides(kind) { SLIDING } else { FULL });
+        let types = kinds
+            .iter()
+            .map(|kind| if slides(kind) { SLIDING } else { FULL });
         match self {
             Self::None => {}
             // Mistral's files that have types are opened as another family's.

@@ -19,9 +19,7 @@ const PART: usize = 2 * TILE;
 /// `[batch, n_heads, n_queries, head_dim]`.
 pub(super) fn attention(problem: &Problem) -> Vec<f32> {
     let heads = problem.batch * problem.n_kv_heads;
-    let first = problem
-        .seen
-        .first_key([problem.n_queries, problem.n_keys]);
+    let first = problem.seen.first_key([problem.n_queries, problem.n_keys]);
     let tasks: Vec<_> = (0..heads)
         .flat_map(|head| {
             let starts = (first..problem.n_keys).step_by(PART);
