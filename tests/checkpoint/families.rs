@@ -5,13 +5,16 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::backend::Backend;
+use burn::backend::Autodiff;
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::{Tensor, backend::Backend};
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
 use fusedkv::config::{Family, RopeScaling};
-use fusedkv::{FusedKvDecoder, Logits, TokenBatch};
+use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, Logits, TokenBatch};
 
-use crate::models::{off, values};
+use crate::models::{model, off, plans as every_plan, values};
 use crate::parameters;
 
 /// f32 on both sides, after up to eight layers.
@@ -161,6 +164,82 @@ fn every_family_is_saved_as_it_was() {
             parameters(&again_model),
             "{}",
             again.name
+        );
+    }
+}
+
+/// Every plan that there is for the family's kinds of layers.
+fn plans(config: &FusedKvDecoderConfig) -> impl Iterator<Item = FusedKvDecoderConfig> {
+    let n_layers = config.n_layers;
+    let plans = every_plan(n_layers)
+        .into_iter()
+        .map(move |plan| FusedKvDecoderConfig {
+            plan,
+            ..config.clone()
+        });
+    plans.filter(|config| config.validate().is_ok())
+}
+
+/// Saved and loaded to the bit; in two chunks what it is at once; gradients of every parameter that
+/// are numbers.
+#[test]
+fn every_plan_of_every_family_saves_caches_and_trains() {
+    let mut plans_of = BTreeMap::new();
+    for case in cases() {
+        let seen: &mut usize = plans_of.entry(case.name.clone()).or_default();
+        let original = case.model().config().clone();
+        for config in plans(&original).step_by(3) {
+            *seen += 1;
+            let context = format!("{} {:?}", case.name, config.plan);
+            let model = model::<Flex>(&config, 5);
+            let directory = tempfile::tempdir().unwrap();
+            save_checkpoint(directory.path(), &model, &SaveOptions::new()).unwrap();
+            let loaded = load_checkpoint::<Flex>(directory.path(), WeightDtype::F32, &FlexDevice);
+            let loaded = loaded.unwrap().model;
+            assert_eq!(loaded.config().block, config.block, "{context}");
+            assert_eq!(parameters(&loaded), parameters(&model), "{context}");
+
+            let whole = model
+                .forward(batch(&model, &[case.tokens[..20].to_vec()]))
+                .unwrap();
+            let mut cache = model.new_cache(1, 20).unwrap();
+            for range in [0..11, 11..20] {
+                let tokens = batch(&model, &[case.tokens[range.clone()].to_vec()]);
+                let logits = model
+                    .forward_cached(tokens, &mut cache, Logits::All)
+                    .unwrap();
+                let expected = whole.clone().narrow(1, range.start, range.len());
+                let error = off(&values(&logits), &values(&expected));
+                assert!(error < SAME, "{context}: {error}");
+            }
+
+            let training = crate::models::model::<Autodiff<Flex>>(&config, 5);
+            let logits = training
+                .forward(batch(&training, &[case.tokens[..12].to_vec()]))
+                .unwrap();
+            let gradients = logits.powi_scalar(2).mean().backward();
+            let gradients = GradientsParams::from_grads(gradients, &training);
+            let mut check = Finite { gradients, context };
+            training.visit(&mut check);
+        }
+    }
+    assert!(plans_of.values().all(|&seen| seen > 0), "{plans_of:?}");
+}
+
+/// That every parameter has a gradient of numbers.
+struct Finite {
+    gradients: GradientsParams,
+    context: String,
+}
+
+impl ModuleVisitor<Autodiff<Flex>> for Finite {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Autodiff<Flex>, D>>) {
+        let gradient = self.gradients.get::<Flex, D>(param.id);
+        let gradient = gradient.unwrap_or_else(|| panic!("{}: no gradient", self.context));
+        assert!(
+            values(&gradient).iter().all(|x| x.is_finite()),
+            "{}",
+            self.context
         );
     }
 }

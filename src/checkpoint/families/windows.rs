@@ -183,8 +183,10 @@ impl Windows {
                 json["layer_types"] = types.collect();
             }
             Self::UpperLayers | Self::NoRopeLayers => {
-                json["layer_types"] = types.collect();
                 json["use_sliding_window"] = json!(window.is_some());
+                if window.is_some() {
+                    json["layer_types"] = types.collect();
+                }
             }
         }
         if matches!(self, Self::NoRopeLayers) {
