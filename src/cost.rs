@@ -2,7 +2,7 @@
 
 use crate::config::{ConfigError, FusedKvDecoderConfig, LayerSpec};
 use crate::parameters::{TensorSpec, tensors};
-use crate::plan::{KvLayout, KvPart};
+use crate::plan::{KvLayout, KvPart, Reach};
 
 /// Costs of a decoder, derived from its configuration and plan alone.
 ///
@@ -79,8 +79,9 @@ impl DecoderCosts {
     }
 
     /// FLOPs to prefill `prompt` tokens of one row into an empty cache and get the last one's
-    /// logits. Above the highest storing layer, and in it past its keys and values, only the last
-    /// position is computed.
+    /// logits, in one pass. Only positions that somebody reads are computed: above the highest
+    /// storing layer, and in it past its keys and values, the last one; where layers have sliding
+    /// windows, those that can be seen through them.
     pub fn prefill_flops(&self, prompt: usize) -> usize {
         self.flops(prompt, 0)
     }
@@ -97,17 +98,16 @@ impl DecoderCosts {
         }
         let c = &self.config;
         let head = c.vocab_size * c.hidden_size;
+        let window = |layer| c.layer(layer).kind.window;
+        let reach = Reach::of_layers(&self.layout, window, tokens, 1);
         let layers = self.per_layer(|layer, spec| {
-            let queries = match layer < self.layout.last_store() {
-                true => tokens,
-                false => 1,
-            };
+            let Reach { stored, queries } = &reach[layer];
             // Pairs of query and key: position t sees t + 1 keys, or those of its window.
             let last = cached + tokens;
             let pairs: usize = (last - queries + 1..=last)
                 .map(|keys| spec.visible(keys))
                 .sum();
-            let kv = tokens * self.stored(layer) * c.hidden_size * spec.kv.width();
+            let kv = stored.iter().sum::<usize>() * c.hidden_size * spec.kv.width();
             let trunk = c.hidden_size * (2 * spec.q_width() + 3 * spec.ffn_size);
             kv + queries * trunk + pairs * spec.q_width() * self.layout.n_reads(layer)
         });
@@ -120,6 +120,7 @@ mod tests {
     use burn_flex::{Flex, FlexDevice};
     use proptest::prelude::*;
 
+    use crate::config::LayerKind;
     use crate::kernels::work::multiply_adds;
     use crate::{
         BlendWeights, FusedKvDecoderConfig, KvPlan, KvSource, LayerKv, Logits, TokenBatch,
@@ -177,6 +178,43 @@ mod tests {
             };
             prop_assert_eq!(2 * read(prompt), costs.prefill_flops(prompt));
             prop_assert_eq!(2 * read(1), costs.decode_flops(prompt + 1));
+        }
+
+        /// Nor any that no window reaches.
+        #[test]
+        fn windows_are_computed_as_often_as_they_cost(
+            method in prop::sample::select(KvPlan::methods().collect::<Vec<_>>()),
+            windows in prop::collection::vec(prop::option::of(1usize..8), 5),
+            same in any::<bool>(),
+            prompt in 1usize..150,
+        ) {
+            let plan = KvPlan::from_method(method, 5).unwrap();
+            let mut config = FusedKvDecoderConfig::new(13, plan)
+                .with_hidden_size(12)
+                .with_n_layers(5)
+                .with_head_dim(6)
+                .with_ffn_size(10);
+            let kind = |window: &Option<usize>| LayerKind {
+                window: if same { windows[0] } else { *window },
+                rope: None,
+            };
+            config.block.layers = windows.iter().map(kind).collect();
+            let Ok(costs) = config.costs() else {
+                // The method has a layer read of a kind that is not stored.
+                return Ok(());
+            };
+            let model = config.init::<Flex>(&FlexDevice).unwrap();
+            let mut cache = model.new_cache(1, prompt + 1).unwrap();
+            for (tokens, cost) in [
+                (prompt, costs.prefill_flops(prompt)),
+                (1, costs.decode_flops(prompt + 1)),
+            ] {
+                let batch = TokenBatch::from_rows(&[vec![1; tokens]], 13, &FlexDevice).unwrap();
+                let asked = multiply_adds(|| {
+                    model.forward_cached(batch, &mut cache, Logits::Last).unwrap();
+                });
+                prop_assert_eq!(2 * asked, cost);
+            }
         }
     }
 }

@@ -89,7 +89,7 @@ impl<B: Backend> KvFusion<B> {
         let weight = self.weight(part)?.val();
         let pairs = self.rotated_pairs;
         Some(per_source(match (part, weight.dims()) {
-            (KvPart::Key, [_, _, weights]) if weights > 1 && pairs > 0 => {
+            (KvPart::Key, dims @ [sources, _, _]) if dims != [sources, 1, 1] && pairs > 0 => {
                 let of_pairs = weight.clone().narrow(2, 0, pairs);
                 Tensor::cat(vec![of_pairs, weight], 2)
             }

@@ -16,11 +16,11 @@ use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 
 use crate::holes::Holes;
 use crate::kernels::stored::Stored;
-use crate::plan::{KvLayout, KvPart, PerPart};
+use crate::plan::{HISTORY, KvLayout, KvPart, PerPart};
 pub use dtype::CacheDtype;
 pub use error::CacheError;
+use slot::Slot;
 pub(crate) use slot::SlotShape;
-use slot::{HISTORY, Slot};
 pub(crate) use store::{KvStore, Uncached};
 
 /// What a cache must agree with its decoder about.
@@ -414,7 +414,8 @@ impl<B: Backend> KvStore<B> for Append<'_, B> {
             shape, holes, len, ..
         } = &*self.cache;
         let (len, kept) = (*len, kept(holes, *len, shape.slots[layer].window));
-        self.cache.slots[part][slot].append(len, kept, x);
+        let seq = self.seq;
+        self.cache.slots[part][slot].append(len, kept, seq, x);
     }
 
     fn get(&self, part: KvPart, layer: usize) -> Stored<B> {

@@ -3,9 +3,7 @@
 use burn::tensor::{Int, Tensor, backend::Backend};
 
 use crate::kernels::stored::Stored;
-
-/// Tokens beyond its window that a sliding layer still has at any time: how many can be taken back.
-pub(super) const HISTORY: usize = 32;
+use crate::plan::HISTORY;
 
 /// What the memory of one layer must be like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,10 +64,17 @@ impl<B: Backend> Slot<B> {
         stored.narrow(0, len - self.first)
     }
 
-    /// Writes `rows` behind the cache's first `len` slots, of which those from `needed` on are still
-    /// to be read: in place unless a fork shares the memory, or there is no room left.
-    pub fn append(&mut self, len: usize, needed: usize, rows: Tensor<B, 4>) {
-        let [_, _, seq, _] = rows.dims();
+    /// Writes `rows` as the last of `seq` slots behind the cache's first `len`, of which those from
+    /// `needed` on are still to be read: in place unless a fork shares the memory, or there is no
+    /// room left. Where rows of some slots are missing, nothing before them is read again.
+    pub fn append(&mut self, len: usize, needed: usize, seq: usize, rows: Tensor<B, 4>) {
+        let [_, _, written, _] = rows.dims();
+        if written < seq {
+            let tokens = written.max(self.tokens);
+            self.replace(|stored| stored.moved(0, 0, tokens).assign(0, rows));
+            self.first = len + seq - written;
+            return;
+        }
         if len - self.first + seq > self.rows() {
             let rows = (len - needed.max(self.first) + seq).max(self.tokens);
             self.keep(len, needed, rows);

@@ -5,13 +5,13 @@ use burn::module::Module;
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::projection::Projection;
-use super::{Norm, Span};
+use super::{Norm, Span, last};
 use crate::attention::{FusionForm, KvFusion, KvFusionConfig, KvResidual, attend, terms};
 use crate::cache::KvStore;
 use crate::config::{FusedKvDecoderConfig, QkNorm};
 use crate::kernels::operands::Term;
 use crate::kernels::{same_for_all_tokens, swap_heads};
-use crate::plan::{KvLayout, KvPart, KvSource};
+use crate::plan::{KvLayout, KvPart, KvSource, Reach};
 
 /// Grouped-query attention whose keys and values are its own or other layers'.
 ///
@@ -83,8 +83,8 @@ impl<B: Backend> Attention<B> {
         }
     }
 
-    /// Puts what layer `index` stores of the new positions: post-RoPE keys, values, and what it adds
-    /// to them of a lower layer (YOCO++).
+    /// Puts what layer `index` stores of the last positions that somebody reads: post-RoPE keys,
+    /// values, and what it adds to them of a lower layer (YOCO++).
     ///
     /// # Shapes
     /// - x: `[batch, seq, hidden_size]`, normalised
@@ -94,13 +94,14 @@ impl<B: Backend> Attention<B> {
         index: usize,
         x: &Tensor<B, 3>,
         span: &Span<B>,
+        reach: &Reach,
         store: &mut impl KvStore<B>,
     ) {
         for part in KvPart::BOTH {
             if !layout.stores(part, index) {
                 continue;
             }
-            let own = self.own(part, x.clone(), span);
+            let own = self.own(part, last(x, reach.stored[part]), span);
             let own = match layout.layer(index).part(part).residual() {
                 None => own,
                 Some(lower) => {
@@ -171,7 +172,10 @@ impl<B: Backend> Attention<B> {
             (None, _) => panic!("a block with norms of queries and keys has them"),
         };
         match &span.angles {
-            Some(angles) => angles.rotate(heads.swap_dims(1, 2)),
+            Some(angles) => {
+                let [_, seq, _, _] = heads.dims();
+                angles.last(seq).rotate(heads.swap_dims(1, 2))
+            }
             None => swap_heads(heads),
         }
     }

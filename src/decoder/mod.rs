@@ -33,9 +33,9 @@ use crate::config::{ConfigError, FusedKvDecoderConfig, LayerKind};
 use crate::holes::Holes;
 use crate::kernels::operands::Visibility;
 use crate::kernels::{self, tied_head};
-use crate::plan::KvLayout;
 #[cfg(feature = "convert")]
 use crate::plan::KvPart;
+use crate::plan::{KvLayout, Reach};
 use crate::tokens::TokenBatch;
 
 /// A decoder whose [plan](crate::KvPlan) says which layers have keys and values of their own, and
@@ -350,7 +350,7 @@ impl<B: Backend> FusedKvDecoder<B> {
     fn walk(
         &self,
         tokens: TokenBatch<B>,
-        mut spans: Vec<Span<B>>,
+        spans: Vec<Span<B>>,
         store: &mut impl KvStore<B>,
         form: Option<FusionForm>,
         logits: Option<Logits>,
@@ -361,24 +361,24 @@ impl<B: Backend> FusedKvDecoder<B> {
             x = x * scale;
         }
         let layout = self.layout();
-        for (i, layer) in self.layers.iter().enumerate() {
-            let mut input = layer.attention_input(&x);
-            let kind = layout.kind(i);
-            layer.self_attn.put(layout, i, &input, &spans[kind], store);
-            if i == layout.last_store() {
-                match logits {
-                    None => break,
-                    // From here on nobody reads the other positions.
-                    Some(Logits::Last) if seq > 1 => {
-                        x = x.narrow(1, seq - 1, 1);
-                        input = input.narrow(1, seq - 1, 1);
-                        spans = spans.into_iter().map(Span::last).collect();
-                    }
-                    Some(_) => {}
-                }
+        let wanted = match logits {
+            None => 0,
+            Some(Logits::Last) => 1,
+            Some(Logits::All) => seq,
+        };
+        let window = |layer| self.windows[layout.kind(layer)];
+        let reach = Reach::of_layers(layout, window, seq, wanted);
+        for (i, (layer, reach)) in self.layers.iter().zip(&reach).enumerate() {
+            let span = &spans[layout.kind(i)];
+            let input = layer.attention_input(&x);
+            layer.self_attn.put(layout, i, &input, span, reach, store);
+            if reach.queries == 0 {
+                break;
             }
-            let attention = &layer.self_attn;
-            let attended = attention.forward(form, layout, i, input, &spans[kind], store);
+            // From here on nobody reads the other positions.
+            x = last(&x, reach.queries);
+            let input = last(&input, reach.queries);
+            let attended = layer.self_attn.forward(form, layout, i, input, span, store);
             x = layer.add_attention(x, attended, &self.dropout);
             x = layer.add_feed_forward(x, &self.dropout);
         }
@@ -453,12 +453,11 @@ impl<B: Backend> FusedKvDecoder<B> {
     }
 }
 
-impl<B: Backend> Span<B> {
-    /// The last position's.
-    fn last(self) -> Self {
-        Self {
-            angles: self.angles.map(RopeAngles::last),
-            visibility: self.visibility.last(),
-        }
+/// The last `len` positions of `[batch, seq, width]`.
+fn last<B: Backend>(x: &Tensor<B, 3>, len: usize) -> Tensor<B, 3> {
+    let [_, seq, _] = x.dims();
+    match seq == len {
+        true => x.clone(),
+        false => x.clone().narrow(1, seq - len, len),
     }
 }

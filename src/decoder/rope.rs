@@ -175,15 +175,18 @@ impl<B: Backend> RopeAngles<B> {
         Tensor::cat(vec![rotated, stays], 3)
     }
 
-    /// The last token's angles.
-    pub(crate) fn last(self) -> Self {
-        let last = |table: Tensor<B, 4>| {
+    /// The angles of the last `len` tokens.
+    pub(crate) fn last(&self, len: usize) -> Self {
+        let last = |table: &Tensor<B, 4>| {
             let [_, _, seq, _] = table.dims();
-            table.narrow(2, seq - 1, 1)
+            match seq == len {
+                true => table.clone(),
+                false => table.clone().narrow(2, seq - len, len),
+            }
         };
         Self {
-            cos: last(self.cos),
-            sin: last(self.sin),
+            cos: last(&self.cos),
+            sin: last(&self.sin),
             head_dim: self.head_dim,
         }
     }

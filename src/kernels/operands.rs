@@ -1,6 +1,6 @@
 //! What attention is computed of.
 
-use std::cell::OnceCell;
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -41,8 +41,8 @@ impl<B: Backend> Term<B> {
 #[derive(Clone, Debug)]
 pub(crate) struct Visibility<B: Backend> {
     pub seen: Seen,
-    /// What the backends' own operations take, once it was asked for: of so many queries and keys.
-    mask: OnceCell<([usize; 2], Option<Tensor<B, 4, Bool>>)>,
+    /// What the backends' own operations take, as it was last asked for: of so many queries and keys.
+    mask: RefCell<Option<([usize; 2], Option<Tensor<B, 4, Bool>>)>>,
 }
 
 /// [`Visibility`] as data.
@@ -70,30 +70,22 @@ impl<B: Backend> Visibility<B> {
                 holes,
                 slots,
             },
-            mask: OnceCell::new(),
-        }
-    }
-
-    /// The same of the last query alone.
-    pub fn last(self) -> Self {
-        Self {
-            mask: OnceCell::new(),
-            ..self
+            mask: RefCell::default(),
         }
     }
 
     /// `true` where a query does not see a key, `[1 or batch, 1, queries, keys]`; none where every
     /// query sees every key.
-    pub fn mask(
-        &self,
-        shape @ [queries, keys]: [usize; 2],
-        device: &B::Device,
-    ) -> Option<Tensor<B, 4, Bool>> {
-        // The layers of a pass ask for the same one, but where some keep fewer keys.
-        let (of, mask) = (self.mask).get_or_init(|| (shape, self.new_mask(shape, device)));
-        match *of == [queries, keys] {
-            true => mask.clone(),
-            false => self.new_mask(shape, device),
+    pub fn mask(&self, shape: [usize; 2], device: &B::Device) -> Option<Tensor<B, 4, Bool>> {
+        // The layers of a pass ask for the same one, until they narrow to the last positions.
+        let mut known = self.mask.borrow_mut();
+        match &*known {
+            Some((of, mask)) if *of == shape => mask.clone(),
+            _ => {
+                let mask = self.new_mask(shape, device);
+                *known = Some((shape, mask.clone()));
+                mask
+            }
         }
     }
 

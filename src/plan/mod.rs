@@ -11,6 +11,7 @@
 mod error;
 mod form;
 mod layout;
+mod reach;
 
 use std::mem::discriminant;
 
@@ -21,6 +22,7 @@ use form::PlanForm;
 pub(crate) use form::SourceForm;
 pub(crate) use layout::PerPart;
 pub use layout::{BlendWeights, KvLayout, KvPart, KvShape, KvSource, LayerKv};
+pub(crate) use reach::{HISTORY, Reach};
 
 /// Which layers keep a KV cache, and how the others get their keys and values.
 ///

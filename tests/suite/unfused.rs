@@ -4,6 +4,7 @@
 use burn::module::Param;
 use burn::tensor::activation::{silu, softmax};
 use burn::tensor::{Bool, Distribution, Tensor};
+use fusedkv::BlockConfig;
 use fusedkv::config::RopeConfig;
 use fusedkv::decoder::{Projection, Rope};
 use fusedkv::{FusedKvDecoder, KvPart, KvPlan, LayerKv, Logits, TokenBatch};
@@ -137,6 +138,8 @@ proptest! {
         biases in any::<bool>(),
     ) {
         case.config.n_layers = case.config.n_layers.max(n + 1);
+        // What the loop here computes.
+        case.config.block = BlockConfig::default();
         let mut model = case.model_with::<F64>(KvPlan::FusedKv { storage_layers: n });
         if biases {
             set_biases(&mut model);
