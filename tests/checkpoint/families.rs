@@ -1,5 +1,6 @@
 //! Small models of every family, written by Hugging Face's transformers with their logits
-//! (`tests/reference/families.py`).
+//! (`tests/reference/families.py`). `FAMILIES=DIR` reads those of a directory instead, where that
+//! script wrote others.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -44,7 +45,8 @@ fn name(directory: &Path) -> String {
 }
 
 fn cases() -> Vec<Case> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/families");
+    let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/families");
+    let root = env::var_os("FAMILIES").map_or(committed, PathBuf::from);
     let directories = fs::read_dir(root)
         .unwrap()
         .map(|entry| entry.unwrap().path());
@@ -256,7 +258,7 @@ impl ModuleVisitor<Autodiff<Flex>> for Finite {
 fn a_block_that_a_family_cannot_say_is_refused() {
     let case = cases()
         .into_iter()
-        .find(|case| case.name == "olmo2")
+        .find(|case| case.name.starts_with("olmo2"))
         .unwrap();
     let mut config = case.model().config().clone();
     config.block.family = Family::Llama;
