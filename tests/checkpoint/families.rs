@@ -213,7 +213,12 @@ fn every_plan_of_every_family_saves_caches_and_trains() {
                 .forward(batch(&model, &[case.tokens[..20].to_vec()]))
                 .unwrap();
             let mut cache = model.new_cache(1, 20).unwrap();
-            for range in [0..11, 11..20] {
+            // Where angles depend on the length, all at once.
+            let cut = if depends_on_length(&model) { 20 } else { 11 };
+            for range in [0..cut, cut..20] {
+                if range.is_empty() {
+                    continue;
+                }
                 let tokens = batch(&model, &[case.tokens[range.clone()].to_vec()]);
                 let logits = model
                     .forward_cached(tokens, &mut cache, Logits::All)

@@ -40,11 +40,14 @@ impl Ropes {
     }
 
     /// The positions a model of `max_position_embeddings` reads: with a base that grows with the
-    /// text, there is no last one.
-    pub fn reach(&self, positions: usize) -> usize {
+    /// text, there is no last one; files with YaRN may tell those of the first training alone.
+    pub fn reach(&self, told: usize) -> usize {
         match self.full.scaling {
             RopeScaling::Dynamic { .. } => MAX_POSITIONS,
-            _ => positions,
+            RopeScaling::Yarn {
+                factor, positions, ..
+            } => told.max((factor * positions as f64).min(MAX_POSITIONS as f64) as usize),
+            _ => told,
         }
     }
 }
