@@ -28,6 +28,7 @@
 mod config;
 mod directory;
 mod error;
+pub mod gguf;
 mod load;
 mod names;
 mod numbers;
