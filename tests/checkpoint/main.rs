@@ -2,6 +2,8 @@
 
 mod broken;
 mod configuration;
+mod gguf;
+mod gguf_decoder;
 mod golden;
 #[path = "../suite/models.rs"]
 #[allow(dead_code)]

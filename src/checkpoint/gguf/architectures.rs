@@ -119,7 +119,11 @@ use Needed::{AttentionBias, MlpBias, Untied};
 use Size::{Ffn, GateUp, HeadDim, Hidden, Kv, Q, Qkv, Vocab};
 
 static EMBEDDING: [Row; 2] = [
-    row("token_embd.weight", "model.embed_tokens.weight", &[Vocab, Hidden]),
+    row(
+        "token_embd.weight",
+        "model.embed_tokens.weight",
+        &[Vocab, Hidden],
+    ),
     row("output.weight", "lm_head.weight", &[Vocab, Hidden]).needed(Untied),
 ];
 
@@ -129,8 +133,16 @@ static LAST_NORM_PLUS_ONE: [Row; 1] =
     [row("output_norm.weight", "model.norm.weight", &[Hidden]).changed(PlusOne)];
 
 static PRE_NORMS: [Row; 2] = [
-    row("blk.{}.attn_norm.weight", "model.layers.{}.input_layernorm.weight", &[Hidden]),
-    row("blk.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight", &[Hidden]),
+    row(
+        "blk.{}.attn_norm.weight",
+        "model.layers.{}.input_layernorm.weight",
+        &[Hidden],
+    ),
+    row(
+        "blk.{}.ffn_norm.weight",
+        "model.layers.{}.post_attention_layernorm.weight",
+        &[Hidden],
+    ),
 ];
 
 static POST_NORMS: [Row; 2] = [
@@ -147,8 +159,12 @@ static POST_NORMS: [Row; 2] = [
 ];
 
 static SANDWICH_NORMS_PLUS_ONE: [Row; 4] = [
-    row("blk.{}.attn_norm.weight", "model.layers.{}.input_layernorm.weight", &[Hidden])
-        .changed(PlusOne),
+    row(
+        "blk.{}.attn_norm.weight",
+        "model.layers.{}.input_layernorm.weight",
+        &[Hidden],
+    )
+    .changed(PlusOne),
     row(
         "blk.{}.post_attention_norm.weight",
         "model.layers.{}.post_attention_layernorm.weight",
@@ -170,84 +186,231 @@ static SANDWICH_NORMS_PLUS_ONE: [Row; 4] = [
 ];
 
 static QK_NORMS: [Row; 2] = [
-    row("blk.{}.attn_q_norm.weight", "model.layers.{}.self_attn.q_norm.weight", &[HeadDim]),
-    row("blk.{}.attn_k_norm.weight", "model.layers.{}.self_attn.k_norm.weight", &[HeadDim]),
+    row(
+        "blk.{}.attn_q_norm.weight",
+        "model.layers.{}.self_attn.q_norm.weight",
+        &[HeadDim],
+    ),
+    row(
+        "blk.{}.attn_k_norm.weight",
+        "model.layers.{}.self_attn.k_norm.weight",
+        &[HeadDim],
+    ),
 ];
 
 static QK_NORMS_PLUS_ONE: [Row; 2] = [
-    row("blk.{}.attn_q_norm.weight", "model.layers.{}.self_attn.q_norm.weight", &[HeadDim])
-        .changed(PlusOne),
-    row("blk.{}.attn_k_norm.weight", "model.layers.{}.self_attn.k_norm.weight", &[HeadDim])
-        .changed(PlusOne),
+    row(
+        "blk.{}.attn_q_norm.weight",
+        "model.layers.{}.self_attn.q_norm.weight",
+        &[HeadDim],
+    )
+    .changed(PlusOne),
+    row(
+        "blk.{}.attn_k_norm.weight",
+        "model.layers.{}.self_attn.k_norm.weight",
+        &[HeadDim],
+    )
+    .changed(PlusOne),
 ];
 
 static QK_NORMS_OF_ALL_HEADS: [Row; 2] = [
-    row("blk.{}.attn_q_norm.weight", "model.layers.{}.self_attn.q_norm.weight", &[Q]),
-    row("blk.{}.attn_k_norm.weight", "model.layers.{}.self_attn.k_norm.weight", &[Kv]),
+    row(
+        "blk.{}.attn_q_norm.weight",
+        "model.layers.{}.self_attn.q_norm.weight",
+        &[Q],
+    ),
+    row(
+        "blk.{}.attn_k_norm.weight",
+        "model.layers.{}.self_attn.k_norm.weight",
+        &[Kv],
+    ),
 ];
 
 static ATTENTION: [Row; 4] = [
-    row("blk.{}.attn_q.weight", "model.layers.{}.self_attn.q_proj.weight", &[Q, Hidden]),
-    row("blk.{}.attn_k.weight", "model.layers.{}.self_attn.k_proj.weight", &[Kv, Hidden]),
-    row("blk.{}.attn_v.weight", "model.layers.{}.self_attn.v_proj.weight", &[Kv, Hidden]),
-    row("blk.{}.attn_output.weight", "model.layers.{}.self_attn.o_proj.weight", &[Hidden, Q]),
+    row(
+        "blk.{}.attn_q.weight",
+        "model.layers.{}.self_attn.q_proj.weight",
+        &[Q, Hidden],
+    ),
+    row(
+        "blk.{}.attn_k.weight",
+        "model.layers.{}.self_attn.k_proj.weight",
+        &[Kv, Hidden],
+    ),
+    row(
+        "blk.{}.attn_v.weight",
+        "model.layers.{}.self_attn.v_proj.weight",
+        &[Kv, Hidden],
+    ),
+    row(
+        "blk.{}.attn_output.weight",
+        "model.layers.{}.self_attn.o_proj.weight",
+        &[Hidden, Q],
+    ),
 ];
 
 static ATTENTION_INTERLEAVED: [Row; 4] = [
-    row("blk.{}.attn_q.weight", "model.layers.{}.self_attn.q_proj.weight", &[Q, Hidden])
-        .changed(Interleaved),
-    row("blk.{}.attn_k.weight", "model.layers.{}.self_attn.k_proj.weight", &[Kv, Hidden])
-        .changed(Interleaved),
-    row("blk.{}.attn_v.weight", "model.layers.{}.self_attn.v_proj.weight", &[Kv, Hidden]),
-    row("blk.{}.attn_output.weight", "model.layers.{}.self_attn.o_proj.weight", &[Hidden, Q]),
+    row(
+        "blk.{}.attn_q.weight",
+        "model.layers.{}.self_attn.q_proj.weight",
+        &[Q, Hidden],
+    )
+    .changed(Interleaved),
+    row(
+        "blk.{}.attn_k.weight",
+        "model.layers.{}.self_attn.k_proj.weight",
+        &[Kv, Hidden],
+    )
+    .changed(Interleaved),
+    row(
+        "blk.{}.attn_v.weight",
+        "model.layers.{}.self_attn.v_proj.weight",
+        &[Kv, Hidden],
+    ),
+    row(
+        "blk.{}.attn_output.weight",
+        "model.layers.{}.self_attn.o_proj.weight",
+        &[Hidden, Q],
+    ),
 ];
 
 static ATTENTION_FUSED: [Row; 2] = [
-    row("blk.{}.attn_qkv.weight", "model.layers.{}.self_attn.qkv_proj.weight", &[Qkv, Hidden]),
-    row("blk.{}.attn_output.weight", "model.layers.{}.self_attn.o_proj.weight", &[Hidden, Q]),
+    row(
+        "blk.{}.attn_qkv.weight",
+        "model.layers.{}.self_attn.qkv_proj.weight",
+        &[Qkv, Hidden],
+    ),
+    row(
+        "blk.{}.attn_output.weight",
+        "model.layers.{}.self_attn.o_proj.weight",
+        &[Hidden, Q],
+    ),
 ];
 
 static QKV_BIASES: [Row; 3] = [
-    row("blk.{}.attn_q.bias", "model.layers.{}.self_attn.q_proj.bias", &[Q]),
-    row("blk.{}.attn_k.bias", "model.layers.{}.self_attn.k_proj.bias", &[Kv]),
-    row("blk.{}.attn_v.bias", "model.layers.{}.self_attn.v_proj.bias", &[Kv]),
+    row(
+        "blk.{}.attn_q.bias",
+        "model.layers.{}.self_attn.q_proj.bias",
+        &[Q],
+    ),
+    row(
+        "blk.{}.attn_k.bias",
+        "model.layers.{}.self_attn.k_proj.bias",
+        &[Kv],
+    ),
+    row(
+        "blk.{}.attn_v.bias",
+        "model.layers.{}.self_attn.v_proj.bias",
+        &[Kv],
+    ),
 ];
 
 static ATTENTION_BIASES: [Row; 4] = [
-    row("blk.{}.attn_q.bias", "model.layers.{}.self_attn.q_proj.bias", &[Q]).needed(AttentionBias),
-    row("blk.{}.attn_k.bias", "model.layers.{}.self_attn.k_proj.bias", &[Kv]).needed(AttentionBias),
-    row("blk.{}.attn_v.bias", "model.layers.{}.self_attn.v_proj.bias", &[Kv]).needed(AttentionBias),
-    row("blk.{}.attn_output.bias", "model.layers.{}.self_attn.o_proj.bias", &[Hidden])
-        .needed(AttentionBias),
+    row(
+        "blk.{}.attn_q.bias",
+        "model.layers.{}.self_attn.q_proj.bias",
+        &[Q],
+    )
+    .needed(AttentionBias),
+    row(
+        "blk.{}.attn_k.bias",
+        "model.layers.{}.self_attn.k_proj.bias",
+        &[Kv],
+    )
+    .needed(AttentionBias),
+    row(
+        "blk.{}.attn_v.bias",
+        "model.layers.{}.self_attn.v_proj.bias",
+        &[Kv],
+    )
+    .needed(AttentionBias),
+    row(
+        "blk.{}.attn_output.bias",
+        "model.layers.{}.self_attn.o_proj.bias",
+        &[Hidden],
+    )
+    .needed(AttentionBias),
 ];
 
 static ATTENTION_BIASES_INTERLEAVED: [Row; 4] = [
-    row("blk.{}.attn_q.bias", "model.layers.{}.self_attn.q_proj.bias", &[Q])
-        .needed(AttentionBias)
-        .changed(Interleaved),
-    row("blk.{}.attn_k.bias", "model.layers.{}.self_attn.k_proj.bias", &[Kv])
-        .needed(AttentionBias)
-        .changed(Interleaved),
-    row("blk.{}.attn_v.bias", "model.layers.{}.self_attn.v_proj.bias", &[Kv]).needed(AttentionBias),
-    row("blk.{}.attn_output.bias", "model.layers.{}.self_attn.o_proj.bias", &[Hidden])
-        .needed(AttentionBias),
+    row(
+        "blk.{}.attn_q.bias",
+        "model.layers.{}.self_attn.q_proj.bias",
+        &[Q],
+    )
+    .needed(AttentionBias)
+    .changed(Interleaved),
+    row(
+        "blk.{}.attn_k.bias",
+        "model.layers.{}.self_attn.k_proj.bias",
+        &[Kv],
+    )
+    .needed(AttentionBias)
+    .changed(Interleaved),
+    row(
+        "blk.{}.attn_v.bias",
+        "model.layers.{}.self_attn.v_proj.bias",
+        &[Kv],
+    )
+    .needed(AttentionBias),
+    row(
+        "blk.{}.attn_output.bias",
+        "model.layers.{}.self_attn.o_proj.bias",
+        &[Hidden],
+    )
+    .needed(AttentionBias),
 ];
 
 static MLP: [Row; 3] = [
-    row("blk.{}.ffn_gate.weight", "model.layers.{}.mlp.gate_proj.weight", &[Ffn, Hidden]),
-    row("blk.{}.ffn_up.weight", "model.layers.{}.mlp.up_proj.weight", &[Ffn, Hidden]),
-    row("blk.{}.ffn_down.weight", "model.layers.{}.mlp.down_proj.weight", &[Hidden, Ffn]),
+    row(
+        "blk.{}.ffn_gate.weight",
+        "model.layers.{}.mlp.gate_proj.weight",
+        &[Ffn, Hidden],
+    ),
+    row(
+        "blk.{}.ffn_up.weight",
+        "model.layers.{}.mlp.up_proj.weight",
+        &[Ffn, Hidden],
+    ),
+    row(
+        "blk.{}.ffn_down.weight",
+        "model.layers.{}.mlp.down_proj.weight",
+        &[Hidden, Ffn],
+    ),
 ];
 
 static MLP_FUSED: [Row; 2] = [
-    row("blk.{}.ffn_up.weight", "model.layers.{}.mlp.gate_up_proj.weight", &[GateUp, Hidden]),
-    row("blk.{}.ffn_down.weight", "model.layers.{}.mlp.down_proj.weight", &[Hidden, Ffn]),
+    row(
+        "blk.{}.ffn_up.weight",
+        "model.layers.{}.mlp.gate_up_proj.weight",
+        &[GateUp, Hidden],
+    ),
+    row(
+        "blk.{}.ffn_down.weight",
+        "model.layers.{}.mlp.down_proj.weight",
+        &[Hidden, Ffn],
+    ),
 ];
 
 static MLP_BIASES: [Row; 3] = [
-    row("blk.{}.ffn_gate.bias", "model.layers.{}.mlp.gate_proj.bias", &[Ffn]).needed(MlpBias),
-    row("blk.{}.ffn_up.bias", "model.layers.{}.mlp.up_proj.bias", &[Ffn]).needed(MlpBias),
-    row("blk.{}.ffn_down.bias", "model.layers.{}.mlp.down_proj.bias", &[Hidden]).needed(MlpBias),
+    row(
+        "blk.{}.ffn_gate.bias",
+        "model.layers.{}.mlp.gate_proj.bias",
+        &[Ffn],
+    )
+    .needed(MlpBias),
+    row(
+        "blk.{}.ffn_up.bias",
+        "model.layers.{}.mlp.up_proj.bias",
+        &[Ffn],
+    )
+    .needed(MlpBias),
+    row(
+        "blk.{}.ffn_down.bias",
+        "model.layers.{}.mlp.down_proj.bias",
+        &[Hidden],
+    )
+    .needed(MlpBias),
 ];
 
 /// The architectures that can be imported. Mistral's models are of architecture `llama`.
@@ -268,7 +431,14 @@ pub(super) static ARCHITECTURES: [Architecture; 8] = [
     Architecture {
         name: "qwen2",
         family: Family::Qwen2,
-        tensors: &[&EMBEDDING, &PRE_NORMS, &ATTENTION, &QKV_BIASES, &MLP, &LAST_NORM],
+        tensors: &[
+            &EMBEDDING,
+            &PRE_NORMS,
+            &ATTENTION,
+            &QKV_BIASES,
+            &MLP,
+            &LAST_NORM,
+        ],
     },
     Architecture {
         name: "qwen3",
@@ -309,7 +479,13 @@ pub(super) static ARCHITECTURES: [Architecture; 8] = [
     Architecture {
         name: "phi3",
         family: Family::Phi3,
-        tensors: &[&EMBEDDING, &PRE_NORMS, &ATTENTION_FUSED, &MLP_FUSED, &LAST_NORM],
+        tensors: &[
+            &EMBEDDING,
+            &PRE_NORMS,
+            &ATTENTION_FUSED,
+            &MLP_FUSED,
+            &LAST_NORM,
+        ],
     },
     Architecture {
         name: "smollm3",

@@ -74,7 +74,9 @@ pub(super) fn config(
 
 /// What the family's configuration has and others have not.
 fn own_keys(keys: &Keys, model: &Model, rope: &Rope) -> Result<Value, GgufError> {
-    let window = keys.count(".attention.sliding_window")?.filter(|&window| window > 0);
+    let window = keys
+        .count(".attention.sliding_window")?
+        .filter(|&window| window > 0);
     Ok(match model.family {
         Family::Llama => json!({
             "attention_bias": model.attention_bias,
@@ -83,7 +85,9 @@ fn own_keys(keys: &Keys, model: &Model, rope: &Rope) -> Result<Value, GgufError>
         }),
         Family::Mistral => {
             if model.attention_bias || model.mlp_bias {
-                return Err(keys.wrong(".attention.sliding_window", "none, for a model with biases"));
+                return Err(
+                    keys.wrong(".attention.sliding_window", "none, for a model with biases")
+                );
             }
             json!({ "sliding_window": window })
         }
@@ -135,7 +139,10 @@ fn own_keys(keys: &Keys, model: &Model, rope: &Rope) -> Result<Value, GgufError>
                 "original_max_position_embeddings".to_owned(),
                 json!(original.or(keys.count(".context_length")?)),
             );
-            own.insert("partial_rotary_factor".to_owned(), json!(rope.partial_rotary_factor));
+            own.insert(
+                "partial_rotary_factor".to_owned(),
+                json!(rope.partial_rotary_factor),
+            );
             own.insert("sliding_window".to_owned(), json!(window));
             Value::Object(own)
         }
@@ -163,7 +170,9 @@ fn layer_types(keys: &Keys, model: &Model, every: usize) -> Result<Vec<&'static 
     };
     let by_period = |every: usize| {
         let layers = 1..=model.n_layers;
-        layers.map(|layer| name(!layer.is_multiple_of(every))).collect()
+        layers
+            .map(|layer| name(!layer.is_multiple_of(every)))
+            .collect()
     };
     match keys.get(key) {
         None => Ok(by_period(every)),
@@ -207,10 +216,13 @@ pub(super) fn generation_config(keys: &Keys, eos: &[u32]) -> Result<Value, GgufE
     let token = |key| Ok::<_, GgufError>(keys.token(key)?.map(|token| json!(token)));
     insert("bos_token_id", token("tokenizer.ggml.bos_token_id")?);
     insert("pad_token_id", token("tokenizer.ggml.padding_token_id")?);
-    insert("eos_token_id", match eos {
-        [] => None,
-        [one] => Some(json!(one)),
-        several => Some(json!(several)),
-    });
+    insert(
+        "eos_token_id",
+        match eos {
+            [] => None,
+            [one] => Some(json!(one)),
+            several => Some(json!(several)),
+        },
+    );
     Ok(Value::Object(json))
 }

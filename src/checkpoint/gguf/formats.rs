@@ -106,7 +106,11 @@ fn f32(bytes: &[u8], out: &mut Vec<f32>) {
 
 fn half(bytes: &[u8], out: &mut Vec<f32>) {
     let numbers = bytes.as_chunks().0;
-    out.extend(numbers.iter().map(|&bytes| f16::from_le_bytes(bytes).to_f32()));
+    out.extend(
+        numbers
+            .iter()
+            .map(|&bytes| f16::from_le_bytes(bytes).to_f32()),
+    );
 }
 
 fn bf16(bytes: &[u8], out: &mut Vec<f32>) {
@@ -211,9 +215,10 @@ fn q5_k(bytes: &[u8], out: &mut Vec<f32>) {
                 let part = 2 * pair + high;
                 let (part_d, part_m) = part_scales(&block[4..16], part);
                 let (d, m) = (d * part_d, min * part_m);
-                let numbers = bytes.iter().zip(highest).map(|(byte, highest)| {
-                    byte >> (4 * high) & 0xf | (highest >> part & 1) << 4
-                });
+                let numbers = bytes
+                    .iter()
+                    .zip(highest)
+                    .map(|(byte, highest)| byte >> (4 * high) & 0xf | (highest >> part & 1) << 4);
                 out.extend(numbers.map(|q| d * f32::from(q) - m));
             }
         }

@@ -54,7 +54,9 @@ impl<'f> Keys<'f> {
             GgufValue::Array(GgufArray::Numbers(numbers)) => {
                 let mut numbers = numbers.iter();
                 let first = whole(&numbers.next()?)?;
-                numbers.all(|other| whole(&other) == Some(first)).then_some(first)
+                numbers
+                    .all(|other| whole(&other) == Some(first))
+                    .then_some(first)
             }
             value => whole(value),
         };

@@ -127,7 +127,10 @@ pub fn import_gguf(
         }
         weights::write(&mut file, &model, options.dtype, partial)
     })?;
-    let numbers = model.tensors.iter().map(|tensor| tensor.spec.elements() as u64);
+    let numbers = model
+        .tensors
+        .iter()
+        .map(|tensor| tensor.spec.elements() as u64);
     Ok(GgufImport {
         architecture: model.architecture.name.to_owned(),
         model_type: model.family.names().0.to_owned(),

@@ -215,7 +215,10 @@ fn check_refused(keys: &Keys, family: Family) -> Result<(), GgufError> {
             return Err(keys.wrong(key, "none"));
         }
     }
-    for (key, allowed) in [(".attention.causal", true), (".use_parallel_residual", false)] {
+    for (key, allowed) in [
+        (".attention.causal", true),
+        (".use_parallel_residual", false),
+    ] {
         if keys.flag(key)?.unwrap_or(allowed) != allowed {
             return Err(keys.wrong(key, allowed.to_string()));
         }

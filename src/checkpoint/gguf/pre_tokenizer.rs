@@ -38,16 +38,25 @@ const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\
 /// The rules that are known.
 static PRE_TOKENIZERS: [PreTokenizer; 7] = [
     rule(&["default", "gpt-2", "phi-2", "mpt", "olmo"], Cut::Gpt2),
-    rule(&["smollm", "starcoder", "refact", "command-r", "codeshell"], Cut::DigitsGpt2),
+    rule(
+        &["smollm", "starcoder", "refact", "command-r", "codeshell"],
+        Cut::DigitsGpt2,
+    ),
     PreTokenizer {
         ignore_merges: true,
         add_bos: true,
-        ..rule(&["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"], Cut::Expression(LLAMA3))
+        ..rule(
+            &["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"],
+            Cut::Expression(LLAMA3),
+        )
     },
     rule(&["dbrx", "smaug-bpe"], Cut::Expression(LLAMA3)),
     PreTokenizer {
         composed: true,
-        ..rule(&["qwen2", "deepseek-r1-qwen", "megrez"], Cut::Expression(QWEN2))
+        ..rule(
+            &["qwen2", "deepseek-r1-qwen", "megrez"],
+            Cut::Expression(QWEN2),
+        )
     },
     PreTokenizer {
         ignore_merges: true,
@@ -69,12 +78,17 @@ const fn rule(names: &'static [&'static str], cut: Cut) -> PreTokenizer {
 
 impl PreTokenizer {
     pub fn of(name: &str) -> Option<&'static Self> {
-        PRE_TOKENIZERS.iter().find(|rule| rule.names.contains(&name))
+        PRE_TOKENIZERS
+            .iter()
+            .find(|rule| rule.names.contains(&name))
     }
 
     /// The names that are known.
     pub fn known() -> String {
-        let names: Vec<_> = PRE_TOKENIZERS.iter().flat_map(|rule| rule.names.iter().copied()).collect();
+        let names: Vec<_> = PRE_TOKENIZERS
+            .iter()
+            .flat_map(|rule| rule.names.iter().copied())
+            .collect();
         names.join(", ")
     }
 

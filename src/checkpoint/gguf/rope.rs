@@ -45,7 +45,9 @@ impl Rope {
         let keys = Keys::of(file, model.architecture.name);
         let theta = keys.number(".rope.freq_base")?.unwrap_or(DEFAULT_THETA);
         let local_theta = keys.number(".rope.freq_base_swa")?;
-        let rotated = keys.count(".rope.dimension_count")?.unwrap_or(model.head_dim);
+        let rotated = keys
+            .count(".rope.dimension_count")?
+            .unwrap_or(model.head_dim);
         let whole = rotated == model.head_dim || model.family == Family::Phi3;
         if !whole || rotated == 0 || rotated % 2 != 0 || rotated > model.head_dim {
             return Err(keys.wrong(".rope.dimension_count", model.head_dim.to_string()));
@@ -95,9 +97,14 @@ fn scaling(keys: &Keys) -> Result<Option<Map<String, Value>>, GgufError> {
     match keys.text(key)? {
         // A longrope without factors rotates as none does.
         None | Some("none" | "longrope") => Ok(None),
-        Some("linear") => Ok(Some(object(json!({ "rope_type": "linear", "factor": factor()? })))),
+        Some("linear") => Ok(Some(object(
+            json!({ "rope_type": "linear", "factor": factor()? }),
+        ))),
         Some("yarn") => {
-            for key in [".rope.scaling.yarn_ext_factor", ".rope.scaling.yarn_log_multiplier"] {
+            for key in [
+                ".rope.scaling.yarn_ext_factor",
+                ".rope.scaling.yarn_log_multiplier",
+            ] {
                 if keys.get(key).is_some() {
                     return Err(keys.wrong(key, "none"));
                 }
@@ -233,5 +240,31 @@ fn fitted(wavelengths: &[f64], factors: &[f64], factor: f64) -> Option<(f64, f64
     let high = LLAMA3_LOW * (1.0 + 1.0 / low_share);
     let positions = LLAMA3_LOW * slope / low_share;
     let sound = high.is_finite() && positions.is_finite() && high > LLAMA3_LOW && positions >= 1.0;
-    sound.then(|| ((LLAMA3_LOW), (high * 1e3).round() / 1e3, positions.round()))
+    sound.then(|| (LLAMA3_LOW, (high * 1e3).round() / 1e3, positions.round()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scaling_is_found_from_its_factors() {
+        for (factor, high, positions) in [(8.0, 4.0, 8192.0), (4.0, 8.0, 64.0), (2.5, 2.5, 1000.0)]
+        {
+            let wavelengths: Vec<f64> = (0..32)
+                .map(|i| TAU * 1e4_f64.powf(i as f64 / 32.0))
+                .collect();
+            let factors: Vec<f64> = wavelengths
+                .iter()
+                .map(|wavelength| {
+                    let kept = ((positions / wavelength - 1.0) / (high - 1.0)).clamp(0.0, 1.0);
+                    // As files have it.
+                    f64::from((1.0 / ((1.0 - kept) / factor + kept)) as f32)
+                })
+                .collect();
+            let found = fitted(&wavelengths, &factors, factor);
+            assert_eq!(found, Some((LLAMA3_LOW, high, positions)));
+        }
+        assert_eq!(fitted(&[1.0, 10.0], &[1.0, 4.0], 4.0), None);
+    }
 }

@@ -60,7 +60,9 @@ impl<'f> Vocabulary<'f> {
                 Kind::Bytes(rule.ok_or_else(|| keys.wrong(key, PreTokenizer::known()))?)
             }
             Some("llama") => Kind::SentencePiece {
-                add_space: keys.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true),
+                add_space: keys
+                    .flag("tokenizer.ggml.add_space_prefix")?
+                    .unwrap_or(true),
             },
             Some(_) => return Err(keys.wrong("tokenizer.ggml.model", "gpt2 or llama")),
         };
@@ -81,7 +83,9 @@ impl<'f> Vocabulary<'f> {
             tokens,
             uses: uses(&keys, tokens.len())?,
             kind,
-            add_bos: keys.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(add_bos),
+            add_bos: keys
+                .flag("tokenizer.ggml.add_bos_token")?
+                .unwrap_or(add_bos),
             add_eos: keys.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false),
         };
         Ok(Some(vocabulary))
@@ -94,7 +98,9 @@ impl<'f> Vocabulary<'f> {
             None => Ok(None),
             Some(id) => match self.tokens.get(id as usize) {
                 Some(token) => Ok(Some((id, token))),
-                None => Err(self.keys.wrong(&key, format!("below {}", self.tokens.len()))),
+                None => Err(self
+                    .keys
+                    .wrong(&key, format!("below {}", self.tokens.len()))),
             },
         }
     }
@@ -105,10 +111,13 @@ impl<'f> Vocabulary<'f> {
         for name in ["eos", "eot", "eom"] {
             ends.extend(self.special(name)?.map(|(id, _)| id));
         }
-        let template = self.keys.text("tokenizer.chat_template")?.unwrap_or_default();
-        let of_turn = self.added().filter(|&(_, token, _)| {
-            ENDS_OF_TURN.contains(&token) && template.contains(token)
-        });
+        let template = self
+            .keys
+            .text("tokenizer.chat_template")?
+            .unwrap_or_default();
+        let of_turn = self
+            .added()
+            .filter(|&(_, token, _)| ENDS_OF_TURN.contains(&token) && template.contains(token));
         ends.extend(of_turn.map(|(id, _, _)| id));
         let mut kept = Vec::new();
         for id in ends {
@@ -125,7 +134,12 @@ impl<'f> Vocabulary<'f> {
         json.insert("add_bos_token".to_owned(), json!(self.add_bos));
         json.insert("add_eos_token".to_owned(), json!(self.add_eos));
         json.insert("clean_up_tokenization_spaces".to_owned(), json!(false));
-        for (name, key) in [("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")] {
+        for (name, key) in [
+            ("bos", "bos"),
+            ("eos", "eos"),
+            ("unk", "unknown"),
+            ("pad", "padding"),
+        ] {
             if let Some((_, token)) = self.special(key)? {
                 json.insert(format!("{name}_token"), json!(token));
             }
@@ -133,7 +147,10 @@ impl<'f> Vocabulary<'f> {
         if let Some(template) = self.keys.text("tokenizer.chat_template")? {
             json.insert("chat_template".to_owned(), json!(template));
         }
-        json.insert("tokenizer_class".to_owned(), json!("PreTrainedTokenizerFast"));
+        json.insert(
+            "tokenizer_class".to_owned(),
+            json!("PreTrainedTokenizerFast"),
+        );
         Ok(Value::Object(json))
     }
 
@@ -153,7 +170,9 @@ impl<'f> Vocabulary<'f> {
                     "use_regex": true,
                 }),
             ),
-            Kind::SentencePiece { add_space } => (spaces(*add_space), Value::Null, bytes(*add_space)),
+            Kind::SentencePiece { add_space } => {
+                (spaces(*add_space), Value::Null, bytes(*add_space))
+            }
         };
         Ok(json!({
             "version": "1.0",
@@ -268,7 +287,9 @@ impl<'f> Vocabulary<'f> {
             path: self.keys.file.path().to_owned(),
             reason: format!("`{key}` has {merge:?}, expected two parts with a space between"),
         };
-        let pairs = merges.iter().map(|merge| pair(merge).ok_or_else(|| wrong(merge)));
+        let pairs = merges
+            .iter()
+            .map(|merge| pair(merge).ok_or_else(|| wrong(merge)));
         pairs.collect()
     }
 
@@ -283,7 +304,11 @@ impl<'f> Vocabulary<'f> {
         }
         let is_gemma = matches!(self.family, Family::Gemma2 | Family::Gemma3);
         let mergeable = |what: &Use| matches!(what, Use::Normal | Use::UserDefined);
-        let tokens: Vec<String> = self.tokens.iter().map(|token| self.spelled(token)).collect();
+        let tokens: Vec<String> = self
+            .tokens
+            .iter()
+            .map(|token| self.spelled(token))
+            .collect();
         let scored: BTreeMap<&str, (usize, f64)> = tokens
             .iter()
             .zip(&self.uses)
@@ -310,7 +335,10 @@ impl<'f> Vocabulary<'f> {
             let by_score = b.0.total_cmp(&a.0);
             by_score.then(b.1.cmp(&a.1)).then(a.2.cmp(&b.2))
         });
-        Ok(pairs.into_iter().map(|(_, _, _, pair)| pair.map(str::to_owned)).collect())
+        Ok(pairs
+            .into_iter()
+            .map(|(_, _, _, pair)| pair.map(str::to_owned))
+            .collect())
     }
 
     /// What is put around a text.
@@ -328,7 +356,10 @@ impl<'f> Vocabulary<'f> {
                 token.map(|(_, token)| json!({ "SpecialToken": { "id": token, "type_id": kind } }))
             };
             let sequence = json!({ "Sequence": { "id": text, "type_id": kind } });
-            let parts = special(bos).into_iter().chain([sequence]).chain(special(eos));
+            let parts = special(bos)
+                .into_iter()
+                .chain([sequence])
+                .chain(special(eos));
             parts.collect::<Vec<_>>()
         };
         let mut tokens = Map::new();

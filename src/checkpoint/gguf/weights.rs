@@ -24,10 +24,19 @@ pub(super) fn write(
         path: path.clone(),
         source,
     };
-    let specs: Vec<_> = model.tensors.iter().map(|tensor| tensor.spec.clone()).collect();
+    let specs: Vec<_> = model
+        .tensors
+        .iter()
+        .map(|tensor| tensor.spec.clone())
+        .collect();
     let mut out = Replacement::create(&path).map_err(failed)?;
     out.write_all(&header(&specs, dtype)).map_err(failed)?;
-    for Planned { source, spec, change } in &model.tensors {
+    for Planned {
+        source,
+        spec,
+        change,
+    } in &model.tensors
+    {
         // Whole heads at a time, where rows within a head change their places.
         let rows = match change {
             Change::Interleaved => model.head_dim,
