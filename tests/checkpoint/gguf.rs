@@ -614,6 +614,7 @@ fn keys_that_are_missing_or_of_another_kind_are_refused() {
     for key in [
         "llama.block_count",
         "llama.attention.head_count",
+        "llama.attention.head_count_kv",
         "llama.context_length",
     ] {
         refuses!(
@@ -621,6 +622,11 @@ fn keys_that_are_missing_or_of_another_kind_are_refused() {
             Metadata,
             [key, "above 0"]
         );
+    }
+    for theta in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        let mut file = Writer::llama();
+        file.f32("llama.rope.freq_base", theta);
+        refuses!(file.bytes(), Metadata, ["llama.rope.freq_base", "a number"]);
     }
     let tokens = Writer::llama().with_tokens();
     for key in ["tokenizer.ggml.tokens", "tokenizer.ggml.merges"] {

@@ -71,7 +71,8 @@ impl<'f> Keys<'f> {
     }
 
     pub fn number(&self, key: &str) -> Result<Option<f64>, GgufError> {
-        self.optional(key, GgufValue::as_number, "a number")
+        let convert = |value: &GgufValue| value.as_number().filter(|number| number.is_finite());
+        self.optional(key, convert, "a number")
     }
 
     pub fn flag(&self, key: &str) -> Result<Option<bool>, GgufError> {

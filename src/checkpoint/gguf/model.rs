@@ -83,7 +83,10 @@ impl Model {
             ffn_size: keys.needed_count(".feed_forward_length")?,
             n_layers: keys.needed_count(".block_count")?,
             n_heads,
-            n_kv_heads: keys.count(".attention.head_count_kv")?.unwrap_or(n_heads),
+            n_kv_heads: match keys.get(".attention.head_count_kv") {
+                Some(_) => keys.needed_count(".attention.head_count_kv")?,
+                None => n_heads,
+            },
             head_dim,
             tied: !has(Needed::Untied),
             attention_bias: has(Needed::AttentionBias),

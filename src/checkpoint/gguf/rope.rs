@@ -43,8 +43,11 @@ impl Rope {
         let frequencies = tensor(ROPE_FREQUENCIES)?;
         let (long, short) = (tensor(ROPE_LONG)?, tensor(ROPE_SHORT)?);
         let keys = Keys::of(file, model.architecture.name);
-        let theta = keys.number(".rope.freq_base")?.unwrap_or(DEFAULT_THETA);
-        let local_theta = keys.number(".rope.freq_base_swa")?;
+        let base = |key| match keys.number(key)?.unwrap_or(DEFAULT_THETA) {
+            theta if theta > 0.0 => Ok(theta),
+            _ => Err(keys.wrong(key, "a number above 0")),
+        };
+        let (theta, local_theta) = (base(".rope.freq_base")?, base(".rope.freq_base_swa")?);
         let rotated = keys
             .count(".rope.dimension_count")?
             .unwrap_or(model.head_dim);
@@ -59,7 +62,7 @@ impl Rope {
         };
         Ok(Self {
             theta,
-            local_theta: local_theta.unwrap_or(DEFAULT_THETA),
+            local_theta,
             scaling,
             partial_rotary_factor: rotated as f64 / model.head_dim as f64,
         })
