@@ -3,6 +3,10 @@
 //!
 //! Names, shapes and the changes to undo: llama.cpp's `convert_hf_to_gguf.py` and `conversion/`.
 
+use Change::{Interleaved, PlusOne};
+use Needed::{AttentionBias, MlpBias, Untied};
+use Size::{Ffn, GateUp, HeadDim, Hidden, Kv, Q, Qkv, Vocab};
+
 /// An architecture of GGUF's.
 #[derive(Debug)]
 pub(super) struct Architecture {
@@ -113,10 +117,6 @@ impl Row {
         Self { needed, ..self }
     }
 }
-
-use Change::{Interleaved, PlusOne};
-use Needed::{AttentionBias, MlpBias, Untied};
-use Size::{Ffn, GateUp, HeadDim, Hidden, Kv, Q, Qkv, Vocab};
 
 static EMBEDDING: [Row; 2] = [
     row(

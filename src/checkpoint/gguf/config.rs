@@ -131,20 +131,17 @@ fn own_keys(keys: &Keys, model: &Model, rope: &Rope) -> Result<Value, GgufError>
             })
         }
         Family::Phi3 => {
-            let original = keys.count(".rope.scaling.original_context_length")?;
-            let mut own = Map::new();
-            own.insert("embd_pdrop".to_owned(), json!(0.0));
-            own.insert("resid_pdrop".to_owned(), json!(0.0));
-            own.insert(
-                "original_max_position_embeddings".to_owned(),
-                json!(original.or(keys.count(".context_length")?)),
-            );
-            own.insert(
-                "partial_rotary_factor".to_owned(),
-                json!(rope.partial_rotary_factor),
-            );
-            own.insert("sliding_window".to_owned(), json!(window));
-            Value::Object(own)
+            let original = match keys.count(".rope.scaling.original_context_length")? {
+                Some(original) => original,
+                None => keys.needed_count(".context_length")?,
+            };
+            json!({
+                "embd_pdrop": 0.0,
+                "original_max_position_embeddings": original,
+                "partial_rotary_factor": rope.partial_rotary_factor,
+                "resid_pdrop": 0.0,
+                "sliding_window": window,
+            })
         }
         Family::SmolLm3 => {
             let rotates = |layer: usize| u8::from(!(layer + 1).is_multiple_of(SMOLLM3_NO_ROPE));
