@@ -1,9 +1,11 @@
-//! Converts a standard Qwen3 model to another plan, ready for further training.
+//! Converts a standard Qwen3 model to another plan, ready for further training; or writes a GGUF file as
+//! a directory, its model as it is.
 //!
 //! ```sh
 //! cargo run --release --example train_tiny -- --method standard --out target/standard
 //! cargo run --release --example convert -- --model target/standard --out target/fused --text README.md
 //! cargo run --release --example train_tiny -- --init target/fused --out target/recovered --steps 100
+//! cargo run --release --example convert -- --from model.gguf --out target/model
 //! ```
 
 mod backend;
@@ -11,11 +13,12 @@ mod plan;
 
 use std::error::Error;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use burn::tensor::backend::Backend;
 use clap::Parser;
+use fusedkv::checkpoint::gguf::{GgufError, GgufOptions, import_gguf};
 use fusedkv::checkpoint::{LoadedCheckpoint, SaveOptions, load_checkpoint, save_checkpoint};
 use fusedkv::convert::{LayerFit, convert, convert_fitted};
 
@@ -26,12 +29,19 @@ use plan::PlanArgs;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Convert a standard Qwen3 model to another plan.
+/// Convert a standard Qwen3 model to another plan, or a GGUF file to a directory.
 #[derive(Parser)]
 struct Args {
     /// Directory of the standard model
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "from")]
+    model: Option<PathBuf>,
+    /// GGUF file to write as a directory, its model as it is
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["model", "method", "storage_layers", "factor", "text", "tokens", "context"],
+    )]
+    from: Option<PathBuf>,
     /// Directory to write
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -56,12 +66,34 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    exit_code(args.backend.run(args))
+    exit_code(match &args.from {
+        Some(file) => import(file, &args).map_err(Into::into),
+        None => args.backend.run(args),
+    })
+}
+
+fn import(file: &Path, args: &Args) -> Result<(), GgufError> {
+    let options = GgufOptions::new().with_dtype(args.dtype.into());
+    let imported = import_gguf(file, &args.out, &options)?;
+    println!(
+        "{} with {} parameters in {} tensors, {}; saved to {}",
+        imported.model_type,
+        imported.parameters,
+        imported.tensors,
+        if imported.tokenizer {
+            "and a tokenizer"
+        } else {
+            "without a tokenizer"
+        },
+        args.out.display(),
+    );
+    Ok(())
 }
 
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
-        let loaded = load_checkpoint::<B>(&self.model, Default::default(), device)?;
+        let model = self.model.as_ref().ok_or("--model is missing")?;
+        let loaded = load_checkpoint::<B>(model, Default::default(), device)?;
         let plan = self.plan.plan(loaded.model.config().n_layers)?;
         let (model, fits) = match &self.text {
             Some(path) => {

@@ -11,14 +11,14 @@ use crate::file;
 /// old directory stay, except those whose names are `replaced`.
 ///
 /// `write` is given a directory beside the target, so that both are on one file system.
-pub(super) fn replace(
+pub(super) fn replace<E: From<CheckpointError>>(
     target: &Path,
     replaced: impl Fn(&str) -> bool,
-    write: impl FnOnce(&Path) -> Result<(), CheckpointError>,
-) -> Result<(), CheckpointError> {
+    write: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
     let failed = |path: &Path| {
         let path = path.to_owned();
-        move |source| CheckpointError::Write { path, source }
+        move |source| E::from(CheckpointError::Write { path, source })
     };
     let (parent, target) = place(target).map_err(failed(target))?;
     let partial = beside(&parent, &target, "saving");

@@ -29,6 +29,7 @@ mod config;
 mod directory;
 mod error;
 mod families;
+pub mod gguf;
 mod keys;
 mod load;
 mod names;

@@ -167,7 +167,7 @@ impl<B: Backend> ParameterVisitor<B> for Unknown {
 }
 
 /// `model.safetensors`, `model-00001-of-00002.safetensors`, the index.
-fn is_weights(name: &str) -> bool {
+pub(super) fn is_weights(name: &str) -> bool {
     let shard = name
         .strip_prefix("model-")
         .and_then(|n| n.strip_suffix(".safetensors"));
@@ -176,7 +176,7 @@ fn is_weights(name: &str) -> bool {
     name == WEIGHTS || name == INDEX || shard.is_some_and(|(n, of)| digits(n) && digits(of))
 }
 
-fn write_json(path: &Path, json: &Value) -> Result<(), CheckpointError> {
+pub(super) fn write_json(path: &Path, json: &Value) -> Result<(), CheckpointError> {
     file::write(path, format!("{json:#}\n")).map_err(|source| CheckpointError::Write {
         path: path.to_owned(),
         source,

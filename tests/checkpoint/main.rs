@@ -3,6 +3,8 @@
 mod broken;
 mod configuration;
 mod families;
+mod gguf;
+mod gguf_decoder;
 mod golden;
 #[path = "../suite/models.rs"]
 #[allow(dead_code)]
