@@ -83,10 +83,11 @@ impl Tokenizer {
     /// [`TokenizerError::Unreadable`] if it is missing or no tokenizer.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
         let path = path.as_ref();
-        let mut inner = HfTokenizer::from_file(path).map_err(|error| TokenizerError::Unreadable {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        })?;
+        let mut inner =
+            HfTokenizer::from_file(path).map_err(|error| TokenizerError::Unreadable {
+                path: path.to_owned(),
+                reason: error.to_string(),
+            })?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(failed)?;
         Ok(Self { inner })

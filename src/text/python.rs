@@ -120,7 +120,11 @@ pub(super) fn to_json(value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Resul
             (item.to_owned(), ": ".to_owned())
         }
         _ => {
-            let part = |index| separators.get_item(&Value::from(index)).map(|part| str_of(&part));
+            let part = |index| {
+                separators
+                    .get_item(&Value::from(index))
+                    .map(|part| str_of(&part))
+            };
             (part(0)?, part(1)?)
         }
     };

@@ -221,15 +221,16 @@ fn environment(now: Option<DateTime>) -> Environment<'static> {
         let kind = value.kind();
         matches!(kind, ValueKind::Seq | ValueKind::String | ValueKind::Map)
     });
-    env.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
-        let raised = Raised(python::str_of(message));
-        Err(Error::new(ErrorKind::InvalidOperation, raised.0.clone()).with_source(raised))
-    });
+    env.add_function(
+        "raise_exception",
+        |message: &Value| -> Result<Value, Error> {
+            let raised = Raised(python::str_of(message));
+            Err(Error::new(ErrorKind::InvalidOperation, raised.0.clone()).with_source(raised))
+        },
+    );
     env.add_function("strftime_now", move |format: &str| {
         let now = now.unwrap_or_else(|| Zoned::now().datetime());
-        let wrong = |error: jiff::Error| {
-            Error::new(ErrorKind::InvalidOperation, error.to_string())
-        };
+        let wrong = |error: jiff::Error| Error::new(ErrorKind::InvalidOperation, error.to_string());
         strtime::format(format, now).map_err(wrong)
     });
     env
@@ -237,7 +238,11 @@ fn environment(now: Option<DateTime>) -> Environment<'static> {
 
 /// Python's `len`; what is undefined has none of anything.
 fn length(value: &Value) -> Result<usize, Error> {
-    let len = if value.is_undefined() { Some(0) } else { value.len() };
+    let len = if value.is_undefined() {
+        Some(0)
+    } else {
+        value.len()
+    };
     len.ok_or_else(|| {
         let message = format!("a value of type {} has no length", value.kind());
         Error::new(ErrorKind::InvalidOperation, message)
@@ -313,8 +318,16 @@ fn method(
 
 fn strip(text: &str, chars: Option<&str>, start: bool, end: bool) -> Value {
     let stripped = |c: char| chars.map_or(python::is_space(c), |chars| chars.contains(c));
-    let text = if start { text.trim_start_matches(stripped) } else { text };
-    let text = if end { text.trim_end_matches(stripped) } else { text };
+    let text = if start {
+        text.trim_start_matches(stripped)
+    } else {
+        text
+    };
+    let text = if end {
+        text.trim_end_matches(stripped)
+    } else {
+        text
+    };
     Value::from(text)
 }
 
