@@ -334,8 +334,9 @@ fn strip(text: &str, chars: Option<&str>, start: bool, end: bool) -> Value {
 /// `{% generation %}` marks what the model has said, for training. It is a scope of its own, as
 /// `with` is.
 fn with_generation_blocks(source: &str) -> String {
+    let source = source.replace("\r\n", "\n");
     let mut out = String::with_capacity(source.len());
-    let mut rest = source;
+    let mut rest = &source[..];
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         let end = tag.find("%}").unwrap_or(tag.len());
