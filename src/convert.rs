@@ -6,17 +6,17 @@
 //! least squares per kv head and channel (per pair of channels for keys, after RoPE), as one linear
 //! regression each, on a text.
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use nalgebra::{DMatrixView, DVector, DVectorView};
 use thiserror::Error;
 
-use crate::attention::{KvFusion, KvResidual, lite_source};
+use crate::attention::lite_source;
 use crate::cache::CacheError;
 use crate::config::{ConfigError, FusedKvDecoderConfig};
-use crate::decoder::{ForwardError, FusedKvDecoder, Logits};
+use crate::decoder::{ForwardError, FusedKvDecoder};
 use crate::numbers::numbers;
-use crate::plan::{KvLayout, KvPart, KvPlan, PerPart};
+use crate::plan::{KvLayout, KvPart, KvPlan, KvShape, PerPart};
 use crate::tokens::{TokenBatch, TokensError};
 
 /// Pulls fitted weights to where they started, as a share of the sources' mean square: decides
@@ -123,29 +123,24 @@ pub fn convert<B: Backend>(
     converted.norm = model.norm.clone();
     converted.lm_head = model.lm_head.clone();
     for (to, from) in converted.layers.iter_mut().zip(&model.layers) {
-        to.input_layernorm = from.input_layernorm.clone();
-        to.post_attention_layernorm = from.post_attention_layernorm.clone();
-        to.mlp = from.mlp.clone();
-        let (to, from) = (&mut to.self_attn, &from.self_attn);
-        to.q_proj = from.q_proj.clone();
-        to.q_norm = from.q_norm.clone();
-        to.o_proj = from.o_proj.clone();
-        if to.k_proj.is_some() {
-            to.k_proj = from.k_proj.clone();
-            to.k_norm = from.k_norm.clone();
+        let (fusion, residual) = (
+            to.self_attn.kv_fusion.take(),
+            to.self_attn.kv_residual.take(),
+        );
+        let stores_keys = to.self_attn.k_proj.is_some();
+        let stores_values = to.self_attn.v_proj.is_some();
+        // Everything but what the plan decides is the standard decoder's.
+        *to = from.clone();
+        let to = &mut to.self_attn;
+        if !stores_keys {
+            (to.k_proj, to.k_norm) = (None, None);
         }
-        if to.v_proj.is_some() {
-            to.v_proj = from.v_proj.clone();
+        if !stores_values {
+            to.v_proj = None;
         }
         let dtype = embedding.dtype();
-        to.kv_fusion = to.kv_fusion.take().map(|fusion| KvFusion {
-            key_weight: fusion.key_weight.map(|weight| cast(weight, dtype)),
-            value_weight: fusion.value_weight.map(|weight| cast(weight, dtype)),
-        });
-        to.kv_residual = to.kv_residual.take().map(|residual| KvResidual {
-            key_weight: residual.key_weight.map(|alpha| cast(alpha, dtype)),
-            value_weight: residual.value_weight.map(|alpha| cast(alpha, dtype)),
-        });
+        to.kv_fusion = fusion.map(|fusion| cast(fusion, dtype));
+        to.kv_residual = residual.map(|residual| cast(residual, dtype));
     }
     Ok(converted)
 }
@@ -188,14 +183,13 @@ pub fn convert_fitted<B: Backend>(
         .chain(tokens.is_empty().then_some(tokens))
     {
         let batch = TokenBatch::from_rows(&[window], config.vocab_size, &device)?;
-        let mut cache = model.new_cache(1, window.len())?;
-        model.forward_cached(batch, &mut cache, Logits::Last)?;
+        let stored = model.keys_and_values(batch)?;
         for part in KvPart::BOTH {
             // A standard decoder stores every layer's.
-            let all = (0..config.n_layers).map(|layer| cache.get(part, layer).map(numbers));
-            let all: Vec<_> = all.map(Option::unwrap_or_default).collect();
+            let all = (0..config.n_layers).map(|layer| numbers(stored(part, layer)));
+            let all: Vec<_> = all.collect();
             for (layer, regressions) in &mut fits {
-                regressions[part].add(&all, *layer, config.head_dim);
+                regressions[part].add(&all, *layer);
             }
         }
     }
@@ -222,11 +216,17 @@ impl<B: Backend> ModuleVisitor<B> for Draw {
     }
 }
 
-fn cast<B: Backend, const D: usize>(
-    param: Param<Tensor<B, D>>,
-    dtype: DType,
-) -> Param<Tensor<B, D>> {
-    param.map(|tensor| tensor.cast(dtype))
+/// A module whose parameters are floats of type `dtype`.
+fn cast<B: Backend, M: Module<B>>(module: M, dtype: DType) -> M {
+    module.map(&mut Cast(dtype))
+}
+
+struct Cast(DType);
+
+impl<B: Backend> ModuleMapper<B> for Cast {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        param.map(|tensor| tensor.cast(self.0))
+    }
 }
 
 fn set<B: Backend>(param: &mut Option<Param<Tensor<B, 3>>>, weights: Vec<f64>) {
@@ -245,9 +245,11 @@ struct Regression {
     sources: Vec<usize>,
     /// The weight of each source in FusedKV-Lite.
     start: Vec<f64>,
-    /// Kv heads and channels that have weights of their own; one of each where all share.
+    part: KvPart,
+    kv: KvShape,
+    /// Kv heads and weights per head; one of each where all share.
     heads: usize,
-    channels: usize,
+    weights: usize,
     /// Whether the plan has weights.
     learned: bool,
     /// `[groups, sources, sources]`
@@ -262,34 +264,40 @@ impl Regression {
     fn new(layout: &KvLayout, layer: usize, part: KvPart, config: &FusedKvDecoderConfig) -> Self {
         let sources = layout.sources(part, layer).to_vec();
         let source = layout.layer(layer).part(part);
-        let shape = source.weights_shape(part, config.n_kv_heads, config.head_dim);
-        let [n, heads, channels] = shape.unwrap_or([sources.len(), 1, 1]);
+        let kv = config.layer(layer).kv;
+        let shape = source.weights_shape(part, &kv);
+        let [n, heads, weights] = shape.unwrap_or([sources.len(), 1, 1]);
         let lite = lite_source(part, &sources);
         Self {
             start: sources
                 .iter()
                 .map(|&source| f64::from(u8::from(Some(source) == lite)))
                 .collect(),
-            gram: vec![0.0; heads * channels * n * n],
-            moment: vec![0.0; heads * channels * n],
+            gram: vec![0.0; heads * weights * n * n],
+            moment: vec![0.0; heads * weights * n],
             square: 0.0,
             learned: shape.is_some(),
             sources,
+            part,
+            kv,
             heads,
-            channels,
+            weights,
         }
     }
 
     /// Adds a window's numbers, `all[layer]` being `[n_kv_heads, seq, head_dim]`.
-    fn add(&mut self, all: &[Vec<f32>], layer: usize, head_dim: usize) {
+    fn add(&mut self, all: &[Vec<f32>], layer: usize) {
         let n = self.sources.len();
         let target = &all[layer];
         let head_numbers = target.len() / self.heads;
+        let shared = self.weights == 1;
         let mut x = vec![0.0; n];
         for (i, &y) in target.iter().enumerate() {
-            // The channels of a pair are half a head apart.
-            let channel = i % head_dim % self.channels;
-            let group = i / head_numbers * self.channels + channel;
+            let weight = match shared {
+                true => 0,
+                false => self.kv.weight_of(self.part, i % self.kv.head_dim),
+            };
+            let group = i / head_numbers * self.weights + weight;
             for (x, &source) in x.iter_mut().zip(&self.sources) {
                 *x = f64::from(all[source][i]);
             }
@@ -309,7 +317,7 @@ impl Regression {
     /// The weights `[sources, heads, channels]`, and the errors.
     fn solve(&self) -> (Vec<f64>, FitError) {
         let n = self.sources.len();
-        let groups = self.heads * self.channels;
+        let groups = self.heads * self.weights;
         let start = DVector::from_column_slice(&self.start);
         let mut weights = vec![0.0; n * groups];
         let (mut before, mut after) = (self.square, self.square);

@@ -1,13 +1,13 @@
 //! What a configuration costs: parameters, cache bytes, bytes read, FLOPs.
 
-use crate::config::{ConfigError, FusedKvDecoderConfig};
+use crate::config::{ConfigError, FusedKvDecoderConfig, LayerSpec};
 use crate::parameters::{TensorSpec, tensors};
-use crate::plan::{KvLayout, KvPart};
+use crate::plan::{KvLayout, KvPart, Reach};
 
 /// Costs of a decoder, derived from its configuration and plan alone.
 ///
-/// FLOPs count two per multiply-add of the matrix products (projections, SwiGLU, attention, output
-/// head), for one row. A query attends to its own and earlier positions only, and a blend of k
+/// FLOPs count two per multiply-add of the matrix products (projections, feed-forward, attention,
+/// output head), for one row. A query attends to its own and earlier positions only, and a blend of k
 /// sources is attended to without materialising it, as the cached path does: k products per key.
 ///
 /// ```
@@ -46,24 +46,42 @@ impl DecoderCosts {
     }
 
     /// Bytes one token of one row takes in the cache, at `element_bytes` per element (4 for f32,
-    /// 2 for f16 and bf16).
+    /// 2 for f16 and bf16); in layers with a sliding window while the row is shorter than it.
     pub fn cache_bytes_per_token(&self, element_bytes: usize) -> usize {
-        let stored = KvPart::BOTH.map(|part| self.layout.n_stored(part));
-        stored.iter().sum::<usize>() * self.kv_width() * element_bytes
+        self.cache_bytes(1, element_bytes)
+    }
+
+    /// Cache bytes of the tokens that the token after `context` tokens of one row can see.
+    pub fn cache_bytes(&self, context: usize, element_bytes: usize) -> usize {
+        self.per_layer(|layer, spec| {
+            self.stored(layer) * spec.visible(context) * spec.kv.width() * element_bytes
+        })
     }
 
     /// Cache bytes that decoding one token of one row reads when `context` tokens are cached
     /// (itself included): every layer reads each stored tensor it attends to once.
     pub fn cache_bytes_read_per_token(&self, context: usize, element_bytes: usize) -> usize {
-        let reads: usize = (0..self.config.n_layers)
-            .map(|layer| self.layout.n_reads(layer))
-            .sum();
-        reads * context * self.kv_width() * element_bytes
+        self.per_layer(|layer, spec| {
+            let reads = self.layout.n_reads(layer);
+            reads * spec.visible(context) * spec.kv.width() * element_bytes
+        })
+    }
+
+    fn per_layer(&self, cost: impl Fn(usize, &LayerSpec) -> usize) -> usize {
+        let layers = (0..self.config.n_layers).map(|layer| cost(layer, &self.config.layer(layer)));
+        layers.sum()
+    }
+
+    /// Tensors that a layer stores: keys, values or both.
+    fn stored(&self, layer: usize) -> usize {
+        let stored = KvPart::BOTH.map(|part| self.layout.stores(part, layer));
+        stored.into_iter().filter(|&stored| stored).count()
     }
 
     /// FLOPs to prefill `prompt` tokens of one row into an empty cache and get the last one's
-    /// logits. Above the highest storing layer, and in it past its keys and values, only the last
-    /// position is computed.
+    /// logits, in one pass. Only positions that somebody reads are computed: above the highest
+    /// storing layer, and in it past its keys and values, the last one; where layers have sliding
+    /// windows, those that can be seen through them.
     pub fn prefill_flops(&self, prompt: usize) -> usize {
         self.flops(prompt, 0)
     }
@@ -79,35 +97,21 @@ impl DecoderCosts {
             return 0;
         }
         let c = &self.config;
-        let q_width = c.n_heads * c.head_dim;
-        // Pairs of query and key: position t attends to t + 1 keys.
-        let all_pairs = tokens * cached + tokens * (tokens + 1) / 2;
-        let last_pairs = cached + tokens;
         let head = c.vocab_size * c.hidden_size;
-        let layers: usize = (0..c.n_layers)
-            .map(|layer| {
-                let (queries, pairs) = if layer < self.layout.last_store() {
-                    (tokens, all_pairs)
-                } else {
-                    (1, last_pairs)
-                };
-                let stored = KvPart::BOTH.map(|part| self.layout.stores(part, layer));
-                let stored = stored.into_iter().filter(|&stored| stored).count();
-                let kv = tokens * stored * c.hidden_size * self.kv_width();
-                kv + queries * self.trunk_weights() + pairs * q_width * self.layout.n_reads(layer)
-            })
-            .sum();
+        let window = |layer| c.layer(layer).kind.window;
+        let reach = Reach::of_layers(&self.layout, window, tokens, 1);
+        let layers = self.per_layer(|layer, spec| {
+            let Reach { stored, queries } = &reach[layer];
+            // Pairs of query and key: position t sees t + 1 keys, or those of its window.
+            let last = cached + tokens;
+            let pairs: usize = (last - queries + 1..=last)
+                .map(|keys| spec.visible(keys))
+                .sum();
+            let kv = stored.iter().sum::<usize>() * c.hidden_size * spec.kv.width();
+            let trunk = c.hidden_size * (2 * spec.q_width() + 3 * spec.ffn_size);
+            kv + queries * trunk + pairs * spec.q_width() * self.layout.n_reads(layer)
+        });
         2 * (layers + head)
-    }
-
-    /// q, o and SwiGLU projections of one layer.
-    fn trunk_weights(&self) -> usize {
-        let c = &self.config;
-        c.hidden_size * (2 * c.n_heads * c.head_dim + 3 * c.ffn_size)
-    }
-
-    fn kv_width(&self) -> usize {
-        self.config.n_kv_heads * self.config.head_dim
     }
 }
 
@@ -116,6 +120,7 @@ mod tests {
     use burn_flex::{Flex, FlexDevice};
     use proptest::prelude::*;
 
+    use crate::config::LayerKind;
     use crate::kernels::work::multiply_adds;
     use crate::{
         BlendWeights, FusedKvDecoderConfig, KvPlan, KvSource, LayerKv, Logits, TokenBatch,
@@ -173,6 +178,43 @@ mod tests {
             };
             prop_assert_eq!(2 * read(prompt), costs.prefill_flops(prompt));
             prop_assert_eq!(2 * read(1), costs.decode_flops(prompt + 1));
+        }
+
+        /// Nor any that no window reaches.
+        #[test]
+        fn windows_are_computed_as_often_as_they_cost(
+            method in prop::sample::select(KvPlan::methods().collect::<Vec<_>>()),
+            windows in prop::collection::vec(prop::option::of(1usize..8), 5),
+            same in any::<bool>(),
+            prompt in 1usize..150,
+        ) {
+            let plan = KvPlan::from_method(method, 5).unwrap();
+            let mut config = FusedKvDecoderConfig::new(13, plan)
+                .with_hidden_size(12)
+                .with_n_layers(5)
+                .with_head_dim(6)
+                .with_ffn_size(10);
+            let kind = |window: &Option<usize>| LayerKind {
+                window: if same { windows[0] } else { *window },
+                rope: None,
+            };
+            config.block.layers = windows.iter().map(kind).collect();
+            let Ok(costs) = config.costs() else {
+                // The method has a layer read of a kind that is not stored.
+                return Ok(());
+            };
+            let model = config.init::<Flex>(&FlexDevice).unwrap();
+            let mut cache = model.new_cache(1, prompt + 1).unwrap();
+            for (tokens, cost) in [
+                (prompt, costs.prefill_flops(prompt)),
+                (1, costs.decode_flops(prompt + 1)),
+            ] {
+                let batch = TokenBatch::from_rows(&[vec![1; tokens]], 13, &FlexDevice).unwrap();
+                let asked = multiply_adds(|| {
+                    model.forward_cached(batch, &mut cache, Logits::Last).unwrap();
+                });
+                prop_assert_eq!(2 * asked, cost);
+            }
         }
     }
 }

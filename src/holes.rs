@@ -39,6 +39,20 @@ impl Holes {
         });
     }
 
+    /// The slot of the first of the last `tokens` tokens before slot `end`; 0 where there are fewer.
+    pub fn start_of_last(&self, tokens: usize, end: usize) -> usize {
+        let (mut tokens, mut end) = (tokens, end);
+        for hole in self.0.iter().rev() {
+            let above = end - hole.end.min(end);
+            if above >= tokens {
+                break;
+            }
+            tokens -= above;
+            end = end.min(hole.start);
+        }
+        end.saturating_sub(tokens)
+    }
+
     /// The slot after the row's first `tokens` tokens.
     pub fn end_of(&self, tokens: usize) -> usize {
         let mut end = tokens;
@@ -69,6 +83,29 @@ mod tests {
             assert_eq!(some.end_of(tokens), end);
         }
         assert_eq!(holes(&[]).end_of(3), 3);
+    }
+
+    #[test]
+    fn the_start_of_the_last_tokens_is_before_the_holes_among_them() {
+        let some = holes(&[0..2, 5..8]);
+        for (tokens, end, start) in [
+            (1, 10, 9),
+            (2, 10, 8),
+            (3, 10, 4),
+            (5, 10, 2),
+            (6, 10, 0),
+            (1, 8, 4),
+            (1, 7, 4),
+            (2, 4, 2),
+            (3, 4, 0),
+        ] {
+            assert_eq!(
+                some.start_of_last(tokens, end),
+                start,
+                "{tokens} before {end}"
+            );
+        }
+        assert_eq!(holes(&[]).start_of_last(3, 5), 2);
     }
 
     #[test]

@@ -74,11 +74,11 @@ pub mod train;
 
 pub use attention::{AttentionError, FusionForm, KvFusion, KvFusionConfig, fused_attention};
 pub use cache::{CacheDtype, CacheError, FusedKvCache};
-pub use config::{ConfigError, FusedKvDecoderConfig, FusionInit, FusionStart};
+pub use config::{BlockConfig, ConfigError, FusedKvDecoderConfig, FusionInit, FusionStart};
 pub use cost::DecoderCosts;
 pub use decoder::{ForwardError, FusedKvDecoder, Logits};
 pub use flow::{InformationFlow, information_flow};
 pub use generate::{GenerateError, GeneratedToken, GenerationConfig, generate};
-pub use plan::{BlendWeights, KvLayout, KvPart, KvPlan, KvSource, LayerKv, PlanError};
+pub use plan::{BlendWeights, KvLayout, KvPart, KvPlan, KvShape, KvSource, LayerKv, PlanError};
 pub use score::{Score, ScoreConfig, ScoreError, score, score_with};
 pub use tokens::{TokenBatch, TokensError};

@@ -1,7 +1,7 @@
 //! The parameters of a decoder, told by its configuration and plan alone: what files hold, and what
 //! there is to count. Loading checks every one against the modules.
 
-use crate::config::FusedKvDecoderConfig;
+use crate::config::{FusedKvDecoderConfig, NormPlacement};
 use crate::plan::{KvLayout, KvPart, LayerKv};
 
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -33,48 +33,62 @@ pub(crate) fn layer_tensors(
     layer: &LayerKv,
     index: usize,
 ) -> Vec<TensorSpec> {
-    let (hidden, ffn, head_dim) = (config.hidden_size, config.ffn_size, config.head_dim);
-    // A configuration may say anything.
-    let q = config.n_heads.saturating_mul(head_dim);
-    let kv = config.n_kv_heads.saturating_mul(head_dim);
-    let named = |name: &str| format!("model.layers.{index}.{name}");
-    let weight = |name: &str, shape: &[usize]| TensorSpec::new(named(name) + ".weight", shape);
+    let (hidden, block, spec) = (config.hidden_size, &config.block, config.layer(index));
+    let (q, kv, ffn) = (spec.q_width(), spec.kv.width(), spec.ffn_size);
+    let mut tensors = Vec::new();
+    let mut push = |name: String, shape: &[usize]| {
+        let name = format!("model.layers.{index}.{name}");
+        tensors.push(TensorSpec::new(name, shape));
+    };
+    macro_rules! projection {
+        ($name:literal, $shape:expr, $bias:expr) => {{
+            let [output, input]: [usize; 2] = $shape;
+            push(format!("{}.weight", $name), &[output, input]);
+            if $bias {
+                push(format!("{}.bias", $name), &[output]);
+            }
+        }};
+    }
     let stores = |part| layer.part(part).is_stored_by(index);
-    let mut tensors = vec![weight("input_layernorm", &[hidden])];
-    tensors.push(weight("self_attn.q_proj", &[q, hidden]));
+    if block.norm_placement.is_before() {
+        push("input_layernorm.weight".to_owned(), &[hidden]);
+    }
+    projection!("self_attn.q_proj", [q, hidden], block.qkv_bias);
     if stores(KvPart::Key) {
-        tensors.push(weight("self_attn.k_proj", &[kv, hidden]));
+        projection!("self_attn.k_proj", [kv, hidden], block.qkv_bias);
     }
     if stores(KvPart::Value) {
-        tensors.push(weight("self_attn.v_proj", &[kv, hidden]));
+        projection!("self_attn.v_proj", [kv, hidden], block.qkv_bias);
     }
-    tensors.push(weight("self_attn.o_proj", &[hidden, q]));
-    tensors.push(weight("self_attn.q_norm", &[head_dim]));
-    if stores(KvPart::Key) {
-        tensors.push(weight("self_attn.k_norm", &[head_dim]));
+    projection!("self_attn.o_proj", [hidden, q], block.output_bias);
+    let [q_norm, k_norm] = spec.qk_norm_widths(block.qk_norm);
+    if let Some(width) = q_norm {
+        push("self_attn.q_norm.weight".to_owned(), &[width]);
+    }
+    if let (Some(width), true) = (k_norm, stores(KvPart::Key)) {
+        push("self_attn.k_norm.weight".to_owned(), &[width]);
     }
     let parts = [(KvPart::Key, "key"), (KvPart::Value, "value")];
     for (part, name) in parts {
-        let shape = layer
-            .part(part)
-            .weights_shape(part, config.n_kv_heads, head_dim);
-        if let Some(shape) = shape {
-            let name = named(&format!("self_attn.kv_fusion.{name}_weight"));
-            tensors.push(TensorSpec::new(name, shape));
+        if let Some(shape) = layer.part(part).weights_shape(part, &spec.kv) {
+            push(format!("self_attn.kv_fusion.{name}_weight"), &shape);
         }
     }
     for (part, name) in parts {
         if layer.part(part).residual().is_some() {
-            let name = named(&format!("self_attn.kv_residual.{name}_weight"));
-            tensors.push(TensorSpec::new(name, [1]));
+            push(format!("self_attn.kv_residual.{name}_weight"), &[1]);
         }
     }
-    tensors.extend([
-        weight("post_attention_layernorm", &[hidden]),
-        weight("mlp.gate_proj", &[ffn, hidden]),
-        weight("mlp.up_proj", &[ffn, hidden]),
-        weight("mlp.down_proj", &[hidden, ffn]),
-    ]);
+    push("post_attention_layernorm.weight".to_owned(), &[hidden]);
+    if block.norm_placement == NormPlacement::Sandwich {
+        push("pre_feedforward_layernorm.weight".to_owned(), &[hidden]);
+    }
+    projection!("mlp.gate_proj", [ffn, hidden], block.mlp_bias);
+    projection!("mlp.up_proj", [ffn, hidden], block.mlp_bias);
+    projection!("mlp.down_proj", [hidden, ffn], block.mlp_bias);
+    if block.norm_placement.is_after() {
+        push("post_feedforward_layernorm.weight".to_owned(), &[hidden]);
+    }
     tensors
 }
 

@@ -1,5 +1,7 @@
 //! Batches of token ids whose rows may differ in length.
 
+use std::sync::Arc;
+
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use thiserror::Error;
 
@@ -170,22 +172,17 @@ impl<B: Backend> TokenBatch<B> {
         self.tokens.device()
     }
 
-    /// Which of `cached` slots and these tokens hold no token, `[batch, cached + seq]` row by row,
-    /// if any does; `holes` are those of the cached slots.
-    pub(crate) fn hidden_keys(&self, holes: &[Holes], cached: usize) -> Option<Vec<bool>> {
+    /// Which of `cached` slots with `holes` and of these tokens hold no token, row by row; no rows
+    /// where every one does.
+    pub(crate) fn holes(&self, holes: &[Holes], cached: usize) -> Arc<[Holes]> {
         if holes.iter().all(Holes::is_empty) && self.padding.iter().all(|&padding| padding == 0) {
-            return None;
+            return Arc::default();
         }
-        let [batch, seq] = self.dims();
-        let keys = cached + seq;
-        let mut hidden = vec![false; batch * keys];
-        for (row, &padding) in self.padding.iter().enumerate() {
-            let own = cached..cached + padding;
-            let holes = holes.get(row).map_or(&[][..], Holes::ranges);
-            for hole in holes.iter().chain([&own]) {
-                hidden[row * keys..][hole.clone()].fill(true);
-            }
-        }
-        Some(hidden)
+        let rows = self.padding.iter().enumerate().map(|(row, &padding)| {
+            let mut holes = holes.get(row).cloned().unwrap_or_default();
+            holes.push(cached..cached + padding);
+            holes
+        });
+        rows.collect()
     }
 }

@@ -5,15 +5,13 @@ use burn::module::{Module, Param};
 use burn::tensor::{Distribution, Tensor, TensorData, backend::Backend};
 
 use crate::config::{FusionInit, FusionStart};
-use crate::plan::{KvPart, KvSource, LayerKv};
+use crate::plan::{KvPart, KvShape, KvSource, LayerKv};
 
 /// Configuration of a [`KvFusion`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct KvFusionConfig {
-    /// Key/value heads.
-    pub n_kv_heads: usize,
-    /// Channels per head.
-    pub head_dim: usize,
+    /// Heads and channels of the sources.
+    pub kv: KvShape,
     /// Where the keys come from.
     pub key: KvSource,
     /// Where the values come from.
@@ -33,6 +31,7 @@ impl KvFusionConfig {
         Some(KvFusion {
             key_weight,
             value_weight,
+            rotated_pairs: self.kv.rotary_dim / 2,
         })
     }
 
@@ -44,7 +43,7 @@ impl KvFusionConfig {
         let KvSource::Blend { sources, .. } = source else {
             return None;
         };
-        let shape = source.weights_shape(part, self.n_kv_heads, self.head_dim)?;
+        let shape = source.weights_shape(part, &self.kv)?;
         let [n_sources, heads, channels] = shape;
         let lite = lite_source(part, sources);
         let start: Vec<f64> = sources
@@ -71,13 +70,16 @@ impl KvFusionConfig {
 ///
 /// Should be created with [`KvFusionConfig`]. Weights are per source, kv head and channel, or one
 /// scalar per source. Keys are blended after RoPE: both channels of a rotated pair (j and
-/// j + head_dim/2) share one weight, so that scores stay a function of relative position.
+/// j + rotary_dim/2) share one weight, so that scores stay a function of relative position; channels
+/// that are not rotated have one each.
 #[derive(Module, Debug)]
 pub struct KvFusion<B: Backend> {
-    /// `[sources, n_kv_heads, head_dim / 2]` or `[sources, 1, 1]`; none if keys come as they are.
+    /// `[sources, n_kv_heads, head_dim − rotary_dim / 2]`, rotated pairs first, or `[sources, 1, 1]`;
+    /// none if keys come as they are.
     pub key_weight: Option<Param<Tensor<B, 3>>>,
     /// `[sources, n_kv_heads, head_dim]` or `[sources, 1, 1]`; none if values come as they are.
     pub value_weight: Option<Param<Tensor<B, 3>>>,
+    rotated_pairs: usize,
 }
 
 impl<B: Backend> KvFusion<B> {
@@ -85,9 +87,13 @@ impl<B: Backend> KvFusion<B> {
     /// `[batch, n_kv_heads, seq, head_dim]`; those of keys with both channels of each pair.
     pub fn weights(&self, part: KvPart) -> Option<Vec<Tensor<B, 4>>> {
         let weight = self.weight(part)?.val();
+        let pairs = self.rotated_pairs;
         Some(per_source(match (part, weight.dims()) {
-            (KvPart::Value, _) | (KvPart::Key, [_, 1, 1]) => weight,
-            (KvPart::Key, _) => Tensor::cat(vec![weight.clone(), weight], 2),
+            (KvPart::Key, dims @ [sources, _, _]) if dims != [sources, 1, 1] && pairs > 0 => {
+                let of_pairs = weight.clone().narrow(2, 0, pairs);
+                Tensor::cat(vec![of_pairs, weight], 2)
+            }
+            _ => weight,
         }))
     }
 

@@ -77,7 +77,7 @@ pub enum AttentionError {
 /// ```
 /// use burn::tensor::{Distribution, Tensor};
 /// use fusedkv::backend::{Flex, FlexDevice};
-/// use fusedkv::{BlendWeights, FusionInit, KvFusionConfig, KvSource, fused_attention};
+/// use fusedkv::{BlendWeights, FusionInit, KvFusionConfig, KvShape, KvSource, fused_attention};
 ///
 /// let device = FlexDevice::default();
 /// let random = |heads, seq| {
@@ -85,8 +85,7 @@ pub enum AttentionError {
 /// };
 /// let blend = KvSource::Blend { sources: vec![0, 1], weights: BlendWeights::PerChannel };
 /// let fusion = KvFusionConfig {
-///     n_kv_heads: 2,
-///     head_dim: 8,
+///     kv: KvShape { n_kv_heads: 2, head_dim: 8, rotary_dim: 8 },
 ///     key: blend.clone(),
 ///     value: blend,
 ///     init: FusionInit::equal(),
@@ -168,12 +167,9 @@ pub fn fused_attention<B: Backend>(
             keys: n_keys,
         });
     }
-    let visibility = match queries {
-        1 => Visibility::All,
-        _ => Visibility::Causal,
-    };
     let stored = |sources: Vec<_>| sources.into_iter().map(Stored::Float).collect();
     let keys = terms(stored(keys), key_weights);
     let values = terms(stored(values), value_weights);
-    Ok(attend(None, query, keys, values, &visibility))
+    let visibility = Visibility::causal();
+    Ok(attend(None, query, keys, values, &visibility, None))
 }

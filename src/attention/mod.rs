@@ -49,13 +49,15 @@ pub(crate) fn terms<B: Backend>(
 /// Attention of `query` `[batch, n_heads, queries, head_dim]` over blends of stored keys and
 /// values; query head h uses kv head h / (n_heads / n_kv_heads). The output is shaped as the query.
 ///
-/// Without a `form` it takes what is faster. Computed in f32 where the query is f16 or bf16.
+/// Without a `form` it takes what is faster. Computed in f32 where the query is f16 or bf16. With a
+/// `softcap` c, scores are c · tanh(score / c).
 pub(crate) fn attend<B: Backend>(
     form: Option<FusionForm>,
     query: Tensor<B, 4>,
     keys: Vec<Term<B>>,
     values: Vec<Term<B>>,
     visibility: &Visibility<B>,
+    softcap: Option<f64>,
 ) -> Tensor<B, 4> {
     let dtype = query.dtype();
     let wide = match dtype {
@@ -68,7 +70,7 @@ pub(crate) fn attend<B: Backend>(
         Some(FusionForm::Materialised) => blended(&query, keys, values),
         Some(FusionForm::Absorbed) | None => (keys, values),
     };
-    kernels::attention(form, query, keys, values, visibility).cast(dtype)
+    kernels::attention(form, query, keys, values, visibility, softcap).cast(dtype)
 }
 
 /// Sources stay as they are stored: some kernels widen them as they read.

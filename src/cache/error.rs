@@ -89,4 +89,17 @@ pub enum CacheError {
         /// Tokens there are.
         len: usize,
     },
+    /// Truncation to where a layer with a sliding window has forgotten what comes before.
+    #[error(
+        "truncation to {requested} slots, where the next token would see slots from {needed} on and \
+         a layer with a sliding window has those from {first} on, expected to take back fewer"
+    )]
+    Forgotten {
+        /// Slots to keep.
+        requested: usize,
+        /// The first slot the next token would see.
+        needed: usize,
+        /// The first slot there is.
+        first: usize,
+    },
 }

@@ -16,18 +16,19 @@ use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 
 use crate::holes::Holes;
 use crate::kernels::stored::Stored;
-use crate::plan::{KvLayout, KvPart, PerPart};
+use crate::plan::{HISTORY, KvLayout, KvPart, PerPart};
 pub use dtype::CacheDtype;
 pub use error::CacheError;
 use slot::Slot;
+pub(crate) use slot::SlotShape;
 pub(crate) use store::{KvStore, Uncached};
 
 /// What a cache must agree with its decoder about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct CacheShape {
     pub layout: Arc<KvLayout>,
-    pub n_kv_heads: usize,
-    pub head_dim: usize,
+    /// Of every layer, whether it stores or not.
+    pub slots: Arc<[SlotShape]>,
 }
 
 impl CacheShape {
@@ -39,25 +40,50 @@ impl CacheShape {
         } else {
             0
         };
-        let head = self
-            .head_dim
-            .checked_mul(numbers.size())?
-            .checked_add(scale)?;
-        let tensors = KvPart::BOTH.map(|part| self.layout.n_stored(part));
-        [tensors.iter().sum(), batch, self.n_kv_heads, capacity]
-            .into_iter()
-            .try_fold(head, usize::checked_mul)
-            .filter(|&bytes| isize::try_from(bytes).is_ok())
+        let mut bytes: usize = 0;
+        for (layer, slot) in self.slots.iter().enumerate() {
+            let head = (slot.head_dim.checked_mul(numbers.size())?).checked_add(scale)?;
+            let stored = KvPart::BOTH.map(|part| usize::from(self.layout.stores(part, layer)));
+            let tensors = [
+                stored.iter().sum(),
+                batch,
+                slot.n_kv_heads,
+                slot.tokens(capacity),
+            ];
+            let tensors = tensors.into_iter().try_fold(head, usize::checked_mul)?;
+            bytes = bytes.checked_add(tensors)?;
+        }
+        isize::try_from(bytes).is_ok().then_some(bytes)
+    }
+
+    /// What the layers that store keys, or values, store.
+    fn stored(&self, part: KvPart) -> impl Iterator<Item = &SlotShape> {
+        let layers = self.slots.iter().enumerate();
+        let stored = layers.filter(move |(layer, _)| self.layout.stores(part, *layer));
+        stored.map(|(_, slot)| slot)
     }
 }
 
 impl fmt::Display for CacheShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (heads, channels) = (self.n_kv_heads, self.head_dim);
-        write!(f, "{heads} kv heads of {channels} channels and layers with")?;
-        for (i, layer) in self.layout.layers().iter().enumerate() {
-            let separator = if i > 0 { ";" } else { "" };
-            write!(f, "{separator} {layer}")?;
+        for (i, (slot, layer)) in self.slots.iter().zip(self.layout.layers()).enumerate() {
+            let SlotShape {
+                n_kv_heads,
+                head_dim,
+                window,
+            } = slot;
+            let same = i > 0 && self.slots[i - 1] == *slot;
+            let separator = if i > 0 { "; " } else { "" };
+            f.write_str(separator)?;
+            if !same {
+                write!(f, "{n_kv_heads} kv heads of {head_dim} channels, ")?;
+                match window {
+                    Some(window) => write!(f, "a window of {window} tokens, ")?,
+                    None => {}
+                }
+                f.write_str("and layers with ")?;
+            }
+            write!(f, "{layer}")?;
         }
         Ok(())
     }
@@ -67,8 +93,9 @@ impl fmt::Display for CacheShape {
 ///
 /// Should be created with [`FusedKvDecoder::new_cache`](crate::FusedKvDecoder::new_cache) and
 /// filled by [`forward_cached`](crate::FusedKvDecoder::forward_cached). Memory for the whole
-/// capacity is taken at once. A clone is a fork: it shares memory until either side is appended to,
-/// and is then copied.
+/// capacity is taken at once, by layers with a sliding window for little more than the window: they
+/// forget what no later token sees, but for the last 32 tokens before, so that as many can be taken
+/// back. A clone is a fork: it shares memory until either side is appended to, and is then copied.
 ///
 /// Every error leaves the cache as it was.
 ///
@@ -121,11 +148,13 @@ impl<B: Backend> FusedKvCache<B> {
         if shape.bytes(batch, capacity, numbers).is_none() {
             return Err(CacheError::TooLarge { batch, capacity });
         }
-        let dims = [batch, shape.n_kv_heads, capacity, shape.head_dim];
         let slots = PerPart::new(|part| {
-            let stored = 0..shape.layout.n_stored(part);
-            let zeros = |_| Slot::new(Stored::zeros(dims, numbers, device));
-            stored.map(zeros).collect()
+            let zeros = |slot: &SlotShape| {
+                let tokens = slot.tokens(capacity);
+                let dims = [batch, slot.n_kv_heads, tokens, slot.head_dim];
+                Slot::new(Stored::zeros(dims, numbers, device))
+            };
+            shape.stored(part).map(zeros).collect()
         });
         Ok(Self {
             shape,
@@ -185,7 +214,8 @@ impl<B: Backend> FusedKvCache<B> {
     /// Keeps the first `len` slots of every row, e.g. to undo rejected drafts.
     ///
     /// # Errors
-    /// [`CacheError::TruncateBeyondLength`] if fewer are in use.
+    /// [`CacheError::TruncateBeyondLength`] if fewer are in use; [`CacheError::Forgotten`] if a layer
+    /// with a sliding window no longer has what the next token would see.
     pub fn truncate(&mut self, len: usize) -> Result<(), CacheError> {
         if len > self.len {
             return Err(CacheError::TruncateBeyondLength {
@@ -193,10 +223,27 @@ impl<B: Backend> FusedKvCache<B> {
                 len: self.len,
             });
         }
-        self.len = len;
-        for holes in &mut self.holes {
-            holes.clip(len);
+        let mut holes = self.holes.clone();
+        holes.iter_mut().for_each(|holes| holes.clip(len));
+        self.keep(len, holes)
+    }
+
+    /// Makes `len` slots with these holes all there are.
+    fn keep(&mut self, len: usize, holes: Vec<Holes>) -> Result<(), CacheError> {
+        for part in KvPart::BOTH {
+            for (slot, shape) in self.slots[part].iter().zip(self.shape.stored(part)) {
+                let needed = needed(&holes, len, shape.window);
+                if slot.first() > needed {
+                    return Err(CacheError::Forgotten {
+                        requested: len,
+                        needed,
+                        first: slot.first(),
+                    });
+                }
+            }
         }
+        self.len = len;
+        self.holes = holes;
         Ok(())
     }
 
@@ -206,7 +253,8 @@ impl<B: Backend> FusedKvCache<B> {
     ///
     /// # Errors
     /// [`CacheError::BatchMismatch`] if there is not one length per row,
-    /// [`CacheError::TruncateBeyondLength`] if a row has fewer tokens.
+    /// [`CacheError::TruncateBeyondLength`] if a row has fewer tokens, [`CacheError::Forgotten`] as
+    /// [`truncate`](Self::truncate).
     pub fn truncate_rows(&mut self, lens: &[usize]) -> Result<(), CacheError> {
         self.check_batch(lens.len())?;
         for (&requested, len) in lens.iter().zip(self.row_lens()) {
@@ -219,18 +267,20 @@ impl<B: Backend> FusedKvCache<B> {
             .zip(&self.holes)
             .map(|(&len, holes)| holes.end_of(len))
             .collect();
-        self.len = ends.iter().copied().max().unwrap_or(0);
-        for (holes, end) in self.holes.iter_mut().zip(ends) {
+        let len = ends.iter().copied().max().unwrap_or(0);
+        let mut holes = self.holes.clone();
+        for (holes, end) in holes.iter_mut().zip(ends) {
             holes.clip(end);
-            holes.push(end..self.len);
+            holes.push(end..len);
         }
-        Ok(())
+        self.keep(len, holes)
     }
 
     /// Forgets all tokens; the memory stays.
     pub fn reset(&mut self) {
         self.len = 0;
         self.holes.fill(Holes::default());
+        self.slots.iter_mut().flatten().for_each(Slot::reset);
     }
 
     /// Makes row `i` what row `rows[i]` was: reorders, repeats (beam search) or drops (finished)
@@ -257,7 +307,8 @@ impl<B: Backend> FusedKvCache<B> {
     }
 
     /// Cached keys (or values) of a layer, counted from 0, in the decoder's float type, holes
-    /// included: `[batch, n_kv_heads, len, head_dim]`. None if the layer stores none.
+    /// included: `[batch, n_kv_heads, len, head_dim]`, of a layer with a sliding window the last ones
+    /// that it keeps. None if the layer stores none.
     pub fn get(&self, part: KvPart, layer: usize) -> Option<Tensor<B, 4>> {
         let slot = self.shape.layout.slot(part, layer)?;
         let stored = self.slots[part][slot].prefix(self.len);
@@ -306,6 +357,22 @@ impl<B: Backend> FusedKvCache<B> {
     }
 }
 
+/// The first of `len` slots that the next token sees, of any row, through a window.
+fn needed(holes: &[Holes], len: usize, window: Option<usize>) -> usize {
+    let Some(window) = window else {
+        return 0;
+    };
+    let starts = holes
+        .iter()
+        .map(|holes| holes.start_of_last(window - 1, len));
+    starts.min().unwrap_or(0)
+}
+
+/// The first of `len` slots that is kept for later tokens.
+fn kept(holes: &[Holes], len: usize, window: Option<usize>) -> usize {
+    needed(holes, len, window).saturating_sub(HISTORY)
+}
+
 /// An append under way: one chunk's keys and values of every storing layer.
 pub(crate) struct Append<'c, B: Backend> {
     cache: &'c mut FusedKvCache<B>,
@@ -320,6 +387,18 @@ impl<B: Backend> Append<'_, B> {
         for (holes, &padding) in self.cache.holes.iter_mut().zip(padding) {
             holes.push(start..start + padding);
         }
+        let FusedKvCache {
+            shape,
+            slots,
+            holes,
+            len,
+            ..
+        } = self.cache;
+        for part in KvPart::BOTH {
+            for (slot, shape) in slots[part].iter_mut().zip(shape.stored(part)) {
+                slot.shrink(*len, kept(holes, *len, shape.window));
+            }
+        }
     }
 
     fn slot(&self, part: KvPart, layer: usize) -> usize {
@@ -331,7 +410,12 @@ impl<B: Backend> Append<'_, B> {
 impl<B: Backend> KvStore<B> for Append<'_, B> {
     fn put(&mut self, part: KvPart, layer: usize, x: Tensor<B, 4>) {
         let slot = self.slot(part, layer);
-        self.cache.slots[part][slot].assign(self.cache.len, x);
+        let FusedKvCache {
+            shape, holes, len, ..
+        } = &*self.cache;
+        let (len, kept) = (*len, kept(holes, *len, shape.slots[layer].window));
+        let seq = self.seq;
+        self.cache.slots[part][slot].append(len, kept, seq, x);
     }
 
     fn get(&self, part: KvPart, layer: usize) -> Stored<B> {

@@ -9,10 +9,11 @@ use crate::plan::KvPart;
 
 /// Where one forward pass puts the keys and values of layers that store them, and finds them again.
 pub(crate) trait KvStore<B: Backend> {
-    /// Takes a layer's keys or values of the new positions, `[batch, n_kv_heads, seq, head_dim]`.
+    /// Takes a layer's keys or values of the last new positions that anybody will read,
+    /// `[batch, n_kv_heads, seq, head_dim]`.
     fn put(&mut self, part: KvPart, layer: usize, x: Tensor<B, 4>);
 
-    /// Those of all positions, the new ones last. Only what was put is asked for.
+    /// Those that it keeps, the new ones last. Only what was put is asked for.
     fn get(&self, part: KvPart, layer: usize) -> Stored<B>;
 }
 

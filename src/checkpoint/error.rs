@@ -182,6 +182,17 @@ pub enum CheckpointError {
         /// What the tensor would be called.
         tensor: String,
     },
+    /// A block that the decoder's family has no key for.
+    #[error(
+        "the decoder's block.{field} is none that files of the family \"{family}\" can have, \
+         expected another block or another family"
+    )]
+    Family {
+        /// The family's `model_type`.
+        family: &'static str,
+        /// Where the block differs from all that its files can say.
+        field: &'static str,
+    },
     /// A number that the type asked for is too small for.
     #[error("{}: `{tensor}` has an element {value:e}, too large for {dtype:?}", path.display())]
     Overflow {

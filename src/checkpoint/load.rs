@@ -1,6 +1,7 @@
 //! From a directory to a decoder, tensor by tensor.
 
 use std::path::Path;
+use std::rc::Rc;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Tensor, TensorData, backend::Backend, bf16, f16};
@@ -10,10 +11,11 @@ use super::config::{self, ModelConfig};
 use super::error::CheckpointError;
 use super::names::ModulePath;
 use super::numbers::{Number, WeightDtype};
+use super::tensors::{FileTensor, file_tensors};
 use super::weights::Weights;
 use crate::config::ConfigError;
 use crate::decoder::FusedKvDecoder;
-use crate::parameters::{TensorSpec, layer_tensors, tensors};
+use crate::parameters::layer_tensors;
 use crate::plan::LayerKv;
 use crate::tokenizer::Tokenizer;
 
@@ -35,7 +37,7 @@ pub struct LoadedCheckpoint<B: Backend> {
 /// not bear out. Then each tensor is read in pieces into its final place, so that memory never
 /// exceeds the weights by more than a tensor that a device copies.
 ///
-/// Keys of `config.json` that are not Qwen3's are ignored; a `dropout` is 0. A head that repeats a
+/// Keys of `config.json` that are not of its family are ignored; a `dropout` is 0. A head that repeats a
 /// tied embedding is accepted.
 ///
 /// # Errors
@@ -67,7 +69,7 @@ pub fn load_checkpoint<B: Backend>(
     let model = model.map_err(|source| in_config(&config, source))?;
     let mut filler = Filler {
         path: ModulePath::default(),
-        expected: expected.into_iter(),
+        expected: parts(expected).into_iter(),
         weights,
         dtype,
         device,
@@ -93,24 +95,36 @@ fn in_config(config: &ModelConfig, source: ConfigError) -> CheckpointError {
 
 /// The tensors the configuration asks for, if they are what the files have. Nothing is made as
 /// large as the configuration says before the files are found to be.
-fn check(config: &ModelConfig, weights: &mut Weights) -> Result<Vec<TensorSpec>, CheckpointError> {
+fn check(config: &ModelConfig, weights: &mut Weights) -> Result<Vec<FileTensor>, CheckpointError> {
     let decoder = &config.decoder;
     if decoder.n_layers > weights.len() {
         // Among more layers than tensors, one has none.
         for index in 0..decoder.n_layers {
-            let [norm, ..] = &layer_tensors(decoder, &LayerKv::OWN, index)[..] else {
-                continue;
-            };
-            if !weights.contains(&norm.name) {
+            let of_layer = layer_tensors(decoder, &LayerKv::OWN, index);
+            // One that no family has in another tensor.
+            let norm = of_layer
+                .iter()
+                .find(|spec| spec.name.ends_with("norm.weight"));
+            if let Some(norm) = norm.filter(|norm| !weights.contains(&norm.name)) {
                 return Err(weights.missing(norm));
             }
         }
     }
     let layout = decoder.validate();
     let layout = layout.map_err(|source| in_config(config, source))?;
-    let expected = tensors(decoder, &layout);
+    let expected = file_tensors(decoder, &layout);
     weights.check_all(&expected)?;
     Ok(expected)
+}
+
+/// Every parameter: the tensor it is in, and the number of its part.
+fn parts(tensors: Vec<FileTensor>) -> Vec<(Rc<FileTensor>, usize)> {
+    let tensors = tensors.into_iter().map(Rc::new);
+    let parts = |tensor: Rc<FileTensor>| {
+        let parts = 0..tensor.parts.len();
+        parts.map(move |part| (tensor.clone(), part))
+    };
+    tensors.flat_map(parts).collect()
 }
 
 pub(crate) fn check_vocabulary(
@@ -131,7 +145,7 @@ pub(crate) fn check_vocabulary(
 /// Replaces every parameter by its tensor.
 struct Filler<'d, B: Backend> {
     path: ModulePath,
-    expected: std::vec::IntoIter<TensorSpec>,
+    expected: std::vec::IntoIter<(Rc<FileTensor>, usize)>,
     weights: Weights,
     dtype: WeightDtype,
     device: &'d B::Device,
@@ -141,22 +155,25 @@ struct Filler<'d, B: Backend> {
 impl<B: Backend> Filler<'_, B> {
     fn tensor<const D: usize>(
         &mut self,
-        spec: &TensorSpec,
+        file: &FileTensor,
+        part: usize,
     ) -> Result<Tensor<B, D>, CheckpointError> {
         match self.dtype {
-            WeightDtype::F32 => self.tensor_of::<f32, D>(spec),
-            WeightDtype::F16 => self.tensor_of::<f16, D>(spec),
-            WeightDtype::Bf16 => self.tensor_of::<bf16, D>(spec),
+            WeightDtype::F32 => self.tensor_of::<f32, D>(file, part),
+            WeightDtype::F16 => self.tensor_of::<f16, D>(file, part),
+            WeightDtype::Bf16 => self.tensor_of::<bf16, D>(file, part),
         }
     }
 
     fn tensor_of<T: Number, const D: usize>(
         &mut self,
-        spec: &TensorSpec,
+        file: &FileTensor,
+        part: usize,
     ) -> Result<Tensor<B, D>, CheckpointError> {
-        let transposed = self.path.is_linear();
-        let numbers = self.weights.numbers::<T>(spec, transposed)?;
-        let mut shape = spec.shape.clone();
+        // A bias is a vector.
+        let transposed = self.path.is_linear() && D == 2;
+        let numbers = self.weights.numbers::<T>(file, part, transposed)?;
+        let mut shape = file.parts[part].shape.clone();
         if transposed {
             shape.reverse();
         }
@@ -178,13 +195,13 @@ impl<B: Backend> ModuleMapper<B> for Filler<'_, B> {
         if self.failed.is_some() {
             return param;
         }
-        let spec = self
+        let place = self
             .expected
             .next()
-            .filter(|spec| spec.name == self.path.tensor());
-        let spec = spec.expect("checkpoints have the decoder's parameters, in its order");
+            .filter(|(file, part)| file.parts[*part].name == self.path.tensor());
+        let (file, part) = place.expect("checkpoints have the decoder's parameters, in its order");
         let id = param.id;
-        match self.tensor(&spec) {
+        match self.tensor(&file, part) {
             Ok(tensor) => param.transform_for_load(tensor, id),
             Err(error) => {
                 self.failed = Some(error);

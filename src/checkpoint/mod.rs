@@ -28,12 +28,15 @@
 mod config;
 mod directory;
 mod error;
+mod families;
+mod keys;
 mod load;
 mod names;
 mod numbers;
 mod rows;
 mod safetensors;
 mod save;
+mod tensors;
 mod weights;
 
 pub use error::CheckpointError;

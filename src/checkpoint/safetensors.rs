@@ -41,6 +41,22 @@ pub(super) struct Place {
     bytes: u64,
 }
 
+impl Place {
+    /// Some of a matrix's rows.
+    pub fn rows(&self, start: usize, rows: usize) -> Self {
+        // The whole has been checked to lie in the file.
+        let row = self.bytes / self.shape[0] as u64;
+        let mut shape = self.shape.clone();
+        shape[0] = rows;
+        Self {
+            dtype: self.dtype,
+            shape,
+            start: self.start + start as u64 * row,
+            bytes: rows as u64 * row,
+        }
+    }
+}
+
 impl SafetensorsFile {
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let read = |source| CheckpointError::Read {

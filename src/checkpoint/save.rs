@@ -15,6 +15,7 @@ use super::error::CheckpointError;
 use super::load::check_vocabulary;
 use super::names::{self, ModulePath, ParameterVisitor};
 use super::numbers::{Overflow, WeightDtype, encode};
+use super::tensors::{FileTensor, file_tensors};
 use super::{CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER, WEIGHTS, config};
 use crate::decoder::FusedKvDecoder;
 use crate::file;
@@ -96,7 +97,8 @@ impl SaveOptions {
 /// `dropout` and `fusion_init` of the configuration are not part of the format.
 ///
 /// # Errors
-/// [`CheckpointError::Write`]; [`CheckpointError::Overflow`] for weights too large for the float
+/// [`CheckpointError::Write`]; [`CheckpointError::Family`] for a block that files of its family cannot
+/// have; [`CheckpointError::Overflow`] for weights too large for the float
 /// type; [`CheckpointError::NotInFormat`] for parameters the format does not have;
 /// [`CheckpointError::Vocabulary`] for a tokenizer with more tokens than the model;
 /// [`CheckpointError::ShardBytes`].
@@ -115,6 +117,7 @@ pub fn save_checkpoint<B: Backend>(
     check_parameters(model)?;
     let model_dtype = model.embed_tokens.weight.val().dtype();
     let dtype = options.dtype.unwrap_or(WeightDtype::of_model(model_dtype));
+    let json = config::to_json(model.config(), dtype, &options.eos)?;
     let replaced = |name: &str| {
         name == CONFIG
             || (name == TOKENIZER && options.tokenizer.is_some())
@@ -122,7 +125,6 @@ pub fn save_checkpoint<B: Backend>(
             || is_weights(name)
     };
     directory::replace(directory, replaced, |partial| {
-        let json = config::to_json(model.config(), dtype, &options.eos);
         write_json(&partial.join(CONFIG), &json)?;
         if !options.eos.is_empty() {
             let json = config::generation_json(&options.eos);
@@ -187,19 +189,20 @@ fn write_weights<B: Backend>(
     dtype: WeightDtype,
     shard_bytes: u64,
 ) -> Result<(), CheckpointError> {
-    let tensors = tensors(model.config(), model.layout());
+    let tensors = file_tensors(model.config(), model.layout());
     let bytes = |spec: &TensorSpec| (spec.elements() * dtype.bytes()) as u64;
-    let mut shards: Vec<Vec<TensorSpec>> = Vec::new();
+    let mut shards: Vec<Vec<FileTensor>> = Vec::new();
     let mut filled = 0;
-    for spec in tensors {
+    for tensor in tensors {
+        let bytes = bytes(&tensor.spec);
         match shards.last_mut() {
-            Some(shard) if filled + bytes(&spec) <= shard_bytes => {
-                filled += bytes(&spec);
-                shard.push(spec);
+            Some(shard) if filled + bytes <= shard_bytes => {
+                filled += bytes;
+                shard.push(tensor);
             }
             _ => {
-                filled = bytes(&spec);
-                shards.push(vec![spec]);
+                filled = bytes;
+                shards.push(vec![tensor]);
             }
         }
     }
@@ -212,7 +215,7 @@ fn write_weights<B: Backend>(
             1 => WEIGHTS.to_owned(),
             _ => format!("model-{number:05}-of-{count:05}.safetensors"),
         };
-        for spec in &shard {
+        for FileTensor { spec, .. } in &shard {
             total += bytes(spec);
             index.insert(spec.name.clone(), json!(name));
         }
@@ -234,7 +237,7 @@ fn write_weights<B: Backend>(
 
 /// Writes every parameter to the shard that it is planned for.
 struct ShardWriter {
-    shards: std::vec::IntoIter<(PathBuf, Vec<TensorSpec>)>,
+    shards: std::vec::IntoIter<(PathBuf, Vec<FileTensor>)>,
     dtype: WeightDtype,
     current: Option<Shard>,
     failed: Option<CheckpointError>,
@@ -243,13 +246,14 @@ struct ShardWriter {
 struct Shard {
     path: PathBuf,
     file: BufWriter<File>,
+    /// The parameters to come.
     left: std::vec::IntoIter<TensorSpec>,
 }
 
 impl Shard {
     fn start(
         path: PathBuf,
-        tensors: Vec<TensorSpec>,
+        tensors: Vec<FileTensor>,
         dtype: WeightDtype,
     ) -> Result<Self, CheckpointError> {
         let write = |source| CheckpointError::Write {
@@ -257,11 +261,17 @@ impl Shard {
             source,
         };
         let mut file = BufWriter::new(File::create(&path).map_err(write)?);
-        file.write_all(&header(&tensors, dtype)).map_err(write)?;
+        let (specs, parts): (Vec<_>, Vec<_>) = (tensors
+            .into_iter()
+            .map(|tensor| (tensor.spec, tensor.parts)))
+        .unzip();
+        file.write_all(&header(&specs, dtype)).map_err(write)?;
+        // Rows that follow one another in a tensor do so in the file.
+        let parts: Vec<TensorSpec> = parts.into_iter().flatten().collect();
         Ok(Self {
             path,
             file,
-            left: tensors.into_iter(),
+            left: parts.into_iter(),
         })
     }
 
@@ -335,7 +345,7 @@ impl ShardWriter {
         let (shard, spec) = self.next()?;
         debug_assert_eq!(spec.name, path.tensor());
         let mut tensor = param.val();
-        if path.is_linear() {
+        if path.is_linear() && D == 2 {
             tensor = tensor.swap_dims(0, 1);
         }
         let data = tensor.into_data();

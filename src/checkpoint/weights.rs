@@ -7,7 +7,8 @@ use std::path::{Component, Path, PathBuf};
 use super::error::CheckpointError;
 use super::numbers::Number;
 use super::safetensors::{Place, SafetensorsFile, weight_dtype};
-use super::{INDEX, WEIGHTS, config};
+use super::tensors::FileTensor;
+use super::{INDEX, WEIGHTS, keys};
 use crate::parameters::{EMBEDDING, HEAD, TensorSpec};
 
 /// All files of weights of a directory, open.
@@ -44,7 +45,7 @@ impl Weights {
     }
 
     fn open_shards(directory: &Path, index: PathBuf) -> Result<Self, CheckpointError> {
-        let json = config::read_object(&index)?;
+        let json = keys::read_object(&index)?;
         let setting = |key: &str, found: String, expected: &str| CheckpointError::Setting {
             path: index.clone(),
             key: key.to_owned(),
@@ -61,7 +62,7 @@ impl Weights {
         let map = map.as_object().ok_or_else(|| {
             setting(
                 "weight_map",
-                config::shown(map),
+                keys::shown(map),
                 "an object of tensors and files",
             )
         })?;
@@ -71,7 +72,7 @@ impl Weights {
         for (tensor, shard) in map {
             let shard = shard.as_str().ok_or_else(|| {
                 let key = format!("weight_map.{tensor}");
-                setting(&key, config::shown(shard), "the name of a file")
+                setting(&key, keys::shown(shard), "the name of a file")
             })?;
             let file = match shards.entry(shard) {
                 Entry::Occupied(entry) => *entry.get(),
@@ -167,11 +168,12 @@ impl Weights {
 
     /// Whether all `expected` tensors are there and no other, except for a head that repeats the
     /// embedding: some tied models on the hub have one.
-    pub fn check_all(&mut self, expected: &[TensorSpec]) -> Result<(), CheckpointError> {
-        for spec in expected {
-            self.check(spec)?;
+    pub fn check_all(&mut self, expected: &[FileTensor]) -> Result<(), CheckpointError> {
+        for tensor in expected {
+            self.check(&tensor.spec)?;
         }
-        let known: BTreeSet<&str> = expected.iter().map(|spec| &*spec.name).collect();
+        let known = expected.iter().map(|tensor| &*tensor.spec.name);
+        let known: BTreeSet<&str> = known.collect();
         let left_over = self
             .tensors
             .iter()
@@ -214,13 +216,19 @@ impl Weights {
         self.files[head].same(&a, &mut other, &b)
     }
 
-    /// A tensor's numbers in the order of the file, or of its transpose.
+    /// The numbers of a part of a tensor in the order of the file, or of the part's transpose.
     pub fn numbers<T: Number>(
         &mut self,
-        spec: &TensorSpec,
+        tensor: &FileTensor,
+        part: usize,
         transposed: bool,
     ) -> Result<Vec<T>, CheckpointError> {
-        let (file, place) = self.find(spec)?;
-        self.files[file].numbers(&spec.name, &place, transposed)
+        let (file, place) = self.find(&tensor.spec)?;
+        let before = tensor.parts[..part].iter().map(|part| part.shape[0]).sum();
+        let place = match &tensor.parts[..] {
+            [_] => place,
+            parts => place.rows(before, parts[part].shape[0]),
+        };
+        self.files[file].numbers(&tensor.spec.name, &place, transposed)
     }
 }

@@ -2,23 +2,21 @@
 //! layer store them, fusion weights where it has the layer blend.
 
 use burn::module::Module;
-use burn::nn::RmsNorm;
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::projection::Projection;
-use super::{Span, new_norm};
+use super::{Norm, Span, last};
 use crate::attention::{FusionForm, KvFusion, KvFusionConfig, KvResidual, attend, terms};
 use crate::cache::KvStore;
-use crate::config::FusedKvDecoderConfig;
+use crate::config::{FusedKvDecoderConfig, QkNorm};
 use crate::kernels::operands::Term;
-use crate::kernels::{rms_norm, same_for_all_tokens, swap_heads};
-use crate::plan::{KvLayout, KvPart, KvSource};
+use crate::kernels::{same_for_all_tokens, swap_heads};
+use crate::plan::{KvLayout, KvPart, KvSource, Reach};
 
-/// Grouped-query attention with RoPE and a per-head RMSNorm on q and k, whose keys and values are
-/// its own or other layers'.
+/// Grouped-query attention whose keys and values are its own or other layers'.
 ///
-/// Field names are those of Hugging Face's Qwen3. Which of the optional ones there are follows from
-/// the decoder's plan; a pass panics where one has been taken away by hand.
+/// Field names are Hugging Face's. Which of the optional ones there are follows from the decoder's
+/// block and plan; a pass panics where one of the plan's has been taken away by hand.
 #[derive(Module, Debug)]
 pub struct Attention<B: Backend> {
     /// `[hidden_size, n_heads · head_dim]`.
@@ -29,15 +27,20 @@ pub struct Attention<B: Backend> {
     pub v_proj: Option<Projection<B>>,
     /// `[n_heads · head_dim, hidden_size]`.
     pub o_proj: Projection<B>,
-    /// Over head_dim, before RoPE.
-    pub q_norm: RmsNorm<B>,
-    /// Over head_dim, before RoPE, in layers that store keys.
-    pub k_norm: Option<RmsNorm<B>>,
+    /// Over head_dim or all heads, before RoPE, in blocks that have it.
+    pub q_norm: Option<Norm<B>>,
+    /// The same of keys, in layers that store them.
+    pub k_norm: Option<Norm<B>>,
     /// Weights of the blend, in layers whose plan has any.
     pub kv_fusion: Option<KvFusion<B>>,
     /// α of YOCO++, in storing layers that add a lower layer's keys or values.
     pub kv_residual: Option<KvResidual<B>>,
     head_dim: usize,
+    #[module(skip)]
+    qk_norm: QkNorm,
+    /// What queries are multiplied with beyond 1/√head_dim.
+    query_scale: Option<f64>,
+    softcap: Option<f64>,
 }
 
 impl<B: Backend> Attention<B> {
@@ -47,34 +50,41 @@ impl<B: Backend> Attention<B> {
         index: usize,
         device: &B::Device,
     ) -> Self {
-        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
-        let kv_width = config.n_kv_heads * head_dim;
-        let q_width = config.n_heads * head_dim;
-        let projection = |shape| Projection::new(shape, &config.initializer(), device);
+        let (block, spec, hidden) = (&config.block, config.layer(index), config.hidden_size);
+        let (q_width, kv_width) = (spec.q_width(), spec.kv.width());
+        let projection = |shape, bias| Projection::new(shape, bias, &config.initializer(), device);
+        let norm = |width: Option<usize>| width.map(|width| Norm::new(width, config, device));
+        let [q_norm, k_norm] = spec.qk_norm_widths(block.qk_norm);
         let stores = |part| layout.stores(part, index);
+        let own = |part| stores(part).then(|| projection([hidden, kv_width], block.qkv_bias));
         let layer = layout.layer(index);
         let fusion = KvFusionConfig {
-            n_kv_heads: config.n_kv_heads,
-            head_dim,
+            kv: spec.kv,
             key: layer.key.clone(),
             value: layer.value.clone(),
             init: config.fusion_init,
         };
+        let usual_scale = (spec.kv.head_dim as f64).sqrt().recip();
         Self {
-            q_proj: projection([hidden, q_width]),
-            k_proj: stores(KvPart::Key).then(|| projection([hidden, kv_width])),
-            v_proj: stores(KvPart::Value).then(|| projection([hidden, kv_width])),
-            o_proj: projection([q_width, hidden]),
-            q_norm: new_norm(head_dim, config, device),
-            k_norm: stores(KvPart::Key).then(|| new_norm(head_dim, config, device)),
+            q_proj: projection([hidden, q_width], block.qkv_bias),
+            k_proj: own(KvPart::Key),
+            v_proj: own(KvPart::Value),
+            o_proj: projection([q_width, hidden], block.output_bias),
+            q_norm: norm(q_norm),
+            k_norm: norm(k_norm.filter(|_| stores(KvPart::Key))),
             kv_fusion: fusion.init(device),
             kv_residual: KvResidual::new(layer, config.fusion_init.residual, device),
-            head_dim,
+            head_dim: spec.kv.head_dim,
+            qk_norm: block.qk_norm,
+            query_scale: (block.attention_scale)
+                .map(|scale| scale / usual_scale)
+                .filter(|&scale| scale != 1.0),
+            softcap: block.attention_softcap,
         }
     }
 
-    /// Puts what layer `index` stores of the new positions: post-RoPE keys, values, and what it adds
-    /// to them of a lower layer (YOCO++).
+    /// Puts what layer `index` stores of the last positions that somebody reads: post-RoPE keys,
+    /// values, and what it adds to them of a lower layer (YOCO++).
     ///
     /// # Shapes
     /// - x: `[batch, seq, hidden_size]`, normalised
@@ -84,13 +94,14 @@ impl<B: Backend> Attention<B> {
         index: usize,
         x: &Tensor<B, 3>,
         span: &Span<B>,
+        reach: &Reach,
         store: &mut impl KvStore<B>,
     ) {
         for part in KvPart::BOTH {
             if !layout.stores(part, index) {
                 continue;
             }
-            let own = self.own(part, x.clone(), span);
+            let own = self.own(part, last(x, reach.stored[part]), span);
             let own = match layout.layer(index).part(part).residual() {
                 None => own,
                 Some(lower) => {
@@ -109,12 +120,11 @@ impl<B: Backend> Attention<B> {
     fn own(&self, part: KvPart, x: Tensor<B, 3>, span: &Span<B>) -> Tensor<B, 4> {
         match part {
             KvPart::Key => {
-                let (k_proj, k_norm) = (self.k_proj.as_ref(), self.k_norm.as_ref());
-                let (k_proj, k_norm) = k_proj
-                    .zip(k_norm)
+                let k_proj = self
+                    .k_proj
+                    .as_ref()
                     .expect("a layer that stores keys has them");
-                let key = rms_norm(k_norm, self.split_heads(k_proj.forward(x)));
-                span.angles.rotate(key.swap_dims(1, 2))
+                self.rotated(k_proj.forward(x), self.k_norm.as_ref(), span)
             }
             KvPart::Value => {
                 let v_proj = self
@@ -140,14 +150,34 @@ impl<B: Backend> Attention<B> {
         store: &impl KvStore<B>,
     ) -> Tensor<B, 3> {
         let [batch, queries, _] = x.dims();
-        let query = self.split_heads(self.q_proj.forward(x));
-        let query = rms_norm(&self.q_norm, query);
-        let query = span.angles.rotate(query.swap_dims(1, 2));
+        let query = self.rotated(self.q_proj.forward(x), self.q_norm.as_ref(), span);
+        let query = match self.query_scale {
+            Some(scale) => query * scale,
+            None => query,
+        };
         let [keys, values] = KvPart::BOTH.map(|part| self.terms(layout, index, part, store));
-        let output = attend(form, query, keys, values, &span.visibility);
+        let output = attend(form, query, keys, values, &span.visibility, self.softcap);
         let [_, n_heads, _, head_dim] = output.dims();
         let output = swap_heads(output).reshape([batch, queries, n_heads * head_dim]);
         self.o_proj.forward(output)
+    }
+
+    /// Queries or keys `[batch, seq, heads · head_dim]` normalised and rotated,
+    /// `[batch, heads, seq, head_dim]`.
+    fn rotated(&self, x: Tensor<B, 3>, norm: Option<&Norm<B>>, span: &Span<B>) -> Tensor<B, 4> {
+        let heads = match (norm, self.qk_norm) {
+            (Some(norm), QkNorm::AllHeads) => self.split_heads(norm.forward(x)),
+            (Some(norm), _) => norm.forward(self.split_heads(x)),
+            (None, QkNorm::None) => self.split_heads(x),
+            (None, _) => panic!("a block with norms of queries and keys has them"),
+        };
+        match &span.angles {
+            Some(angles) => {
+                let [_, seq, _, _] = heads.dims();
+                angles.last(seq).rotate(heads.swap_dims(1, 2))
+            }
+            None => swap_heads(heads),
+        }
     }
 
     /// What layer `index` reads of stored keys, or of stored values, with the weights it has for it.

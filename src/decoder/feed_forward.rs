@@ -1,33 +1,37 @@
 //! The feed-forward block of a layer.
 
 use burn::module::Module;
+use burn::tensor::activation::{gelu, gelu_approximate};
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::projection::Projection;
-use crate::config::FusedKvDecoderConfig;
+use crate::config::{Activation, FusedKvDecoderConfig};
 use crate::kernels::swiglu;
 
-/// `down(silu(gate(x)) ⊙ up(x))` (arXiv 2002.05202).
+/// `down(f(gate(x)) ⊙ up(x))` (arXiv 2002.05202), f being the block's [`Activation`].
 ///
 /// Burn's `SwiGlu` has the first two projections under other names than checkpoints do.
 #[derive(Module, Debug)]
-pub struct SwiGluBlock<B: Backend> {
+pub struct FeedForward<B: Backend> {
     /// `[hidden_size, ffn_size]`.
     pub gate_proj: Projection<B>,
     /// `[hidden_size, ffn_size]`.
     pub up_proj: Projection<B>,
     /// `[ffn_size, hidden_size]`.
     pub down_proj: Projection<B>,
+    #[module(skip)]
+    activation: Activation,
 }
 
-impl<B: Backend> SwiGluBlock<B> {
-    pub(super) fn new(config: &FusedKvDecoderConfig, device: &B::Device) -> Self {
-        let (hidden, ffn) = (config.hidden_size, config.ffn_size);
-        let projection = |shape| Projection::new(shape, &config.initializer(), device);
+impl<B: Backend> FeedForward<B> {
+    pub(super) fn new(config: &FusedKvDecoderConfig, ffn_size: usize, device: &B::Device) -> Self {
+        let (hidden, bias) = (config.hidden_size, config.block.mlp_bias);
+        let projection = |shape| Projection::new(shape, bias, &config.initializer(), device);
         Self {
-            gate_proj: projection([hidden, ffn]),
-            up_proj: projection([hidden, ffn]),
-            down_proj: projection([ffn, hidden]),
+            gate_proj: projection([hidden, ffn_size]),
+            up_proj: projection([hidden, ffn_size]),
+            down_proj: projection([ffn_size, hidden]),
+            activation: config.block.activation,
         }
     }
 
@@ -36,6 +40,10 @@ impl<B: Backend> SwiGluBlock<B> {
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         let gate = self.gate_proj.forward(x.clone());
         let up = self.up_proj.forward(x);
-        self.down_proj.forward(swiglu(gate, up))
+        self.down_proj.forward(match self.activation {
+            Activation::Silu => swiglu(gate, up),
+            Activation::Gelu => gelu(gate) * up,
+            Activation::GeluTanh => gelu_approximate(gate) * up,
+        })
     }
 }

@@ -5,6 +5,7 @@ mod attention;
 mod error;
 mod feed_forward;
 mod layer;
+mod norm;
 mod projection;
 mod record;
 mod rope;
@@ -12,30 +13,36 @@ mod rope;
 use std::sync::Arc;
 
 use burn::module::{Initializer, Module};
-use burn::nn::{Dropout, DropoutConfig, Embedding, EmbeddingConfig, RmsNorm, RmsNormConfig};
-use burn::tensor::{Bool, Tensor, TensorData, backend::Backend};
+use burn::nn::{Dropout, DropoutConfig, Embedding, EmbeddingConfig};
+use burn::tensor::{Tensor, backend::Backend};
 
 pub use attention::Attention;
 pub use error::ForwardError;
-pub use feed_forward::SwiGluBlock;
+pub use feed_forward::FeedForward;
 pub use layer::DecoderLayer;
+pub use norm::Norm;
 pub use projection::Projection;
 pub use record::{DecoderRecord, PlanModule, PlanRecord, RecordError};
 pub use rope::{Rope, RopeAngles, RopeError};
 
 use crate::attention::FusionForm;
-use crate::cache::{CacheDtype, CacheError, CacheShape, FusedKvCache, KvStore, Uncached};
-use crate::config::{ConfigError, FusedKvDecoderConfig};
+use crate::cache::{
+    CacheDtype, CacheError, CacheShape, FusedKvCache, KvStore, SlotShape, Uncached,
+};
+use crate::config::{ConfigError, FusedKvDecoderConfig, LayerKind};
+use crate::holes::Holes;
 use crate::kernels::operands::Visibility;
-use crate::kernels::{self, causal_mask, rms_norm, tied_head};
-use crate::plan::KvLayout;
+use crate::kernels::{self, tied_head};
+#[cfg(feature = "convert")]
+use crate::plan::KvPart;
+use crate::plan::{KvLayout, Reach};
 use crate::tokens::TokenBatch;
 
-/// A Qwen3-style decoder whose [plan](crate::KvPlan) says which layers have keys and values of
-/// their own; all methods are this decoder.
+/// A decoder whose [plan](crate::KvPlan) says which layers have keys and values of their own, and
+/// whose [block](crate::config::BlockConfig) says what its layers compute; all methods and families
+/// are this decoder.
 ///
-/// Should be created with [`FusedKvDecoderConfig::init`]. Field names are those of Hugging Face's
-/// Qwen3.
+/// Should be created with [`FusedKvDecoderConfig::init`]. Field names are Hugging Face's.
 ///
 /// ```
 /// use fusedkv::backend::{Flex, FlexDevice};
@@ -67,12 +74,16 @@ pub struct FusedKvDecoder<B: Backend> {
     /// The layers, bottom first.
     pub layers: Vec<DecoderLayer<B>>,
     /// Over hidden_size, before the head.
-    pub norm: RmsNorm<B>,
+    pub norm: Norm<B>,
     /// `[hidden_size, vocab_size]`; none where the embedding is the head.
     pub lm_head: Option<Projection<B>>,
     dropout: Dropout,
+    /// Of every kind of layers; none where it does not rotate.
     #[module(skip)]
-    rope: Arc<Rope>,
+    ropes: Arc<Vec<Option<Rope>>>,
+    /// Of every kind of layers.
+    #[module(skip)]
+    windows: Arc<Vec<Option<usize>>>,
     #[module(skip)]
     config: Arc<FusedKvDecoderConfig>,
     /// Tokens of all rows that a cached pass reads at once; none: all of them.
@@ -90,10 +101,11 @@ pub enum Logits {
     All,
 }
 
-/// What all layers share of one chunk of tokens.
+/// What all layers of one kind share of one chunk of tokens.
 #[derive(Clone, Debug)]
 pub(crate) struct Span<B: Backend> {
-    pub angles: RopeAngles<B>,
+    /// None where the kind does not rotate.
+    pub angles: Option<RopeAngles<B>>,
     pub visibility: Visibility<B>,
 }
 
@@ -104,6 +116,8 @@ impl FusedKvDecoderConfig {
     /// [`ConfigError`] as [`validate`](Self::validate).
     pub fn init<B: Backend>(&self, device: &B::Device) -> Result<FusedKvDecoder<B>, ConfigError> {
         let layout = self.validate()?;
+        let (kinds, _) = self.kinds();
+        let rope = |kind: &LayerKind| kind.rope.clone().map(|rope| Rope::new(self.head_dim, rope));
         Ok(FusedKvDecoder {
             embed_tokens: EmbeddingConfig::new(self.vocab_size, self.hidden_size)
                 .with_initializer(self.initializer())
@@ -111,13 +125,14 @@ impl FusedKvDecoderConfig {
             layers: (0..self.n_layers)
                 .map(|index| DecoderLayer::new(self, &layout, index, device))
                 .collect(),
-            norm: new_norm(self.hidden_size, self, device),
+            norm: Norm::new(self.hidden_size, self, device),
             lm_head: (!self.tie_embeddings).then(|| {
                 let shape = [self.hidden_size, self.vocab_size];
-                Projection::new(shape, &self.initializer(), device)
+                Projection::new(shape, false, &self.initializer(), device)
             }),
             dropout: DropoutConfig::new(self.dropout).init(),
-            rope: Arc::new(Rope::new(self.head_dim, self.rope_theta)),
+            ropes: Arc::new(kinds.iter().map(rope).collect()),
+            windows: Arc::new(kinds.iter().map(|kind| kind.window).collect()),
             config: Arc::new(self.clone()),
             prefill_chunk: kernels::tokens_per_pass::<B>(),
             plan: PlanModule::new(layout),
@@ -226,13 +241,41 @@ impl<B: Backend> FusedKvDecoder<B> {
         tokens: TokenBatch<B>,
         form: Option<FusionForm>,
     ) -> Result<Tensor<B, 3>, ForwardError> {
+        let mut store = Uncached::new();
+        let x = self.uncached_walk(tokens, &mut store, form)?;
+        Ok(self.head(x))
+    }
+
+    /// The keys and the values, `[batch, n_kv_heads, seq, head_dim]`, that a layer stores of tokens
+    /// without a past, by part and layer.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    #[cfg(feature = "convert")]
+    pub(crate) fn keys_and_values(
+        &self,
+        tokens: TokenBatch<B>,
+    ) -> Result<impl Fn(KvPart, usize) -> Tensor<B, 4>, ForwardError> {
+        let mut store = Uncached::new();
+        self.uncached_walk(tokens, &mut store, None)?;
+        let dtype = self.embed_tokens.weight.val().dtype();
+        Ok(move |part, layer| store.get(part, layer).float(dtype))
+    }
+
+    /// What the last layer gives for all positions of tokens without a past, and in `store` the keys
+    /// and values that were stored.
+    fn uncached_walk(
+        &self,
+        tokens: TokenBatch<B>,
+        store: &mut Uncached<B>,
+        form: Option<FusionForm>,
+    ) -> Result<Tensor<B, 3>, ForwardError> {
         tokens.check()?;
         let [batch, _] = tokens.dims();
         let past = vec![0; batch];
         self.check_positions(&tokens, &past)?;
-        let span = self.span(&tokens, &past, 0, tokens.hidden_keys(&[], 0));
-        let x = self.walk(tokens, span, &mut Uncached::new(), form, Some(Logits::All));
-        Ok(self.head(x))
+        let spans = self.spans(&tokens, &past, 0, &[]);
+        Ok(self.walk(tokens, spans, store, form, Some(Logits::All)))
     }
 
     /// Appends a chunk of tokens to the cache and returns logits: prefill in chunks of any size,
@@ -279,20 +322,26 @@ impl<B: Backend> FusedKvDecoder<B> {
         cache: &mut FusedKvCache<B>,
         logits: Option<Logits>,
     ) -> Tensor<B, 3> {
-        let hidden = tokens.hidden_keys(cache.holes(), cache.len());
-        let span = self.span(&tokens, &cache.row_lens(), cache.len(), hidden);
+        let spans = self.spans(&tokens, &cache.row_lens(), cache.len(), cache.holes());
         let padding = tokens.padding().to_vec();
         let mut append = cache.append(tokens.dims()[1]);
-        let x = self.walk(tokens, span, &mut append, None, logits);
+        let x = self.walk(tokens, spans, &mut append, None, logits);
         append.commit(&padding);
         x
     }
 
     fn cache_shape(&self) -> CacheShape {
+        let slot = |index| {
+            let spec = self.config.layer(index);
+            SlotShape {
+                n_kv_heads: spec.kv.n_kv_heads,
+                head_dim: spec.kv.head_dim,
+                window: spec.kind.window,
+            }
+        };
         CacheShape {
             layout: self.plan.layout.clone(),
-            n_kv_heads: self.config.n_kv_heads,
-            head_dim: self.config.head_dim,
+            slots: (0..self.config.n_layers).map(slot).collect(),
         }
     }
 
@@ -301,44 +350,51 @@ impl<B: Backend> FusedKvDecoder<B> {
     fn walk(
         &self,
         tokens: TokenBatch<B>,
-        mut span: Span<B>,
+        spans: Vec<Span<B>>,
         store: &mut impl KvStore<B>,
         form: Option<FusionForm>,
         logits: Option<Logits>,
     ) -> Tensor<B, 3> {
         let [_, seq] = tokens.dims();
         let mut x = self.embed_tokens.forward(tokens.into_tensor());
+        if let Some(scale) = self.config.block.embedding_scale {
+            x = x * scale;
+        }
         let layout = self.layout();
-        for (i, layer) in self.layers.iter().enumerate() {
-            let attention = &layer.self_attn;
-            let mut normed = rms_norm(&layer.input_layernorm, x.clone());
-            attention.put(layout, i, &normed, &span, store);
-            if i == layout.last_store() {
-                match logits {
-                    None => break,
-                    // From here on nobody reads the other positions.
-                    Some(Logits::Last) if seq > 1 => {
-                        x = x.narrow(1, seq - 1, 1);
-                        normed = normed.narrow(1, seq - 1, 1);
-                        span = span.last();
-                    }
-                    Some(_) => {}
-                }
+        let wanted = match logits {
+            None => 0,
+            Some(Logits::Last) => 1,
+            Some(Logits::All) => seq,
+        };
+        let window = |layer| self.windows[layout.kind(layer)];
+        let reach = Reach::of_layers(layout, window, seq, wanted);
+        for (i, (layer, reach)) in self.layers.iter().zip(&reach).enumerate() {
+            let span = &spans[layout.kind(i)];
+            let input = layer.attention_input(&x);
+            layer.self_attn.put(layout, i, &input, span, reach, store);
+            if reach.queries == 0 {
+                break;
             }
-            let attended = attention.forward(form, layout, i, normed, &span, store);
-            x = x + self.dropout.forward(attended);
-            let normed = rms_norm(&layer.post_attention_layernorm, x.clone());
-            x = x + self.dropout.forward(layer.mlp.forward(normed));
+            // From here on nobody reads the other positions.
+            x = last(&x, reach.queries);
+            let input = last(&input, reach.queries);
+            let attended = layer.self_attn.forward(form, layout, i, input, span, store);
+            x = layer.add_attention(x, attended, &self.dropout);
+            x = layer.add_feed_forward(x, &self.dropout);
         }
         x
     }
 
     /// Logits of the last layer's output.
     fn head(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let x = rms_norm(&self.norm, x);
-        match &self.lm_head {
+        let x = self.norm.forward(x);
+        let logits = match &self.lm_head {
             Some(head) => head.forward(x),
             None => tied_head(x, self.embed_tokens.weight.val()),
+        };
+        match self.config.block.logit_softcap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
         }
     }
 
@@ -359,60 +415,49 @@ impl<B: Backend> FusedKvDecoder<B> {
         Ok(())
     }
 
-    /// Positions and visibility of `tokens` after `past[row]` tokens of each row in `cached` slots,
-    /// of which `hidden` says which hold no token (none: all do).
-    fn span(
+    /// Positions and visibility, for every kind of layers, of `tokens` after `past[row]` tokens of
+    /// each row in `cached` slots with `holes`.
+    fn spans(
         &self,
         tokens: &TokenBatch<B>,
         past: &[usize],
         cached: usize,
-        hidden: Option<Vec<bool>>,
-    ) -> Span<B> {
-        let [batch, seq] = tokens.dims();
-        let Some(hidden) = hidden else {
-            return Span {
-                angles: self.rope.range(cached, seq, &tokens.device()),
-                visibility: if seq == 1 {
-                    Visibility::All
-                } else {
-                    Visibility::Causal
-                },
-            };
-        };
+        holes: &[Holes],
+    ) -> Vec<Span<B>> {
+        let [_, seq] = tokens.dims();
         let device = tokens.device();
-        let positions: Vec<Vec<usize>> = past
+        let holes = tokens.holes(holes, cached);
+        let positions: Option<Vec<Vec<usize>>> = (!holes.is_empty()).then(|| {
+            let rows = past.iter().zip(tokens.padding());
+            rows.map(|(past, &padding)| {
+                (0..seq).map(|i| past + i.saturating_sub(padding)).collect()
+            })
+            .collect()
+        });
+        let angles = |rope: &Rope| match &positions {
+            None => rope.range(cached, seq, &device),
+            Some(positions) => {
+                let angles = rope.gather(positions, &device);
+                angles.expect("every row of a batch has as many columns")
+            }
+        };
+        let span = |(rope, window): (&Option<Rope>, &Option<usize>)| Span {
+            angles: rope.as_ref().map(angles),
+            visibility: Visibility::new(*window, holes.clone(), cached + seq),
+        };
+        self.ropes
             .iter()
-            .zip(tokens.padding())
-            .map(|(past, &padding)| (0..seq).map(|i| past + i.saturating_sub(padding)).collect())
-            .collect();
-        let keys = cached + seq;
-        let hidden = TensorData::new(hidden, [batch, 1, 1, keys]);
-        let hidden = Tensor::<B, 4, Bool>::from_data(hidden, &device).repeat_dim(2, seq);
-        let future = causal_mask::<B>(seq, keys, &device).repeat_dim(0, batch);
-        let angles = self.rope.gather(&positions, &device);
-        Span {
-            angles: angles.expect("every row of a batch has as many columns"),
-            visibility: Visibility::Except(hidden.bool_or(future)),
-        }
+            .zip(self.windows.iter())
+            .map(span)
+            .collect()
     }
 }
 
-impl<B: Backend> Span<B> {
-    /// The last position's.
-    fn last(self) -> Self {
-        Self {
-            angles: self.angles.last(),
-            visibility: self.visibility.last(),
-        }
+/// The last `len` positions of `[batch, seq, width]`.
+fn last<B: Backend>(x: &Tensor<B, 3>, len: usize) -> Tensor<B, 3> {
+    let [_, seq, _] = x.dims();
+    match seq == len {
+        true => x.clone(),
+        false => x.clone().narrow(1, seq - len, len),
     }
-}
-
-fn new_norm<B: Backend>(
-    width: usize,
-    config: &FusedKvDecoderConfig,
-    device: &B::Device,
-) -> RmsNorm<B> {
-    RmsNormConfig::new(width)
-        .with_epsilon(config.rms_norm_eps)
-        .init(device)
 }

@@ -15,16 +15,17 @@ pub struct Projection<B: Backend> {
 }
 
 impl<B: Backend> Projection<B> {
-    /// Without a bias.
+    /// A bias starts at 0.
     pub(super) fn new(
         [input, output]: [usize; 2],
+        bias: bool,
         initializer: &Initializer,
         device: &B::Device,
     ) -> Self {
         let shape = [input, output];
         Self {
             weight: initializer.init_with(shape, Some(input), Some(output), device),
-            bias: None,
+            bias: bias.then(|| Initializer::Zeros.init([output], device)),
         }
     }
 

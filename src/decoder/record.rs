@@ -91,36 +91,39 @@ impl<B: Backend> FusedKvDecoder<B> {
         };
         check("lm_head", self.lm_head.is_some(), record.lm_head.is_some())?;
         for (i, (own, record)) in self.layers.iter().zip(&record.layers).enumerate() {
-            let (own, record) = (&own.self_attn, &record.self_attn);
-            let (fusion, recorded) = (own.kv_fusion.as_ref(), record.kv_fusion.as_ref());
-            let (added, recorded_added) = (own.kv_residual.as_ref(), record.kv_residual.as_ref());
-            for (name, own, record) in [
-                ("k_proj", own.k_proj.is_some(), record.k_proj.is_some()),
-                ("v_proj", own.v_proj.is_some(), record.v_proj.is_some()),
-                ("k_norm", own.k_norm.is_some(), record.k_norm.is_some()),
-                (
-                    "kv_fusion.key_weight",
-                    fusion.is_some_and(|fusion| fusion.key_weight.is_some()),
-                    recorded.is_some_and(|fusion| fusion.key_weight.is_some()),
-                ),
-                (
-                    "kv_fusion.value_weight",
-                    fusion.is_some_and(|fusion| fusion.value_weight.is_some()),
-                    recorded.is_some_and(|fusion| fusion.value_weight.is_some()),
-                ),
-                (
-                    "kv_residual.key_weight",
-                    added.is_some_and(|residual| residual.key_weight.is_some()),
-                    recorded_added.is_some_and(|residual| residual.key_weight.is_some()),
-                ),
-                (
-                    "kv_residual.value_weight",
-                    added.is_some_and(|residual| residual.value_weight.is_some()),
-                    recorded_added.is_some_and(|residual| residual.value_weight.is_some()),
-                ),
-            ] {
-                check(&format!("layers.{i}.self_attn.{name}"), own, record)?;
+            // Whether one of them has what the other may lack.
+            macro_rules! has {
+                ($of:ident.$($module:ident).+ =>) => { $of.$($module).+.is_some() };
+                ($of:ident.$($module:ident).+ => $field:ident) => {
+                    $of.$($module).+.as_ref().is_some_and(|module| module.$field.is_some())
+                };
             }
+            macro_rules! check {
+                ($($module:ident).+ => $($field:ident)?) => {{
+                    let own = has!(own.$($module).+ => $($field)?);
+                    let record = has!(record.$($module).+ => $($field)?);
+                    let name = concat!($(".", stringify!($module)),+ $(, ".", stringify!($field))?);
+                    check(&format!("layers.{i}{name}"), own, record)?;
+                }};
+            }
+            check!(input_layernorm =>);
+            check!(pre_feedforward_layernorm =>);
+            check!(post_feedforward_layernorm =>);
+            check!(self_attn.q_proj.bias =>);
+            check!(self_attn.k_proj =>);
+            check!(self_attn.k_proj => bias);
+            check!(self_attn.v_proj =>);
+            check!(self_attn.v_proj => bias);
+            check!(self_attn.o_proj.bias =>);
+            check!(self_attn.q_norm =>);
+            check!(self_attn.k_norm =>);
+            check!(self_attn.kv_fusion => key_weight);
+            check!(self_attn.kv_fusion => value_weight);
+            check!(self_attn.kv_residual => key_weight);
+            check!(self_attn.kv_residual => value_weight);
+            check!(mlp.gate_proj.bias =>);
+            check!(mlp.up_proj.bias =>);
+            check!(mlp.down_proj.bias =>);
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
 //! Rotary position embedding (arXiv 2104.09864) in the Hugging Face channel order: channel j is
-//! rotated with channel j + head_dim/2.
+//! rotated with channel j + rotary_dim/2; channels from rotary_dim on stay.
 //!
 //! Burn's `RotaryEncoding` rotates neighbouring channels and starts every row at the same
 //! position; checkpoints need the first otherwise, and rows of different lengths the second. Angles
@@ -9,6 +9,7 @@
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use thiserror::Error;
 
+use crate::config::RopeConfig;
 use crate::kernels;
 
 /// By how much every pair of channels turns from one position to the next.
@@ -16,9 +17,10 @@ use crate::kernels;
 /// ```
 /// use burn::tensor::Tensor;
 /// use fusedkv::backend::{Flex, FlexDevice};
+/// use fusedkv::config::RopeConfig;
 /// use fusedkv::decoder::Rope;
 ///
-/// let rope = Rope::new(8, 1e4);
+/// let rope = Rope::new(8, RopeConfig::new(1e4));
 /// let query = Tensor::<Flex, 4>::ones([1, 2, 3, 8], &FlexDevice);
 /// let turned = rope.range(5, 3, &FlexDevice).apply(query)?;
 /// assert_eq!(turned.dims(), [1, 2, 3, 8]);
@@ -26,17 +28,18 @@ use crate::kernels;
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
-    /// Radians per position, pair by pair.
-    frequencies: Vec<f64>,
+    config: RopeConfig,
+    head_dim: usize,
 }
 
 /// The angles of one chunk of tokens, shared by all layers.
 ///
-/// Both tables are `[1 or batch, 1, seq, head_dim / 2]`.
+/// Both tables are `[1 or batch, 1, seq, rotary_dim / 2]`.
 #[derive(Clone, Debug)]
 pub struct RopeAngles<B: Backend> {
     cos: Tensor<B, 4>,
     sin: Tensor<B, 4>,
+    head_dim: usize,
 }
 
 /// Positions or tensors that cannot be rotated.
@@ -65,18 +68,15 @@ pub enum RopeError {
         batch: String,
         /// Positions of the angles.
         seq: usize,
-        /// Twice the pairs of the angles.
+        /// Channels of a head.
         head_dim: usize,
     },
 }
 
 impl Rope {
-    /// Pair j turns by `theta^(−2j/head_dim)` per position.
-    pub fn new(head_dim: usize, theta: f64) -> Self {
-        let pairs = (0..head_dim / 2).map(|j| theta.powf(-2.0 * j as f64 / head_dim as f64));
-        Self {
-            frequencies: pairs.collect(),
-        }
+    /// That of heads of `head_dim` channels.
+    pub fn new(head_dim: usize, config: RopeConfig) -> Self {
+        Self { config, head_dim }
     }
 
     /// The angles of positions `start..start + seq`, the same for every row; computed in f64, kept
@@ -110,17 +110,20 @@ impl Rope {
     fn angles<B: Backend>(
         &self,
         [rows, seq]: [usize; 2],
-        positions: impl Iterator<Item = usize>,
+        positions: impl Iterator<Item = usize> + Clone,
         device: &B::Device,
     ) -> RopeAngles<B> {
-        let pairs = self.frequencies.len();
+        let reach = positions.clone().max().map_or(0, |last| last + 1);
+        let frequencies = self.config.frequencies(self.head_dim, reach);
+        let factor = self.config.attention_factor();
+        let pairs = frequencies.len();
         let numbers = rows * seq * pairs;
         let (mut cos, mut sin) = (Vec::with_capacity(numbers), Vec::with_capacity(numbers));
         for position in positions {
-            for frequency in &self.frequencies {
+            for frequency in &frequencies {
                 let (s, c) = (position as f64 * frequency).sin_cos();
-                cos.push(c);
-                sin.push(s);
+                cos.push(c * factor);
+                sin.push(s * factor);
             }
         }
         let table =
@@ -128,6 +131,7 @@ impl Rope {
         RopeAngles {
             cos: table(cos),
             sin: table(sin),
+            head_dim: self.head_dim,
         }
     }
 }
@@ -142,8 +146,8 @@ impl<B: Backend> RopeAngles<B> {
     /// [`RopeError::Shape`] if the angles are of other rows, positions or channels.
     pub fn apply(&self, x: Tensor<B, 4>) -> Result<Tensor<B, 4>, RopeError> {
         let found @ [batch, _, seq, head_dim] = x.dims();
-        let [rows, _, positions, pairs] = self.cos.dims();
-        if (rows != 1 && batch != rows) || seq != positions || head_dim != 2 * pairs {
+        let [rows, _, positions, _] = self.cos.dims();
+        if (rows != 1 && batch != rows) || seq != positions || head_dim != self.head_dim {
             return Err(RopeError::Shape {
                 found,
                 batch: match rows {
@@ -151,7 +155,7 @@ impl<B: Backend> RopeAngles<B> {
                     rows => rows.to_string(),
                 },
                 seq: positions,
-                head_dim: 2 * pairs,
+                head_dim: self.head_dim,
             });
         }
         Ok(self.rotate(x))
@@ -161,18 +165,29 @@ impl<B: Backend> RopeAngles<B> {
     pub(crate) fn rotate(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         let dtype = x.dtype();
         let (cos, sin) = (self.cos.clone().cast(dtype), self.sin.clone().cast(dtype));
-        kernels::rope(x, cos, sin)
+        let [_, _, _, pairs] = cos.dims();
+        let rotary_dim = 2 * pairs;
+        if rotary_dim == self.head_dim {
+            return kernels::rope(x, cos, sin);
+        }
+        let rotated = kernels::rope(x.clone().narrow(3, 0, rotary_dim), cos, sin);
+        let stays = x.narrow(3, rotary_dim, self.head_dim - rotary_dim);
+        Tensor::cat(vec![rotated, stays], 3)
     }
 
-    /// The last token's angles.
-    pub(crate) fn last(self) -> Self {
-        let last = |table: Tensor<B, 4>| {
+    /// The angles of the last `len` tokens.
+    pub(crate) fn last(&self, len: usize) -> Self {
+        let last = |table: &Tensor<B, 4>| {
             let [_, _, seq, _] = table.dims();
-            table.narrow(2, seq - 1, 1)
+            match seq == len {
+                true => table.clone(),
+                false => table.clone().narrow(2, seq - len, len),
+            }
         };
         Self {
-            cos: last(self.cos),
-            sin: last(self.sin),
+            cos: last(&self.cos),
+            sin: last(&self.sin),
+            head_dim: self.head_dim,
         }
     }
 }

@@ -19,6 +19,7 @@ pub(crate) fn generic_attention<B: Backend>(
     keys: Vec<Term<B>>,
     values: Vec<Term<B>>,
     visibility: &Visibility<B>,
+    softcap: Option<f64>,
 ) -> Tensor<B, 4> {
     let dtype = query.dtype();
     let [_, n_heads, n_queries, _] = query.dims();
@@ -28,19 +29,16 @@ pub(crate) fn generic_attention<B: Backend>(
         None if many => blended(&query, keys, values),
         _ => (keys, values),
     };
-    match (&keys[..], &values[..], visibility) {
+    match (&keys[..], &values[..]) {
         // Burn's `attention` has fused kernels on some backends; it knows neither blends nor
-        // grouped queries, its causal mask is for as many keys as queries, and on CubeCL it reads a
-        // mask that all heads share as if each had its own (tracel-ai/burn#4778).
-        (
-            [Term { weight: None, .. }],
-            [Term { weight: None, .. }],
-            Visibility::All | Visibility::Causal,
-        ) if n_queries == n_keys => {
-            let is_causal = matches!(visibility, Visibility::Causal);
-            whole(query, blend(keys, dtype), blend(values, dtype), is_causal)
+        // grouped queries nor windows, its causal mask is for as many keys as queries, and on CubeCL
+        // it reads a mask that all heads share as if each had its own (tracel-ai/burn#4778).
+        ([Term { weight: None, .. }], [Term { weight: None, .. }])
+            if n_queries == n_keys && visibility.seen.is_causal(n_keys) && softcap.is_none() =>
+        {
+            whole(query, blend(keys, dtype), blend(values, dtype))
         }
-        _ => grouped(query, keys, values, visibility),
+        _ => grouped(query, keys, values, visibility, softcap),
     }
 }
 
@@ -55,16 +53,11 @@ pub(crate) fn blended<B: Backend>(
 }
 
 /// As many queries as keys, by Burn's `attention`.
-fn whole<B: Backend>(
-    query: Tensor<B, 4>,
-    key: Tensor<B, 4>,
-    value: Tensor<B, 4>,
-    is_causal: bool,
-) -> Tensor<B, 4> {
-    let [_, n_heads, _, _] = query.dims();
+fn whole<B: Backend>(query: Tensor<B, 4>, key: Tensor<B, 4>, value: Tensor<B, 4>) -> Tensor<B, 4> {
+    let [_, n_heads, n_queries, _] = query.dims();
     let (key, value) = (repeat_heads(key, n_heads), repeat_heads(value, n_heads));
     let options = AttentionModuleOptions {
-        is_causal,
+        is_causal: n_queries > 1,
         ..Default::default()
     };
     attention(query, key, value, None, None, options)
@@ -77,6 +70,7 @@ fn grouped<B: Backend>(
     keys: Vec<Term<B>>,
     values: Vec<Term<B>>,
     visibility: &Visibility<B>,
+    softcap: Option<f64>,
 ) -> Tensor<B, 4> {
     let dtype = query.dtype();
     let shape @ [batch, n_heads, n_queries, head_dim] = query.dims();
@@ -92,13 +86,13 @@ fn grouped<B: Backend>(
         let keys = key.source.float(dtype).swap_dims(2, 3);
         matmul(weighted(query.clone(), key.weight), keys)
     }));
-    let scores = match visibility {
-        Visibility::All => scores,
-        Visibility::Causal => {
-            let hidden = causal_mask(n_queries, n_keys, &scores.device());
-            hide(scores, hidden.repeat_dim(2, group))
-        }
-        Visibility::Except(hidden) => hide(scores, hidden.clone().repeat_dim(2, group)),
+    let scores = match softcap {
+        Some(cap) => (scores / cap).tanh() * cap,
+        None => scores,
+    };
+    let scores = match visibility.mask([n_queries, n_keys], &scores.device()) {
+        Some(hidden) => hide(scores, hidden.repeat_dim(2, group)),
+        None => scores,
     };
     let probabilities = softmax(scores, 3);
     sum(values.into_iter().map(|value| {
@@ -106,17 +100,6 @@ fn grouped<B: Backend>(
         weighted(sums, value.weight)
     }))
     .reshape(shape)
-}
-
-/// `true` where key j lies after query i, the last query standing at the last key:
-/// `[1, 1, queries, keys]`.
-pub(crate) fn causal_mask<B: Backend>(
-    queries: usize,
-    keys: usize,
-    device: &B::Device,
-) -> Tensor<B, 4, Bool> {
-    let offset = keys as i64 - queries as i64;
-    Tensor::<B, 2, Bool>::tril_mask([queries, keys], offset, device).unsqueeze()
 }
 
 /// Scores of hidden keys become the lowest finite number: their probability is exactly 0 beside any

@@ -15,14 +15,13 @@ mod table;
 #[cfg(test)]
 pub(crate) mod work;
 
-use burn::nn::RmsNorm;
 #[cfg(feature = "train")]
 use burn::tensor::Int;
 use burn::tensor::activation::silu;
-use burn::tensor::{BasicOps, Tensor, backend::Backend};
+use burn::tensor::{BasicOps, DType, Tensor, backend::Backend};
 
 use attention::generic_attention;
-pub(crate) use attention::{blended, causal_mask, same_for_all_tokens};
+pub(crate) use attention::{blended, same_for_all_tokens};
 use operands::{FusionForm, Term, Visibility};
 #[cfg(feature = "flex")]
 use table::Kernels;
@@ -96,31 +95,39 @@ pub(crate) fn tokens_per_pass<B: Backend>() -> Option<usize> {
     kernel!(tokens_per_pass::<B>())
 }
 
-/// Attention over terms that may still be blended or not.
+/// Attention over terms that may still be blended or not; a `softcap` c makes scores
+/// c · tanh(score / c).
 pub(crate) fn attention<B: Backend>(
     form: Option<FusionForm>,
     query: Tensor<B, 4>,
     keys: Vec<Term<B>>,
     values: Vec<Term<B>>,
     visibility: &Visibility<B>,
+    softcap: Option<f64>,
 ) -> Tensor<B, 4> {
     #[cfg(test)]
     work::attention(&query, &keys, &values, visibility);
-    if let Some(output) = kernel!(attention(&query, &keys, &values, visibility)) {
+    if softcap.is_none()
+        && let Some(output) = kernel!(attention(&query, &keys, &values, visibility))
+    {
         return output;
     }
-    generic_attention(form, query, keys, values, visibility)
+    generic_attention(form, query, keys, values, visibility, softcap)
 }
 
-/// [`RmsNorm::forward`].
+/// `x / √(mean(x²) + ε) ⊙ gamma` over the last dimension (arXiv 1910.07467), the mean in f32.
 pub(crate) fn rms_norm<B: Backend, const D: usize>(
-    norm: &RmsNorm<B>,
     x: Tensor<B, D>,
+    gamma: Tensor<B, 1>,
+    epsilon: f64,
 ) -> Tensor<B, D> {
-    if let Some(output) = kernel!(rms_norm(&x, &norm.gamma.val(), norm.epsilon)) {
+    if let Some(output) = kernel!(rms_norm(&x, &gamma, epsilon)) {
         return output;
     }
-    norm.forward(x)
+    let dtype = x.dtype();
+    let squares = x.clone().cast(DType::F32).square();
+    let rms = (squares.mean_dim(D - 1) + epsilon).sqrt();
+    (x / rms.cast(dtype)) * gamma.unsqueeze()
 }
 
 /// RoPE of queries or keys `[batch, heads, seq, head_dim]` by the cos and sin of the angles

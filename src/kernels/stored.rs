@@ -1,6 +1,6 @@
 //! Keys and values as they are stored.
 
-use burn::tensor::{DType, Int, IntDType, Tensor, backend::Backend};
+use burn::tensor::{DType, Int, IntDType, Numeric, Tensor, backend::Backend};
 
 use super::assign_rows;
 
@@ -105,6 +105,30 @@ impl<B: Backend> Stored<B> {
                     scales: assign_rows(scales, start, new_scales),
                 }
             }
+        }
+    }
+
+    /// Positions `start..start + len` at the front of memory for `rows`, the rest zeros.
+    pub fn moved(self, start: usize, len: usize, rows: usize) -> Self {
+        fn moved<B: Backend, K: Numeric<B> + 'static>(
+            from: Tensor<B, 4, K>,
+            start: usize,
+            len: usize,
+            rows: usize,
+        ) -> Tensor<B, 4, K> {
+            let [batch, heads, _, width] = from.dims();
+            let to = Tensor::zeros([batch, heads, rows, width], (&from.device(), from.dtype()));
+            match len {
+                0 => to,
+                _ => assign_rows(to, 0, from.narrow(2, start, len)),
+            }
+        }
+        match self {
+            Self::Float(x) => Self::Float(moved(x, start, len, rows)),
+            Self::Int8 { codes, scales } => Self::Int8 {
+                codes: moved(codes, start, len, rows),
+                scales: moved(scales, start, len, rows),
+            },
         }
     }
 

@@ -35,13 +35,7 @@ pub fn attention<B: Backend>(
 ) {
     let [batch, n_heads, n_queries, head_dim] = query.dims();
     let [_, _, n_keys, _] = keys[0].source.dims();
-    let pairs = match visibility {
-        Visibility::All => n_queries * n_keys,
-        Visibility::Causal => {
-            let first = n_keys - n_queries + 1;
-            (first..=n_keys).sum()
-        }
-        Visibility::Except(_) => unreachable!("rows of one length are counted"),
-    };
+    let seen = (0..n_queries).map(|query| visibility.seen.keys(0, query, [n_queries, n_keys]));
+    let pairs: usize = seen.map(|keys| keys.len()).sum();
     add(batch * n_heads * pairs * head_dim * (keys.len() + values.len()));
 }

@@ -102,4 +102,30 @@ pub enum PlanError {
         /// What it reads.
         layer: usize,
     },
+    /// A source whose window or RoPE is another than its reader's.
+    #[error(
+        "layer {reader} reads the {part} of layer {layer}, whose window or RoPE is another, expected \
+         a layer of its own kind"
+    )]
+    SourceOfAnotherKind {
+        /// Keys or values.
+        part: KvPart,
+        /// The reading layer.
+        reader: usize,
+        /// What it reads.
+        layer: usize,
+    },
+    /// A layer that reuses, of a kind that no storing layer is of.
+    #[error(
+        "`{method}` with {storage_layers} storage layers has layer {layer} read layers with its own \
+         window and RoPE, and none of them stores, expected more storage layers"
+    )]
+    NoStoreOfKind {
+        /// The method asked for.
+        method: &'static str,
+        /// Storing layers asked for.
+        storage_layers: usize,
+        /// The lowest layer that has nothing to read.
+        layer: usize,
+    },
 }

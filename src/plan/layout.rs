@@ -74,14 +74,43 @@ pub enum KvPart {
 impl KvPart {
     /// Keys and values.
     pub const BOTH: [Self; 2] = [Self::Key, Self::Value];
+}
 
-    /// Numbers of this part that share one weight of a blend per channel: the two of a rotated pair
-    /// of keys, one of values.
-    fn channels_per_weight(self) -> usize {
-        match self {
-            Self::Key => 2,
-            Self::Value => 1,
+/// Shape of one token's keys, and of its values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Key/value heads.
+    pub n_kv_heads: usize,
+    /// Channels per head.
+    pub head_dim: usize,
+    /// Channels of keys that RoPE rotates, the first ones: j with j + rotary_dim/2.
+    pub rotary_dim: usize,
+}
+
+impl KvShape {
+    /// Weights of a head in a blend per channel: the two channels of a rotated pair of keys share
+    /// one, so that scores stay a function of relative position.
+    pub(crate) fn weights(&self, part: KvPart) -> usize {
+        match part {
+            KvPart::Key => self.head_dim - self.rotary_dim / 2,
+            KvPart::Value => self.head_dim,
         }
+    }
+
+    /// Which of a head's [weights](Self::weights) a channel has: pairs first.
+    #[cfg(feature = "convert")]
+    pub(crate) fn weight_of(&self, part: KvPart, channel: usize) -> usize {
+        let pairs = self.rotary_dim / 2;
+        match part {
+            KvPart::Key if channel >= pairs => channel - pairs,
+            KvPart::Key | KvPart::Value => channel,
+        }
+    }
+
+    /// Numbers of one token.
+    pub(crate) fn width(&self) -> usize {
+        // A configuration that is not checked may say anything.
+        self.n_kv_heads.saturating_mul(self.head_dim)
     }
 }
 
@@ -206,21 +235,13 @@ impl KvSource {
         }
     }
 
-    /// Shape of the learned weights, `[sources, n_kv_heads, channels]` or `[sources, 1, 1]`; none
+    /// Shape of the learned weights, `[sources, n_kv_heads, weights]` or `[sources, 1, 1]`; none
     /// where there is nothing to learn.
-    pub(crate) fn weights_shape(
-        &self,
-        part: KvPart,
-        n_kv_heads: usize,
-        head_dim: usize,
-    ) -> Option<[usize; 3]> {
+    pub(crate) fn weights_shape(&self, part: KvPart, kv: &KvShape) -> Option<[usize; 3]> {
         match self {
             Self::Own { .. } | Self::AsIs(_) => None,
             Self::Blend { sources, weights } => Some(match weights {
-                BlendWeights::PerChannel => {
-                    let channels = head_dim / part.channels_per_weight();
-                    [sources.len(), n_kv_heads, channels]
-                }
+                BlendWeights::PerChannel => [sources.len(), kv.n_kv_heads, kv.weights(part)],
                 BlendWeights::PerLayer => [sources.len(), 1, 1],
             }),
         }
@@ -231,6 +252,8 @@ impl KvSource {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KvLayout {
     layers: Vec<LayerKv>,
+    /// The number of each layer's kind.
+    kinds: Vec<usize>,
     reads: PerPart<Reads>,
 }
 
@@ -255,7 +278,24 @@ impl Reads {
         }
     }
 
-    fn check(&self, part: KvPart, reader: usize, source: &KvSource) -> Result<(), PlanError> {
+    fn check(
+        &self,
+        part: KvPart,
+        reader: usize,
+        source: &KvSource,
+        kinds: &[usize],
+    ) -> Result<(), PlanError> {
+        let read = self.sources[reader].iter().copied();
+        if let Some(layer) = read
+            .chain(source.residual())
+            .find(|&layer| kinds.get(layer).is_some_and(|kind| *kind != kinds[reader]))
+        {
+            return Err(PlanError::SourceOfAnotherKind {
+                part,
+                reader,
+                layer,
+            });
+        }
         if self.sources[reader].is_empty() {
             return Err(PlanError::EmptyBlend { part, reader });
         }
@@ -301,17 +341,22 @@ impl Reads {
 }
 
 impl KvLayout {
-    pub(super) fn new(layers: Vec<LayerKv>) -> Result<Self, PlanError> {
+    /// Of layers whose kinds are told by numbers, one per layer.
+    pub(super) fn new(layers: Vec<LayerKv>, kinds: &[usize]) -> Result<Self, PlanError> {
         if layers.is_empty() {
             return Err(PlanError::NoLayers);
         }
         let reads = PerPart::new(|part| Reads::new(&layers, part));
         for part in KvPart::BOTH {
             for (reader, layer) in layers.iter().enumerate() {
-                reads[part].check(part, reader, layer.part(part))?;
+                reads[part].check(part, reader, layer.part(part), kinds)?;
             }
         }
-        Ok(Self { layers, reads })
+        Ok(Self {
+            layers,
+            kinds: kinds.to_vec(),
+            reads,
+        })
     }
 
     /// Depth of the decoder the layout is for.
@@ -330,6 +375,14 @@ impl KvLayout {
     /// All layers, bottom first.
     pub fn layers(&self) -> &[LayerKv] {
         &self.layers
+    }
+
+    /// Which kind `layer` is of, counted from 0 in the order in which kinds first appear.
+    ///
+    /// # Panics
+    /// If `layer` is not below [`n_layers`](Self::n_layers).
+    pub fn kind(&self, layer: usize) -> usize {
+        self.kinds[layer]
     }
 
     /// Number of layers whose keys, or whose values, are stored.

@@ -11,6 +11,7 @@
 mod error;
 mod form;
 mod layout;
+mod reach;
 
 use std::mem::discriminant;
 
@@ -20,7 +21,8 @@ pub use error::PlanError;
 use form::PlanForm;
 pub(crate) use form::SourceForm;
 pub(crate) use layout::PerPart;
-pub use layout::{BlendWeights, KvLayout, KvPart, KvSource, LayerKv};
+pub use layout::{BlendWeights, KvLayout, KvPart, KvShape, KvSource, LayerKv};
+pub(crate) use reach::{HISTORY, Reach};
 
 /// Which layers keep a KV cache, and how the others get their keys and values.
 ///
@@ -202,46 +204,78 @@ impl KvPlan {
         }
     }
 
-    /// Spells the plan out for a decoder of `n_layers` layers and validates it.
+    /// Spells the plan out for a decoder of `n_layers` layers, all of one kind, and validates it.
     ///
     /// # Errors
-    /// [`PlanError`] if the depth is 0, `storage_layers` or `factor` makes no sense for it, or a
-    /// custom plan has another number of layers, an empty blend, a repeated source, a source that
-    /// does not store, or one above its reader.
+    /// As [`resolve_kinds`](Self::resolve_kinds).
     pub fn resolve(&self, n_layers: usize) -> Result<KvLayout, PlanError> {
-        KvLayout::new(self.layers(n_layers)?)
+        self.resolve_kinds(&vec![0; n_layers])
     }
 
-    fn layers(&self, n_layers: usize) -> Result<Vec<LayerKv>, PlanError> {
+    /// Spells the plan out for a decoder whose layers are of several kinds, and validates it. Kinds
+    /// are told by numbers, one per layer; layers differ in kind where their windows or their RoPE
+    /// do.
+    ///
+    /// A layer reads layers of its own kind alone. Of a method, "the bottom layer" and "layer n" are
+    /// thus the lowest and the highest storing layer of the reader's kind, and CLA counts every kind
+    /// by itself: with sliding-window layers between full ones, local layers read the last local
+    /// store, global ones the last global store. Where a kind has one storing layer only, FusedKV
+    /// blends that one.
+    ///
+    /// # Errors
+    /// [`PlanError`] if the depth is 0, `storage_layers` or `factor` makes no sense for it, no layer
+    /// of a reader's kind stores, or a custom plan has another number of layers, an empty blend, a
+    /// repeated source, a source that does not store, one above its reader, or one of another kind.
+    pub fn resolve_kinds(&self, kinds: &[usize]) -> Result<KvLayout, PlanError> {
+        KvLayout::new(self.layers(kinds)?, kinds)
+    }
+
+    fn layers(&self, kinds: &[usize]) -> Result<Vec<LayerKv>, PlanError> {
         use BlendWeights::{PerChannel, PerLayer};
         use KvSource::{AsIs, Blend, Own};
         let blend = |sources: &[usize], weights| Blend {
             sources: sources.to_vec(),
             weights,
         };
+        let ends = |stores: &[usize]| (stores[0], stores[stores.len() - 1]);
+        let n_layers = kinds.len();
         match *self {
             Self::Standard => Ok(vec![LayerKv::OWN; n_layers]),
-            Self::FusedKv { storage_layers: n } => self.sharing(n_layers, n, 2, |top| {
-                (blend(&[0, top], PerChannel), blend(&[0, top], PerChannel))
+            Self::FusedKv { storage_layers: n } => self.sharing(kinds, n, 2, |stores| {
+                let sources = match ends(stores) {
+                    (bottom, top) if bottom == top => vec![top],
+                    (bottom, top) => vec![bottom, top],
+                };
+                (blend(&sources, PerChannel), blend(&sources, PerChannel))
             }),
-            Self::FusedKvLite { storage_layers: n } => {
-                self.sharing(n_layers, n, 1, |top| (AsIs(top), AsIs(0)))
-            }
+            Self::FusedKvLite { storage_layers: n } => self.sharing(kinds, n, 1, |stores| {
+                let (bottom, top) = ends(stores);
+                (AsIs(top), AsIs(bottom))
+            }),
             Self::FusedKvLiteLearnable { storage_layers: n } => {
-                self.sharing(n_layers, n, 1, |top| {
-                    (blend(&[top], PerChannel), blend(&[0], PerChannel))
+                self.sharing(kinds, n, 1, |stores| {
+                    let (bottom, top) = ends(stores);
+                    (blend(&[top], PerChannel), blend(&[bottom], PerChannel))
                 })
             }
             Self::FusedKvLiteReversed { storage_layers: n } => {
-                self.sharing(n_layers, n, 1, |top| (AsIs(0), AsIs(top)))
+                self.sharing(kinds, n, 1, |stores| {
+                    let (bottom, top) = ends(stores);
+                    (AsIs(bottom), AsIs(top))
+                })
             }
-            Self::Yoco { storage_layers: n } => {
-                self.sharing(n_layers, n, 1, |top| (AsIs(top), AsIs(top)))
-            }
+            Self::Yoco { storage_layers: n } => self.sharing(kinds, n, 1, |stores| {
+                let (_, top) = ends(stores);
+                (AsIs(top), AsIs(top))
+            }),
             Self::YocoPlusPlus { storage_layers: n } => {
-                let mut layers = self.sharing(n_layers, n, 1, |top| (AsIs(top), AsIs(top)))?;
-                for layer in &mut layers[1..n] {
-                    let own = Own { residual: Some(0) };
+                let mut layers = self.sharing(kinds, n, 1, |stores| {
+                    let (_, top) = ends(stores);
+                    (AsIs(top), AsIs(top))
+                })?;
+                for (index, layer) in layers[..n].iter_mut().enumerate() {
+                    let bottom = (0..index).find(|&lower| kinds[lower] == kinds[index]);
+                    let own = Own { residual: bottom };
                     *layer = LayerKv {
                         key: own.clone(),
                         value: own,
@@ -249,23 +283,27 @@ impl KvPlan {
                 }
                 Ok(layers)
             }
-            Self::DenseFusion { storage_layers: n } => self.sharing(n_layers, n, 1, |top| {
-                let all: Vec<_> = (0..=top).collect();
-                (blend(&all, PerLayer), blend(&all, PerLayer))
+            Self::DenseFusion { storage_layers: n } => self.sharing(kinds, n, 1, |stores| {
+                (blend(stores, PerLayer), blend(stores, PerLayer))
             }),
             Self::Cla { factor } => {
                 if factor == 0 || factor > n_layers {
                     return Err(PlanError::ClaFactor { factor, n_layers });
                 }
-                Ok((0..n_layers)
-                    .map(|layer| match layer % factor {
+                let layer = |layer: usize| {
+                    let alike = (0..=layer).filter(|&lower| kinds[lower] == kinds[layer]);
+                    let alike: Vec<_> = alike.collect();
+                    let above = (alike.len() - 1) % factor;
+                    let store = alike[alike.len() - 1 - above];
+                    match above {
                         0 => LayerKv::OWN,
-                        above => LayerKv {
-                            key: AsIs(layer - above),
-                            value: AsIs(layer - above),
+                        _ => LayerKv {
+                            key: AsIs(store),
+                            value: AsIs(store),
                         },
-                    })
-                    .collect())
+                    }
+                };
+                Ok((0..n_layers).map(layer).collect())
             }
             Self::Custom { ref layers } => {
                 if layers.len() != n_layers {
@@ -279,14 +317,16 @@ impl KvPlan {
         }
     }
 
-    /// `n` storing layers, and above them layers that read what `sources(n - 1)` says.
+    /// `n` storing layers, and above them layers that read what `sources` says of the storing layers
+    /// of their own kind, bottom first.
     fn sharing(
         &self,
-        n_layers: usize,
+        kinds: &[usize],
         n: usize,
         min: usize,
-        sources: impl Fn(usize) -> (KvSource, KvSource),
+        sources: impl Fn(&[usize]) -> (KvSource, KvSource),
     ) -> Result<Vec<LayerKv>, PlanError> {
+        let n_layers = kinds.len();
         if n < min || n >= n_layers {
             return Err(PlanError::StorageLayers {
                 method: self.method(),
@@ -295,14 +335,23 @@ impl KvPlan {
                 n_layers,
             });
         }
-        Ok((0..n_layers)
-            .map(|layer| {
-                if layer < n {
-                    return LayerKv::OWN;
-                }
-                let (key, value) = sources(n - 1);
-                LayerKv { key, value }
-            })
-            .collect())
+        let reader = |layer: usize| {
+            let stores = (0..n).filter(|&store| kinds[store] == kinds[layer]);
+            let stores: Vec<_> = stores.collect();
+            if stores.is_empty() {
+                return Err(PlanError::NoStoreOfKind {
+                    method: self.method(),
+                    storage_layers: n,
+                    layer,
+                });
+            }
+            let (key, value) = sources(&stores);
+            Ok(LayerKv { key, value })
+        };
+        let layer = |layer| match layer < n {
+            true => Ok(LayerKv::OWN),
+            false => reader(layer),
+        };
+        (0..n_layers).map(layer).collect()
     }
 }

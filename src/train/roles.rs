@@ -106,7 +106,7 @@ mod tests {
             assert_eq!(count(Role::Matrix), 4 * 5 + 2 * stores + 2);
             for (id, role) in [
                 (attention.q_proj.weight.id, Role::Matrix),
-                (attention.q_norm.gamma.id, Role::Gain),
+                (attention.q_norm.as_ref().unwrap().gamma.id, Role::Gain),
                 (model.norm.gamma.id, Role::Gain),
                 (model.embed_tokens.weight.id, Role::Matrix),
             ] {

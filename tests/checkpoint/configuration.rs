@@ -94,9 +94,20 @@ fn another_configuration() {
 #[test]
 fn settings_this_decoder_does_not_have() {
     for (key, value, named, expected) in [
-        ("attention_bias", json!(true), "attention_bias", "false"),
-        ("hidden_act", json!("gelu"), "hidden_act", "silu"),
-        ("model_type", json!("llama"), "model_type", "\"fusedkv\""),
+        ("mlp_bias", json!(true), "mlp_bias", "false"),
+        (
+            "hidden_act",
+            json!("relu"),
+            "hidden_act",
+            "silu, swish, gelu",
+        ),
+        ("model_type", json!("gpt2"), "model_type", "\"fusedkv\""),
+        (
+            "base_model_type",
+            json!("gpt2"),
+            "base_model_type",
+            "\"llama\"",
+        ),
         ("model_type", json!(null), "model_type", "\"qwen3\""),
         ("model_type", json!("qwen3"), "kv_plan", "none"),
         ("kv_plan", json!(null), "kv_plan", "a plan"),
@@ -132,14 +143,14 @@ fn settings_this_decoder_does_not_have() {
         (
             "rope_scaling",
             json!({ "rope_type": "yarn" }),
-            "rope_scaling.rope_type",
-            "default",
+            "rope_scaling.factor",
+            "a number",
         ),
         (
             "rope_scaling",
-            json!({ "type": "linear" }),
+            json!({ "type": "magic" }),
             "rope_scaling.type",
-            "default",
+            "\"llama3\", \"yarn\" or \"longrope\"",
         ),
         (
             "rope_parameters",
@@ -175,8 +186,18 @@ fn settings_this_decoder_does_not_have() {
         json["sliding_window"] = json!(16);
         json["max_window_layers"] = json!(2);
     });
-    let error = c.error(&["use_sliding_window"]);
-    assert!(matches!(error, CheckpointError::Setting { .. }), "{error}");
+    // The upper two layers have a window, and the lower two store.
+    let error = c.error(&["config.json", "layer 2 read layers with its own window"]);
+    assert!(
+        matches!(
+            error,
+            CheckpointError::Config {
+                source: ConfigError::Plan(PlanError::NoStoreOfKind { .. }),
+                ..
+            }
+        ),
+        "{error}"
+    );
     // From the layer after the last on, nothing slides.
     c.config("max_window_layers", json!(4));
     assert!(load(&c.path("")).is_ok());

@@ -2,6 +2,7 @@
 
 mod broken;
 mod configuration;
+mod families;
 mod golden;
 #[path = "../suite/models.rs"]
 #[allow(dead_code)]

@@ -4,7 +4,8 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Distribution, Tensor, backend::Backend};
 use fusedkv::backend::{Autodiff, Flex};
 use fusedkv::{
-    AttentionError, BlendWeights, FusionInit, KvFusion, KvFusionConfig, KvSource, fused_attention,
+    AttentionError, BlendWeights, FusionInit, KvFusion, KvFusionConfig, KvShape, KvSource,
+    fused_attention,
 };
 use proptest::prelude::*;
 
@@ -110,8 +111,11 @@ fn fusion<B: Backend>(sources: usize, shape: &Shape) -> KvFusion<B> {
         weights: BlendWeights::PerChannel,
     };
     let config = KvFusionConfig {
-        n_kv_heads: shape.n_kv_heads,
-        head_dim: shape.head_dim,
+        kv: KvShape {
+            n_kv_heads: shape.n_kv_heads,
+            head_dim: shape.head_dim,
+            rotary_dim: shape.head_dim / 2 * 2,
+        },
         key: blended.clone(),
         value: blended,
         init: FusionInit::equal().with_noise(1.0),

@@ -245,7 +245,7 @@ proptest! {
 
 fn deeper_than(mut case: Case, n: usize) -> Case {
     case.config.n_layers = case.config.n_layers.max(n + 1);
-    case
+    case.of_one_kind()
 }
 
 /// Sets fusion weights by parameter name and source, residual weights by name (source 0).

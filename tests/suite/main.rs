@@ -16,3 +16,4 @@ mod positions;
 mod records;
 mod tokenizer;
 mod unfused;
+mod windows;

@@ -7,6 +7,9 @@ use std::ops::Range;
 
 use burn::tensor::{Tensor, backend::Backend};
 use burn_ndarray::NdArray;
+use fusedkv::config::{
+    Activation, BlockConfig, LayerKind, NormPlacement, QkNorm, RopeConfig, RopeScaling,
+};
 use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan};
 use proptest::prelude::*;
 
@@ -27,6 +30,15 @@ pub struct Case {
 impl Case {
     pub fn model<B: Backend>(&self) -> FusedKvDecoder<B> {
         model(&self.config, self.seed)
+    }
+
+    /// With all layers of the first one's kind, so that every plan fits.
+    pub fn of_one_kind(mut self) -> Self {
+        let layers = &mut self.config.block.layers;
+        if let Some(first) = layers.first().cloned() {
+            *layers = vec![first; self.config.n_layers];
+        }
+        self
     }
 
     /// The same weights wherever both plans have them: values go by name.
@@ -62,7 +74,7 @@ pub fn fixed(plan: KvPlan) -> FusedKvDecoderConfig {
 }
 
 prop_compose! {
-    /// A small decoder of any plan and grouping, with one to three rows of `seq` tokens.
+    /// A small decoder of any plan, grouping and block, with one to three rows of `seq` tokens.
     pub fn any_case(seq: Range<usize>)(
         n_layers in 2usize..6,
         n_kv_heads in 1usize..4,
@@ -73,6 +85,7 @@ prop_compose! {
         plan in prop::sample::select(plans(n_layers)),
         tokens in rows(seq.clone()),
         seed in any::<u64>(),
+        block in any_block(n_layers, 2 * pairs),
         shape in Just((n_layers, n_kv_heads, group, 2 * pairs, tie)),
     ) -> Case {
         let (n_layers, n_kv_heads, group, head_dim, tie) = shape;
@@ -83,9 +96,100 @@ prop_compose! {
             .with_head_dim(head_dim)
             .with_tie_embeddings(tie)
             .with_rope_theta(100.0)
-            .with_max_positions(64);
-        Case { config, tokens, seed }
+            .with_max_positions(512)
+            .with_block(block);
+        let case = Case { config, tokens, seed };
+        match case.config.validate() {
+            Ok(_) => case,
+            // The plan reads layers of another kind.
+            Err(_) => case.of_one_kind(),
+        }
     }
+}
+
+/// A block of any kind; every second one is Qwen3's.
+fn any_block(n_layers: usize, head_dim: usize) -> impl Strategy<Value = BlockConfig> {
+    let norms = (
+        prop::sample::select(vec![
+            NormPlacement::Pre,
+            NormPlacement::Sandwich,
+            NormPlacement::Post,
+        ]),
+        prop::sample::select(vec![QkNorm::None, QkNorm::PerHead, QkNorm::AllHeads]),
+        any::<bool>(),
+    );
+    let activations = vec![Activation::Silu, Activation::Gelu, Activation::GeluTanh];
+    let numbers = prop::collection::vec(prop::option::of(0.5f64..3.0), 4);
+    let block = (
+        norms,
+        any::<[bool; 3]>(),
+        prop::sample::select(activations),
+        numbers,
+        any_rope(head_dim),
+        any_layers(n_layers, head_dim),
+    );
+    let block = block.prop_map(|(norms, biases, activation, numbers, rope, layers)| {
+        let mut block = BlockConfig::default();
+        (block.norm_placement, block.qk_norm, block.norm_unit_offset) = norms;
+        [block.qkv_bias, block.output_bias, block.mlp_bias] = biases;
+        block.activation = activation;
+        block.embedding_scale = numbers[0];
+        block.attention_scale = numbers[1];
+        // Scores and logits within reach of the bend.
+        block.attention_softcap = numbers[2].map(|cap| 2.0 * cap);
+        block.logit_softcap = numbers[3].map(|cap| 4.0 * cap);
+        block.rotary_dim = rope.rotary_dim;
+        block.rope_scaling = rope.scaling;
+        block.layers = layers;
+        block
+    });
+    prop_oneof![Just(BlockConfig::default()), block]
+}
+
+/// Window and RoPE of every layer, of two kinds in any order; or nothing.
+fn any_layers(n_layers: usize, head_dim: usize) -> impl Strategy<Value = Vec<LayerKind>> {
+    let kind = || {
+        let rope = prop::option::weighted(0.8, any_rope(head_dim));
+        (prop::option::of(1usize..7), rope).prop_map(|(window, rope)| LayerKind { window, rope })
+    };
+    let layers = (
+        kind(),
+        kind(),
+        prop::collection::vec(any::<bool>(), n_layers),
+    );
+    let layers = layers.prop_map(|(a, b, which)| {
+        let kinds = which.iter().map(|&first| if first { &a } else { &b });
+        kinds.cloned().collect()
+    });
+    prop_oneof![Just(Vec::new()), layers]
+}
+
+/// A RoPE whose angles do not depend on how long the text is.
+fn any_rope(head_dim: usize) -> impl Strategy<Value = RopeConfig> {
+    let scaling = prop_oneof![
+        Just(RopeScaling::Default),
+        (1.0f64..4.0).prop_map(|factor| RopeScaling::Linear { factor }),
+        (1.0f64..4.0).prop_map(|factor| RopeScaling::Llama3 {
+            factor,
+            low_freq_factor: 0.5,
+            high_freq_factor: 2.0,
+            positions: 9,
+        }),
+        (1.0f64..4.0, any::<bool>()).prop_map(|(factor, truncate)| RopeScaling::Yarn {
+            factor,
+            beta_fast: 2.0,
+            beta_slow: 0.1,
+            attention_factor: 0.1 * factor.ln() + 1.0,
+            truncate,
+            positions: 9,
+        }),
+    ];
+    let rotary = 1..=head_dim / 2;
+    (50.0f64..200.0, rotary, scaling).prop_map(move |(theta, pairs, scaling)| RopeConfig {
+        theta,
+        rotary_dim: (2 * pairs < head_dim).then_some(2 * pairs),
+        scaling,
+    })
 }
 
 pub const VOCAB: usize = 11;

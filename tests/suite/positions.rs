@@ -3,8 +3,9 @@
 
 use burn::tensor::{Distribution, Tensor};
 use fusedkv::backend::Flex;
+use fusedkv::config::RopeConfig;
 use fusedkv::decoder::{Rope, RopeAngles, RopeError};
-use fusedkv::{BlendWeights, FusionInit, KvFusionConfig, KvPart, KvSource};
+use fusedkv::{BlendWeights, FusionInit, KvFusionConfig, KvPart, KvShape, KvSource};
 use proptest::prelude::*;
 
 use crate::models::{F64, difference};
@@ -20,7 +21,7 @@ fn scores(
     theta: f64,
 ) -> Tensor<F64, 4> {
     let head_dim = x[0].dims()[3];
-    let angles = Rope::new(head_dim, theta).range(start, SEQ, &Default::default());
+    let angles = Rope::new(head_dim, RopeConfig::new(theta)).range(start, SEQ, &Default::default());
     let [query, bottom, middle] = x.clone().map(|x| angles.apply(x).unwrap());
     let key = bottom * weights[0].clone() + middle * weights[1].clone();
     query.matmul(key.swap_dims(2, 3))
@@ -43,8 +44,7 @@ proptest! {
         let x = [normal(), normal(), normal()];
         let blend = KvSource::Blend { sources: vec![0, 3], weights: BlendWeights::PerChannel };
         let fusion = KvFusionConfig {
-            n_kv_heads: HEADS,
-            head_dim,
+            kv: KvShape { n_kv_heads: HEADS, head_dim, rotary_dim: head_dim },
             key: blend.clone(),
             value: blend,
             init: FusionInit::equal().with_noise(1.0),
@@ -66,7 +66,7 @@ proptest! {
     fn rope_rotates_halves(pairs in 1usize..5, position in 0usize..100, theta in 10.0..1e6) {
         let device = Default::default();
         let x = Tensor::<F64, 4>::random([1, 1, 1, 2 * pairs], Distribution::Normal(0.0, 1.0), &device);
-        let rope = Rope::new(2 * pairs, theta);
+        let rope = Rope::new(2 * pairs, RopeConfig::new(theta));
         let values = |t: Tensor<F64, 4>| t.into_data().to_vec::<f64>().unwrap();
         let turned = values(rope.range(position, 1, &device).apply(x.clone()).unwrap());
         let gathered = rope.gather(&[vec![position]], &device).unwrap();
@@ -84,7 +84,7 @@ proptest! {
 
 #[test]
 fn positions_and_tensors_that_do_not_fit_are_refused() {
-    let rope = Rope::new(8, 1e4);
+    let rope = Rope::new(8, RopeConfig::new(1e4));
     let device = Default::default();
     let none = rope.gather::<Flex>(&[], &device).unwrap_err();
     assert_eq!(none, RopeError::NoRows);

@@ -4,6 +4,8 @@
 use burn::module::Param;
 use burn::tensor::activation::{silu, softmax};
 use burn::tensor::{Bool, Distribution, Tensor};
+use fusedkv::BlockConfig;
+use fusedkv::config::RopeConfig;
 use fusedkv::decoder::{Projection, Rope};
 use fusedkv::{FusedKvDecoder, KvPart, KvPlan, LayerKv, Logits, TokenBatch};
 use proptest::prelude::*;
@@ -23,14 +25,14 @@ fn standard_chunk(
     let c = model.config();
     let [batch, seq] = tokens.dims();
     let past = cache.first().map_or(0, |(key, _)| key.dims()[2]);
-    let rope = Rope::new(c.head_dim, c.rope_theta);
+    let rope = Rope::new(c.head_dim, RopeConfig::new(c.rope_theta));
     let angles = rope.range(past, seq, &Default::default());
     let heads = |x: Tensor<F64, 3>, n: usize| x.reshape([batch, seq, n, c.head_dim]);
     let mut x = model.embed_tokens.forward(tokens.into_tensor());
     let mut fresh: StandardCache = vec![];
     for (i, layer) in model.layers.iter().enumerate() {
         let attn = &layer.self_attn;
-        let y = layer.input_layernorm.forward(x.clone());
+        let y = layer.input_layernorm.as_ref().unwrap().forward(x.clone());
         let (key, value) = match model.layout().layer(i) {
             layer if *layer == LayerKv::OWN => {
                 let key = heads(
@@ -70,6 +72,8 @@ fn standard_chunk(
         }
         let query = attn
             .q_norm
+            .as_ref()
+            .unwrap()
             .forward(heads(attn.q_proj.forward(y), c.n_heads));
         let query = angles.apply(query.swap_dims(1, 2)).unwrap();
         let group = c.n_heads / c.n_kv_heads;
@@ -134,6 +138,8 @@ proptest! {
         biases in any::<bool>(),
     ) {
         case.config.n_layers = case.config.n_layers.max(n + 1);
+        // What the loop here computes.
+        case.config.block = BlockConfig::default();
         let mut model = case.model_with::<F64>(KvPlan::FusedKv { storage_layers: n });
         if biases {
             set_biases(&mut model);

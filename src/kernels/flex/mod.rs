@@ -21,7 +21,7 @@ use std::any::{Any, TypeId};
 use std::sync::LazyLock;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{Bool, DType, Int, Tensor, TensorData, TensorPrimitive};
+use burn::tensor::{DType, Int, Tensor, TensorData, TensorPrimitive};
 use burn_flex::{Flex, FlexTensor};
 use pulp::Arch;
 use rayon::prelude::*;
@@ -128,11 +128,6 @@ fn f32_tensor<B: Backend, const D: usize>(tensor: &Tensor<B, D>) -> Option<FlexT
 fn int_tensor<B: Backend, const D: usize>(tensor: &Tensor<B, D, Int>) -> Option<FlexTensor> {
     let tensor = (tensor as &dyn Any).downcast_ref::<Tensor<Flex, D, Int>>()?;
     Some(tensor.clone().into_primitive())
-}
-
-/// Flex's tensor of truth values, if that is what `tensor` is; under autodiff it is as well.
-fn bool_tensor<B: Backend, const D: usize>(tensor: &Tensor<B, D, Bool>) -> Option<FlexTensor> {
-    downcast(tensor.clone().into_primitive()).ok()
 }
 
 /// A new tensor; `B` is Flex.

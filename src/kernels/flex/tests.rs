@@ -1,6 +1,8 @@
 //! Every kernel against Burn's operations, over shapes that fill vectors, tiles and threads, and
 //! shapes that do not.
 
+use std::sync::Arc;
+
 use burn::nn::RmsNormConfig;
 use burn::tensor::activation::silu;
 use burn::tensor::{DType, Distribution, Tolerance};
@@ -8,6 +10,7 @@ use burn_flex::FlexDevice;
 use proptest::prelude::*;
 
 use super::*;
+use crate::holes::Holes;
 use crate::kernels::attention::generic_attention;
 use crate::kernels::operands::{Term, Visibility};
 use crate::kernels::stored::Stored;
@@ -44,10 +47,11 @@ prop_compose! {
         n_values in 1usize..4,
         numbers in 0u8..4,
         weighted in any::<bool>(),
-        hidden in 0..3,
+        hidden in 0..2,
+        window in prop_oneof![Just(0usize), 1usize..20],
     ) -> [usize; 12] {
         [batch, kv_heads, group, queries, more_keys, 2 * width, n_keys, n_values,
-         usize::from(numbers), usize::from(weighted), hidden as usize, 0]
+         usize::from(numbers), usize::from(weighted), hidden as usize, window]
     }
 }
 
@@ -56,7 +60,7 @@ proptest! {
 
     #[test]
     fn attention_is_that_of_stock_operations(case in any_attention()) {
-        let [batch, kv_heads, group, queries, more, width, n_keys, n_values, numbers, weighted, hidden, _] = case;
+        let [batch, kv_heads, group, queries, more, width, n_keys, n_values, numbers, weighted, hidden, window] = case;
         let keys = queries + more;
         let term = || Term {
             source: stored(numbers as u8, [batch, kv_heads, keys, width]),
@@ -65,19 +69,23 @@ proptest! {
         let query = random([batch, kv_heads * group, queries, width]);
         let key_terms: Vec<_> = (0..n_keys).map(|_| term()).collect();
         let value_terms: Vec<_> = (0..n_values).map(|_| term()).collect();
-        let visibility = match hidden {
-            0 => Visibility::All,
-            1 => Visibility::Causal,
-            _ => {
-                // Every query sees the last key at least.
-                let hidden = random([batch, 1, queries, keys]).greater_elem(0.5);
-                let last = Tensor::<Flex, 4>::zeros([batch, 1, queries, 1], &FlexDevice).bool();
-                let hidden = hidden.slice_assign([0..batch, 0..1, 0..queries, keys - 1..keys], last);
-                Visibility::Except(hidden)
-            }
+        // Holes on the left, and below the queries' own slots, which all hold a token; some slots
+        // before the first key are gone.
+        let (gone, own) = (3 * window, more);
+        let holes = (0..batch).map(|row| {
+            let mut holes = Holes::default();
+            holes.push(0..(gone + own) / (row + 3));
+            holes.push((gone + own) / 2..(gone + own) * 2 / 3);
+            holes
+        });
+        let holes = match hidden {
+            0 => Arc::default(),
+            _ => holes.collect(),
         };
+        let window = (window > 0).then_some(window * window);
+        let visibility = Visibility::new(window, holes, gone + keys);
         let found = attention(&query, &key_terms, &value_terms, &visibility);
-        let expected = generic_attention(None, query, key_terms, value_terms, &visibility);
+        let expected = generic_attention(None, query, key_terms, value_terms, &visibility, None);
         assert_same(found, expected);
     }
 
@@ -157,8 +165,10 @@ fn a_query_that_sees_nothing_gets_numbers() {
         source: Stored::Float(x.clone()),
         weight: None,
     };
-    let hidden = Tensor::<Flex, 4>::ones([1, 1, 1, 70], &FlexDevice).bool();
-    let output = attention(&query, &[term()], &[term()], &Visibility::Except(hidden));
+    let mut all = Holes::default();
+    all.push(0..70);
+    let visibility = Visibility::new(None, Arc::new([all]), 70);
+    let output = attention(&query, &[term()], &[term()], &visibility);
     let output = output.unwrap().into_data();
     assert!(output.iter::<f32>().all(f32::is_finite));
 }

@@ -5,8 +5,6 @@
 //! dS = P ⊙ (dO · Vᵀ − D) / √head_dim, dQ = dS · K and dK = dSᵀ · Q. A thread has a kv head and all
 //! queries that read it, so that every sum is formed in one order.
 
-use std::sync::Arc;
-
 use burn::tensor::backend::Backend;
 use burn_flex::FlexTensor;
 use pulp::bytemuck::{cast_slice, cast_slice_mut};
@@ -15,12 +13,12 @@ use rayon::prelude::*;
 
 use super::super::{ARCH, simd};
 use super::many::{self, Lanes, TILE, WIDE, add_values, scores_of, transposed};
-use super::{Hidden, Problem, Source, hidden};
-use crate::kernels::operands::Visibility;
+use super::{Problem, Source};
+use crate::kernels::operands::{Seen, Visibility};
 
 /// Which keys are hidden, and the attention among the others.
 #[derive(Clone, Debug)]
-pub(in super::super) struct Trained(Arc<Hidden>);
+pub(in super::super) struct Trained(Seen);
 
 /// What a forward pass leaves for its backward pass; all tensors lie in one piece.
 #[derive(Clone, Debug)]
@@ -36,8 +34,8 @@ pub(in super::super) struct Kept {
 }
 
 impl Trained {
-    pub fn new<B: Backend>(visibility: &Visibility<B>) -> Option<Self> {
-        Some(Self(Arc::new(hidden(visibility)?)))
+    pub fn new<B: Backend>(visibility: &Visibility<B>) -> Self {
+        Self(visibility.seen.clone())
     }
 
     /// The output, shaped as the query.
@@ -71,7 +69,7 @@ impl Trained {
             query: query.storage(),
             keys,
             values,
-            hidden: &self.0,
+            seen: &self.0,
             batch,
             n_heads,
             n_kv_heads,
@@ -232,8 +230,9 @@ impl KvHead<'_> {
         let factor = simd.splat_f32s((head_dim as f32).sqrt().recip());
         let mut query_sums = vec![zero; head_dim];
         let (mut probabilities, mut d_scores) = ([zero; TILE], [zero; TILE]);
-        let end = problem.visible_end(first + n - 1);
-        for start in (0..end).step_by(TILE) {
+        let start = problem.visible(batch, first).start;
+        let end = problem.visible(batch, first + n - 1).end;
+        for start in (start..end).step_by(TILE) {
             let range = start..(start + TILE).min(end);
             let tile = range.start * head_dim..range.end * head_dim;
             let (keys, values) = (&self.key[tile.clone()], &self.value[tile]);

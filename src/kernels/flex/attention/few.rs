@@ -19,9 +19,10 @@ const PART: usize = 2 * TILE;
 /// `[batch, n_heads, n_queries, head_dim]`.
 pub(super) fn attention(problem: &Problem) -> Vec<f32> {
     let heads = problem.batch * problem.n_kv_heads;
+    let first = problem.seen.first_key([problem.n_queries, problem.n_keys]);
     let tasks: Vec<_> = (0..heads)
         .flat_map(|head| {
-            let starts = (0..problem.n_keys).step_by(PART);
+            let starts = (first..problem.n_keys).step_by(PART);
             starts.map(move |start| (head, start..(start + PART).min(problem.n_keys)))
         })
         .collect();
@@ -29,7 +30,8 @@ pub(super) fn attention(problem: &Problem) -> Vec<f32> {
         let (batch, kv_head) = (head / problem.n_kv_heads, head % problem.n_kv_heads);
         ARCH.dispatch(Part::new(problem, batch, kv_head, keys.clone()))
     };
-    let parts: Vec<Softmax> = if heads * problem.n_keys * problem.head_dim < PARALLEL {
+    let work = heads * (problem.n_keys - first) * problem.head_dim;
+    let parts: Vec<Softmax> = if work < PARALLEL {
         tasks.iter().map(attend).collect()
     } else {
         tasks.par_iter().map(attend).collect()

@@ -105,8 +105,9 @@ impl Tile<'_> {
         let mut sum = zero;
         let mut weighted = vec![zero; head_dim];
         let last = self.first + n_queries - 1;
-        let end = problem.visible_end(last);
-        for start in (0..end).step_by(TILE) {
+        let first = problem.visible(self.batch, self.first).start;
+        let end = problem.visible(self.batch, last).end;
+        for start in (first..end).step_by(TILE) {
             let range = start..(start + TILE).min(end);
             let scores = &mut scores[..range.len()];
             let tile = keys.tile(range.clone(), &mut scratch);

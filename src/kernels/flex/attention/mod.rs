@@ -11,13 +11,15 @@ mod few;
 mod many;
 mod rows;
 
+use std::ops::Range;
+
 #[cfg(feature = "train")]
 pub(super) use backward::{Kept, Trained};
-use burn::tensor::{Bool, Tensor, backend::Backend};
+use burn::tensor::{Tensor, backend::Backend};
 use burn_flex::FlexTensor;
 
-use super::{bool_tensor, f32_tensor, tensor};
-use crate::kernels::operands::{Term, Visibility};
+use super::{f32_tensor, tensor};
+use crate::kernels::operands::{Seen, Term, Visibility};
 use rows::{Blend, Rows, Storage};
 
 /// Queries per head up to which [`few`] is faster than [`many`].
@@ -36,12 +38,11 @@ pub(crate) fn attention<B: Backend>(
     let query = f32_tensor(query)?.to_contiguous();
     let sources =
         |terms: &[Term<B>]| -> Option<Vec<Source>> { terms.iter().map(Source::new).collect() };
-    let hidden = hidden(visibility)?;
     let problem = Problem {
         query: query.as_slice::<f32>()?,
         keys: &sources(keys)?,
         values: &sources(values)?,
-        hidden: &hidden,
+        seen: &visibility.seen,
         batch,
         n_heads,
         n_kv_heads,
@@ -57,26 +58,12 @@ pub(crate) fn attention<B: Backend>(
     tensor(output, shape)
 }
 
-fn hidden<B: Backend>(visibility: &Visibility<B>) -> Option<Hidden> {
-    Some(match visibility {
-        Visibility::All => Hidden::None,
-        Visibility::Causal => Hidden::Later,
-        Visibility::Except(hidden) => Hidden::Where(hidden_keys(hidden)?),
-    })
-}
-
-fn hidden_keys<B: Backend>(hidden: &Tensor<B, 4, Bool>) -> Option<Vec<u8>> {
-    let hidden = bool_tensor(hidden)?.to_contiguous();
-    let (start, end) = hidden.layout().contiguous_offsets()?;
-    Some(hidden.storage::<u8>()[start..end].to_vec())
-}
-
 /// One call: `[batch, n_heads, n_queries, head_dim]` over `n_keys`.
 struct Problem<'a> {
     query: &'a [f32],
     keys: &'a [Source],
     values: &'a [Source],
-    hidden: &'a Hidden,
+    seen: &'a Seen,
     batch: usize,
     n_heads: usize,
     n_kv_heads: usize,
@@ -113,12 +100,9 @@ impl Problem<'_> {
         )
     }
 
-    /// The first key after those that a query sees.
-    fn visible_end(&self, query: usize) -> usize {
-        match self.hidden {
-            Hidden::Later => self.n_keys - self.n_queries + query + 1,
-            Hidden::None | Hidden::Where(_) => self.n_keys,
-        }
+    /// The keys from the first to the last that a query sees; holes may be among them.
+    fn visible(&self, batch: usize, query: usize) -> Range<usize> {
+        self.seen.keys(batch, query, [self.n_queries, self.n_keys])
     }
 
     /// Calls `hide` with every index of `keys` that a query must not see.
@@ -127,38 +111,19 @@ impl Problem<'_> {
         &self,
         batch: usize,
         query: usize,
-        keys: std::ops::Range<usize>,
+        keys: Range<usize>,
         mut hide: impl FnMut(usize),
     ) {
-        match self.hidden {
-            Hidden::None => {}
-            Hidden::Later => {
-                let end = self.visible_end(query).max(keys.start);
-                (end..keys.end).for_each(|key| hide(key - keys.start));
-            }
-            Hidden::Where(hidden) => {
-                let row = (batch * self.n_queries + query) * self.n_keys;
-                let hidden = &hidden[row..][keys];
-                for (i, _) in hidden
-                    .iter()
-                    .enumerate()
-                    .filter(|(_, hidden)| **hidden != 0)
-                {
-                    hide(i);
-                }
-            }
+        let visible = self.visible(batch, query);
+        let start = visible.start.clamp(keys.start, keys.end);
+        (keys.start..start).for_each(|key| hide(key - keys.start));
+        let end = visible.end.clamp(keys.start, keys.end);
+        (end..keys.end).for_each(|key| hide(key - keys.start));
+        for hole in self.seen.holes_among(batch, self.n_keys) {
+            let hole = hole.start.max(keys.start)..hole.end.min(keys.end);
+            hole.for_each(|key| hide(key - keys.start));
         }
     }
-}
-
-/// Keys that queries must not see.
-#[derive(Debug)]
-enum Hidden {
-    None,
-    /// Those after a query's own; the last query stands at the last key.
-    Later,
-    /// Those that are not 0 here, `[batch, queries, keys]`.
-    Where(Vec<u8>),
 }
 
 /// A term of a blend.

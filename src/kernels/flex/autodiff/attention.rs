@@ -19,7 +19,7 @@ pub(crate) fn attention<B: Backend>(
         return None;
     }
     let query = tracked(query)?;
-    let operation = Attention(Trained::new(visibility)?);
+    let operation = Attention(Trained::new(visibility));
     let output = record(operation, [query, blended(keys)?, blended(values)?])?;
     untyped(output)
 }

@@ -1,5 +1,7 @@
 //! Every operation's output and gradients against those of Burn's operations.
 
+use std::sync::Arc;
+
 use burn::backend::autodiff::checkpoint::strategy::{BalancedCheckpointing, CheckpointStrategy};
 use burn::tensor::activation::silu;
 use burn::tensor::{Distribution, Int, Tolerance};
@@ -7,6 +9,7 @@ use burn_flex::FlexDevice;
 use proptest::prelude::*;
 
 use super::*;
+use crate::holes::Holes;
 use crate::kernels::attention::generic_attention;
 use crate::kernels::operands::{Term, Visibility};
 use crate::kernels::stored::Stored;
@@ -103,7 +106,8 @@ proptest! {
         n_keys in 1usize..6,
         n_values in 1usize..4,
         weights in prop::sample::select(vec![Weights::None, Weights::Scalar, Weights::PerChannel]),
-        hidden in 0u8..3,
+        hidden in 0u8..2,
+        window in prop_oneof![Just(0usize), 1usize..12],
     ) {
         let width = 2 * width;
         let mut inputs = vec![random([batch, kv_heads * group, queries, width])];
@@ -122,24 +126,26 @@ proptest! {
             let values = terms(weights, n_values, sources, &mut rest);
             (leaves[0].clone(), keys, values)
         };
-        let visibility = match hidden {
-            0 => Visibility::All,
-            1 => Visibility::Causal,
-            _ => {
-                // Every query sees the last key at least.
-                let seen = Tensor::<Flex, 4>::zeros([batch, 1, queries, 1], &FlexDevice);
-                let others = random([batch, 1, queries, queries + more - 1]);
-                let all = Tensor::cat(vec![others, seen], 3).greater_elem(0.5);
-                Visibility::Except(Tensor::from_inner(all))
-            }
+        // Holes below the queries' own slots, which all hold a token.
+        let holes = (0..batch).map(|row| {
+            let mut holes = Holes::default();
+            holes.push(0..more / (row + 3));
+            holes.push(more / 2..more * 2 / 3);
+            holes
+        });
+        let holes = match hidden {
+            0 => Arc::default(),
+            _ => holes.collect(),
         };
+        let window = (window > 0).then_some(window * window);
+        let visibility = Visibility::new(window, holes, queries + more);
         let found = |leaves: &[_]| {
             let (query, keys, values) = case(leaves);
             attention(&query, &keys, &values, &visibility)
         };
         let expected = |leaves: &[_]| {
             let (query, keys, values) = case(leaves);
-            generic_attention(None, query, keys, values, &visibility)
+            generic_attention(None, query, keys, values, &visibility, None)
         };
         assert_same(&inputs, found, expected);
     }

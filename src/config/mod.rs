@@ -1,52 +1,25 @@
 //! The decoder's configuration and presets.
 
+mod block;
+mod error;
+mod layer;
+mod rope;
+
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
-use crate::plan::{KvLayout, KvPlan, PlanError};
+use crate::plan::{KvLayout, KvPlan};
+pub use block::{Activation, BlockConfig, Family, NormPlacement, QkNorm};
+pub use error::ConfigError;
+use error::{positive, range};
+pub use layer::{LayerKind, LayerSpec};
+pub use rope::{RopeConfig, RopeScaling};
 
-/// A configuration no decoder can be built from.
-#[derive(Clone, Debug, PartialEq, Error)]
-#[non_exhaustive]
-pub enum ConfigError {
-    /// The plan does not fit.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// A size of 0.
-    #[error("{field} is 0, expected at least 1")]
-    Zero {
-        /// The field's name.
-        field: &'static str,
-    },
-    /// Query heads that cannot be shared out evenly.
-    #[error("n_heads is {n_heads}, expected a multiple of n_kv_heads ({n_kv_heads})")]
-    HeadGroups {
-        /// Query heads.
-        n_heads: usize,
-        /// Key/value heads.
-        n_kv_heads: usize,
-    },
-    /// RoPE rotates pairs of channels.
-    #[error("head_dim is {0}, expected an even number")]
-    OddHeadDim(usize),
-    /// A number outside its range.
-    #[error("{field} is {value}, expected {expected}")]
-    Range {
-        /// The field's name.
-        field: &'static str,
-        /// What it was.
-        value: f64,
-        /// What it may be.
-        expected: &'static str,
-    },
-}
-
-/// Shape of a Qwen3-style decoder, and the plan of its KV cache.
+/// Shape of a decoder, what its layers compute, and the plan of its KV cache.
 ///
 /// Plain data with a JSON form ([`Config::save`], [`Config::load`]); build the decoder with
-/// [`init`](Self::init). [`new`](Self::new) starts at 6 layers × 128; `with_…` sets every size.
-/// Pre-norm RMSNorm, SwiGLU, RoPE, RMSNorm on every head of q and k, no biases.
+/// [`init`](Self::init). [`new`](Self::new) starts at 6 layers × 128 with Qwen3's block; `with_…`
+/// sets every size and the [block](BlockConfig).
 ///
 /// ```
 /// use fusedkv::{FusedKvDecoderConfig, KvPlan};
@@ -74,7 +47,7 @@ pub struct FusedKvDecoderConfig {
     /// Channels per head; even, because RoPE rotates pairs.
     #[config(default = 32)]
     pub head_dim: usize,
-    /// Inner width of the SwiGLU block.
+    /// Inner width of the feed-forward block.
     #[config(default = 352)]
     pub ffn_size: usize,
     /// Which layers store keys and values, and what the others read.
@@ -91,7 +64,7 @@ pub struct FusedKvDecoderConfig {
     /// Longest sequence, prompt and generated tokens together.
     #[config(default = 4096)]
     pub max_positions: usize,
-    /// Dropout on the output of attention and SwiGLU blocks while training.
+    /// Dropout on the output of attention and feed-forward blocks while training.
     #[config(default = 0.0)]
     pub dropout: f64,
     /// Standard deviation of the initial embeddings and projections.
@@ -100,6 +73,9 @@ pub struct FusedKvDecoderConfig {
     /// Where learned fusion weights start.
     #[config(default = "FusionInit::lite()")]
     pub fusion_init: FusionInit,
+    /// What the layers compute, and where they differ from one another.
+    #[config(default = "BlockConfig::default()")]
+    pub block: BlockConfig,
 }
 
 /// Where the weights start with which a layer takes other layers' keys and values: those of a
@@ -237,54 +213,18 @@ impl FusedKvDecoderConfig {
         if !self.head_dim.is_multiple_of(2) {
             return Err(ConfigError::OddHeadDim(self.head_dim));
         }
-        let positive = |value: f64| value > 0.0 && value.is_finite();
-        let not_negative = |value: f64| value >= 0.0 && value.is_finite();
-        for (field, value, fits, expected) in [
-            (
-                "rope_theta",
-                self.rope_theta,
-                positive(self.rope_theta),
-                "a positive number",
-            ),
-            (
-                "rms_norm_eps",
-                self.rms_norm_eps,
-                positive(self.rms_norm_eps),
-                "a positive number",
-            ),
-            (
-                "dropout",
-                self.dropout,
-                (0.0..1.0).contains(&self.dropout),
-                "0 or more and below 1",
-            ),
-            (
-                "init_std",
-                self.init_std,
-                not_negative(self.init_std),
-                "0 or more",
-            ),
-            (
-                "fusion_init.noise",
-                self.fusion_init.noise,
-                not_negative(self.fusion_init.noise),
-                "0 or more",
-            ),
-            (
-                "fusion_init.residual",
-                self.fusion_init.residual,
-                self.fusion_init.residual.is_finite(),
-                "a number",
-            ),
-        ] {
-            if !fits {
-                return Err(ConfigError::Range {
-                    field,
-                    value,
-                    expected,
-                });
-            }
-        }
-        Ok(self.plan.resolve(self.n_layers)?)
+        positive("rope_theta", self.rope_theta)?;
+        positive("rms_norm_eps", self.rms_norm_eps)?;
+        let below_one = (0.0..1.0).contains(&self.dropout);
+        range("dropout", self.dropout, below_one, "0 or more and below 1")?;
+        let not_negative = |field, value| range(field, value, value >= 0.0, "0 or more");
+        not_negative("init_std", self.init_std)?;
+        not_negative("fusion_init.noise", self.fusion_init.noise)?;
+        let residual = self.fusion_init.residual;
+        range("fusion_init.residual", residual, true, "a number")?;
+        self.block.validate()?;
+        self.validate_kinds()?;
+        let (_, kinds) = self.kinds();
+        Ok(self.plan.resolve_kinds(&kinds)?)
     }
 }
