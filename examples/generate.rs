@@ -111,7 +111,7 @@ impl Program for Args {
     fn run<B: Backend>(mut self, device: &B::Device) -> Result<(), Box<dyn Error>> {
         let generator = TextGenerator::<B>::load(&self.model, self.dtype.into(), device)?;
         let config = self.config(generator.defaults());
-        for key in &config.ignored {
+        for key in generator.ignored_settings() {
             eprintln!("the model's generation_config.json asks for `{key}`, which is left out");
         }
         if self.chat && self.prompts.is_empty() {

@@ -12,8 +12,4 @@ pub struct TextConfig {
     /// The text ends before the first of these. One that is a special token's name is a stop token.
     #[config(default = "Vec::new()")]
     pub stop_strings: Vec<String>,
-    /// Keys of `generation_config.json` that ask for what this crate does not do. They change
-    /// nothing.
-    #[config(default = "Vec::new()")]
-    pub ignored: Vec<String>,
 }

@@ -130,8 +130,11 @@ fn named(
 }
 
 /// What `generation_config.json` says, with transformers' defaults for what it leaves out: nothing
-/// is drawn unless `do_sample` is true.
-pub(super) fn defaults(directory: &Path, eos: &[u32]) -> Result<TextConfig, CheckpointError> {
+/// is drawn unless `do_sample` is true; and the keys that ask for what this crate does not do.
+pub(super) fn defaults(
+    directory: &Path,
+    eos: &[u32],
+) -> Result<(TextConfig, Vec<String>), CheckpointError> {
     let path = directory.join(GENERATION_CONFIG);
     let config = match path.is_file() {
         true => read_object(&path)?,
@@ -195,9 +198,9 @@ pub(super) fn defaults(directory: &Path, eos: &[u32]) -> Result<TextConfig, Chec
         .iter()
         .copied()
         .filter(|key| get(key).is_some());
-    Ok(TextConfig::new(generation)
-        .with_stop_strings(stops)
-        .with_ignored(numbers.chain(lists).map(str::to_owned).collect()))
+    let ignored = numbers.chain(lists).map(str::to_owned).collect();
+    let config = TextConfig::new(generation).with_stop_strings(stops);
+    Ok((config, ignored))
 }
 
 fn read(path: &Path) -> Result<String, CheckpointError> {

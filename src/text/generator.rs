@@ -51,6 +51,7 @@ pub struct TextGenerator<B: Backend> {
     template: Option<ChatTemplate>,
     options: ChatOptions,
     defaults: TextConfig,
+    ignored: Vec<String>,
 }
 
 impl<B: Backend> TextGenerator<B> {
@@ -62,6 +63,7 @@ impl<B: Backend> TextGenerator<B> {
             template: None,
             options: ChatOptions::new(),
             defaults: TextConfig::new(GenerationConfig::new()),
+            ignored: Vec::new(),
         }
     }
 
@@ -81,9 +83,11 @@ impl<B: Backend> TextGenerator<B> {
         let tokenizer = loaded.tokenizer.ok_or_else(|| TextError::NoTokenizer {
             directory: directory.to_owned(),
         })?;
+        let (defaults, ignored) = directory::defaults(directory, &loaded.eos)?;
         Ok(Self {
             template,
-            defaults: directory::defaults(directory, &loaded.eos)?,
+            defaults,
+            ignored,
             ..Self::new(loaded.model, tokenizer)
         })
     }
@@ -128,6 +132,12 @@ impl<B: Backend> TextGenerator<B> {
     /// says.
     pub fn defaults(&self) -> &TextConfig {
         &self.defaults
+    }
+
+    /// Keys of the model's `generation_config.json` that ask for what this crate does not do, e.g.
+    /// `min_p`. They change nothing.
+    pub fn ignored_settings(&self) -> &[String] {
+        &self.ignored
     }
 
     /// A chat as the model reads it.

@@ -27,6 +27,7 @@ mod chat_error;
 mod config;
 mod conversation;
 mod directory;
+mod environment;
 mod error;
 mod generation;
 mod generator;
