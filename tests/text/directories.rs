@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::slice;
 
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::checkpoint::{CheckpointError, SaveOptions, WeightDtype, save_checkpoint};
@@ -40,7 +41,10 @@ fn templates_come_from_where_transformers_looks() {
     let one = config(json!(
         "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ unk_token }}"
     ));
-    assert_eq!(rendered(&[one.clone()], &plain).unwrap(), "<s>Hi</s>");
+    assert_eq!(
+        rendered(slice::from_ref(&one), &plain).unwrap(),
+        "<s>Hi</s>"
+    );
     let map = (
         "special_tokens_map.json",
         json!({"bos_token": "<old>", "unk_token": {"content": "<unk>"}}),
@@ -55,9 +59,15 @@ fn templates_come_from_where_transformers_looks() {
         {"name": "tool_use", "template": "tools"},
         {"name": "rag", "template": "rag"},
     ]));
-    assert_eq!(rendered(&[several.clone()], &plain).unwrap(), "default");
+    assert_eq!(
+        rendered(slice::from_ref(&several), &plain).unwrap(),
+        "default"
+    );
     let tools = ChatOptions::new().with_tools([1]);
-    assert_eq!(rendered(&[several.clone()], &tools).unwrap(), "tools");
+    assert_eq!(
+        rendered(slice::from_ref(&several), &tools).unwrap(),
+        "tools"
+    );
     let rag = ChatOptions::new().with_template("rag").with_tools([1]);
     assert_eq!(rendered(&[several], &rag).unwrap(), "rag");
     let nameless = config(json!([{"name": "rag", "template": "rag"}]));
