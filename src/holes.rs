@@ -39,13 +39,17 @@ impl Holes {
         });
     }
 
-    /// The slot of the first of the last `tokens` tokens before slot `end`; 0 where there are fewer.
+    /// The slot of the first of the last `tokens` tokens before slot `end`; of the first token where
+    /// there are fewer.
     pub fn start_of_last(&self, tokens: usize, end: usize) -> usize {
         let (mut tokens, mut end) = (tokens, end);
         for hole in self.0.iter().rev() {
             let above = end - hole.end.min(end);
             if above >= tokens {
                 break;
+            }
+            if hole.start == 0 {
+                return hole.end.min(end);
             }
             tokens -= above;
             end = end.min(hole.start);
@@ -93,11 +97,12 @@ mod tests {
             (2, 10, 8),
             (3, 10, 4),
             (5, 10, 2),
-            (6, 10, 0),
+            (6, 10, 2),
             (1, 8, 4),
             (1, 7, 4),
             (2, 4, 2),
-            (3, 4, 0),
+            (3, 4, 2),
+            (1, 2, 2),
         ] {
             assert_eq!(
                 some.start_of_last(tokens, end),

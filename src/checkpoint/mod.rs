@@ -33,6 +33,7 @@ mod keys;
 mod load;
 mod names;
 mod numbers;
+mod plan;
 mod rows;
 mod safetensors;
 mod save;
@@ -44,6 +45,7 @@ pub use error::CheckpointError;
 pub(crate) use load::check_vocabulary;
 pub use load::{LoadedCheckpoint, load_checkpoint};
 pub use numbers::WeightDtype;
+pub use plan::plan_of_config;
 pub use rows::RowWriter;
 pub use save::{SaveOptions, save_checkpoint};
 

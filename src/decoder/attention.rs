@@ -155,7 +155,14 @@ impl<B: Backend> Attention<B> {
             Some(scale) => query * scale,
             None => query,
         };
-        let [keys, values] = KvPart::BOTH.map(|part| self.terms(layout, index, part, store));
+        let mut terms = KvPart::BOTH.map(|part| self.terms(layout, index, part, store));
+        // Of sources with windows each has forgotten what it need not have, and no two alike.
+        let lens = terms.iter().flatten().map(|term| term.source.dims()[2]);
+        let kept = lens.min().expect("every layer reads one");
+        for term in terms.iter_mut().flatten() {
+            term.source = term.source.clone().tail(kept);
+        }
+        let [keys, values] = terms;
         let output = attend(form, query, keys, values, &span.visibility, self.softcap);
         let [_, n_heads, _, head_dim] = output.dims();
         let output = swap_heads(output).reshape([batch, queries, n_heads * head_dim]);

@@ -356,6 +356,8 @@ impl<B: Backend> FusedKvDecoder<B> {
         logits: Option<Logits>,
     ) -> Tensor<B, 3> {
         let [_, seq] = tokens.dims();
+        // A row with few tokens among others' many still sees those before this pass.
+        let ragged = tokens.padding().iter().any(|&padding| padding > 0);
         let mut x = self.embed_tokens.forward(tokens.into_tensor());
         if let Some(scale) = self.config.block.embedding_scale {
             x = x * scale;
@@ -366,7 +368,7 @@ impl<B: Backend> FusedKvDecoder<B> {
             Some(Logits::Last) => 1,
             Some(Logits::All) => seq,
         };
-        let window = |layer| self.windows[layout.kind(layer)];
+        let window = |layer| self.windows[layout.kind(layer)].filter(|_| !ragged);
         let reach = Reach::of_layers(layout, window, seq, wanted);
         for (i, (layer, reach)) in self.layers.iter().zip(&reach).enumerate() {
             let span = &spans[layout.kind(i)];

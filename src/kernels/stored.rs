@@ -77,7 +77,10 @@ impl<B: Backend> Stored<B> {
     /// The last `len` positions.
     pub fn tail(self, len: usize) -> Self {
         let [_, _, seq, _] = self.dims();
-        self.narrow(seq - len, len)
+        match seq == len {
+            true => self,
+            false => self.narrow(seq - len, len),
+        }
     }
 
     /// Rows of the batch.

@@ -10,6 +10,7 @@ mod models;
 mod round_trip;
 mod saving;
 mod scoring;
+mod smollm2;
 
 use std::path::Path;
 

@@ -4,6 +4,9 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use fusedkv::backend::{Flex, FlexDevice};
+use fusedkv::config::{
+    Activation, BlockConfig, LayerKind, NormPlacement, QkNorm, RopeConfig, RopeScaling,
+};
 use fusedkv::{
     CacheDtype, CacheError, FusedKvDecoder, FusedKvDecoderConfig, GenerationConfig, KvPlan, Logits,
     TokenBatch, generate,
@@ -202,6 +205,75 @@ pub fn ragged_batches<B: Backend>(subject: &Subject<B>) {
     }
 }
 
+/// Blocks of other families than Qwen3, each under a plan: windows with a RoPE of their own, layers
+/// without, norms in all places, biases, soft caps, partial rotation. Rows of different lengths,
+/// through a cache that forgets, with tokens taken back.
+pub fn every_block<B: Backend>(subject: &Subject<B>) {
+    let kind = |window, rope| LayerKind { window, rope };
+    let rope = |rotary_dim, scaling| RopeConfig {
+        theta: 1e4,
+        rotary_dim,
+        scaling,
+    };
+    let mut gemma = BlockConfig::default();
+    gemma.norm_placement = NormPlacement::Sandwich;
+    gemma.norm_unit_offset = true;
+    gemma.activation = Activation::GeluTanh;
+    gemma.embedding_scale = Some(7.0);
+    gemma.attention_scale = Some(0.15);
+    gemma.attention_softcap = Some(8.0);
+    gemma.logit_softcap = Some(20.0);
+    let local = kind(
+        Some(12),
+        Some(rope(None, RopeScaling::Linear { factor: 2.0 })),
+    );
+    let global = kind(None, Some(rope(None, RopeScaling::Default)));
+    gemma.layers = vec![local.clone(), global.clone(), local, global];
+    let mut olmo = BlockConfig::default();
+    olmo.norm_placement = NormPlacement::Post;
+    olmo.qk_norm = QkNorm::AllHeads;
+    olmo.activation = Activation::Gelu;
+    let mut phi = BlockConfig::default();
+    phi.qk_norm = QkNorm::None;
+    phi.rotary_dim = Some(16);
+    [phi.qkv_bias, phi.output_bias, phi.mlp_bias] = [true; 3];
+    let yarn = RopeScaling::Yarn {
+        factor: 4.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor: 1.1,
+        truncate: true,
+        positions: 32,
+    };
+    phi.layers = vec![kind(Some(9), Some(rope(Some(16), yarn))); 4];
+    let mut no_rope = BlockConfig::default();
+    no_rope.layers = vec![kind(Some(40), None); 4];
+    for (i, (block, plan)) in [
+        (gemma.clone(), KvPlan::Yoco { storage_layers: 2 }),
+        (gemma, KvPlan::Standard),
+        (olmo, KvPlan::FusedKv { storage_layers: 2 }),
+        (phi, KvPlan::FusedKv { storage_layers: 2 }),
+        (no_rope, KvPlan::FusedKvLiteLearnable { storage_layers: 3 }),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let config = shape(i, plan).with_block(block);
+        let steps = [
+            Step::Append(rows(&[33, 12, 90]), Logits::Last),
+            Step::Append(rows(&[1; 3]), Logits::Last),
+            Step::Append(rows(&[2, 5, 1]), Logits::Last),
+            Step::Append(rows(&[7; 3]), Logits::All),
+            Step::Append(rows(&[1; 3]), Logits::Last),
+            Step::TruncateRows(vec![39, 20, 100]),
+            Step::Append(rows(&[1; 3]), Logits::Last),
+            Step::Append(rows(&[70, 70, 70]), Logits::Last),
+            Step::Append(rows(&[1; 3]), Logits::Last),
+        ];
+        subject.run(&format!("block {i}"), &config, CacheDtype::Model, &steps);
+    }
+}
+
 /// Caches of every kind of numbers the backend has; others are refused.
 pub fn cache_dtypes<B: Backend>(subject: &Subject<B>) {
     let config = shape(2, KvPlan::FusedKv { storage_layers: 2 });
@@ -324,7 +396,7 @@ fn text<B: Backend>(
 macro_rules! conformance {
     ($backend:ty, $subject:expr) => {
         conformance!(@ $backend, $subject, crate::checks:
-            every_plan, every_length, ragged_batches, cache_dtypes, edited_caches, greedy_text);
+            every_plan, every_block, every_length, ragged_batches, cache_dtypes, edited_caches, greedy_text);
     };
     (training $backend:ty, $subject:expr) => {
         conformance!(@ $backend, $subject, crate::training:

@@ -14,6 +14,7 @@ mod gradients;
 mod models;
 mod positions;
 mod records;
+mod schema;
 mod tokenizer;
 mod unfused;
 mod windows;

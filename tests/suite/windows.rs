@@ -97,6 +97,37 @@ proptest! {
         }
     }
 
+    /// Prefill that computes no more than is read, of rows of different lengths in chunks of different
+    /// lengths, and what is decoded after it.
+    #[test]
+    fn last_logits_are_those_of_rows_alone(
+        plan in prop::sample::select(plans()),
+        window in 1usize..40,
+        chunks in prop::collection::vec(prop::collection::vec(1usize..120, 1..3), 1..5),
+        equal in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let model = model::<F64>(&local_and_global(plan, window), seed);
+        let batch_size = chunks[0].len();
+        let mut cache = model.new_cache(batch_size, 700).unwrap();
+        let mut rows = vec![Vec::new(); batch_size];
+        for (i, lens) in chunks.iter().enumerate() {
+            for lens in [lens.clone(), vec![1]] {
+                let new: Vec<_> = (0..batch_size)
+                    .map(|row| text(lens[if equal { 0 } else { row % lens.len() }], seed ^ (row + 7 * i) as u64))
+                    .collect();
+                let logits = model.forward_cached(batch(&new), &mut cache, Logits::Last).unwrap();
+                for (row, (all, new)) in rows.iter_mut().zip(&new).enumerate() {
+                    all.extend(new);
+                    let alone = model.forward(batch(std::slice::from_ref(all))).unwrap();
+                    let alone = alone.narrow(1, all.len() - 1, 1);
+                    let error = difference(&alone, &logits.clone().narrow(0, row, 1));
+                    prop_assert!(error < 1e-6, "row {row} at {}: {error}", all.len());
+                }
+            }
+        }
+    }
+
     /// Rows of different lengths, drafts rejected in some rows alone, and what a row then reads.
     #[test]
     fn rows_with_holes_are_what_they_are_alone(

@@ -232,6 +232,8 @@ pub(super) fn write(config: &FusedKvDecoderConfig) -> Result<Value, CheckpointEr
         "num_attention_heads": config.n_heads,
         "num_hidden_layers": config.n_layers,
         "num_key_value_heads": config.n_kv_heads,
+        // Without it some families have one of their own, which may lie outside the vocabulary.
+        "pad_token_id": null,
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "use_cache": true,
@@ -258,7 +260,12 @@ pub(super) fn write(config: &FusedKvDecoderConfig) -> Result<Value, CheckpointEr
         json[format.activation.0] = json!(name);
     }
     if let (Some(_), Some(scale)) = (format.query_scalar, block.attention_scale) {
-        json["query_pre_attn_scalar"] = json!(scale.powi(-2));
+        let scalar = scale.powi(-2);
+        // transformers takes whole numbers alone.
+        json["query_pre_attn_scalar"] = match (scalar.round(), (scalar - scalar.round()).abs()) {
+            (whole, off) if off < 1e-9 * whole => json!(whole as u64),
+            _ => json!(scalar),
+        };
     }
     if format.attention_softcap.is_some() {
         json["attn_logit_softcapping"] = json!(block.attention_softcap);
