@@ -36,6 +36,7 @@
 //! - [`flow`]: what learned blends read
 //! - `convert` (feature `convert`): a standard decoder's weights under another plan
 //! - `checkpoint`, `tokenizer` (feature `checkpoint`): Hugging Face's directories, text to tokens
+//! - `text` (feature `checkpoint`): from text to text, chats by the model's own template
 //! - `train` (feature `train`): training on Burn's `Learner`
 //! - [`backend`]: the Burn backends behind features
 
@@ -63,6 +64,8 @@ mod numbers;
 mod parameters;
 pub mod plan;
 pub mod score;
+#[cfg(feature = "checkpoint")]
+pub mod text;
 #[cfg(feature = "checkpoint")]
 pub mod tokenizer;
 pub mod tokens;

@@ -1,5 +1,7 @@
 //! Byte-level BPE: text to tokens and back, without loss.
 
+mod stream;
+
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +12,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer as HfTokenizer};
 
 use crate::file;
+pub use stream::TextStream;
 
 /// The special token that ends a text.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
@@ -73,16 +76,20 @@ impl Tokenizer {
         Ok(Self { inner })
     }
 
-    /// Reads a `tokenizer.json`.
+    /// Reads a `tokenizer.json`. Truncation and padding that it asks for are left to whoever makes
+    /// batches.
     ///
     /// # Errors
     /// [`TokenizerError::Unreadable`] if it is missing or no tokenizer.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
         let path = path.as_ref();
-        let inner = HfTokenizer::from_file(path).map_err(|error| TokenizerError::Unreadable {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        })?;
+        let mut inner =
+            HfTokenizer::from_file(path).map_err(|error| TokenizerError::Unreadable {
+                path: path.to_owned(),
+                reason: error.to_string(),
+            })?;
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(failed)?;
         Ok(Self { inner })
     }
 
@@ -119,6 +126,28 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The tokens of a text that begins a prompt: with the special ones the tokenizer adds, such as
+    /// the beginning of a text.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self.inner.encode_fast(text, true).map_err(failed)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The id of a token by its spelling in the vocabulary, if it is one.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Whether a token is special: part of no text, as the end of one.
+    pub fn is_special(&self, token: u32) -> bool {
+        let added = self.inner.get_added_vocabulary();
+        let token = added.get_added_tokens_decoder().get(&token);
+        token.is_some_and(|token| token.special)
+    }
+
     /// The text of tokens, special ones spelled out. Bytes that are no UTF-8 become `U+FFFD`.
     ///
     /// # Errors
@@ -129,72 +158,7 @@ impl Tokenizer {
 
     /// Decodes one token at a time, e.g. while they are generated.
     pub fn stream(&self) -> TextStream<'_> {
-        TextStream {
-            tokenizer: self,
-            tokens: Vec::new(),
-            said: 0,
-        }
-    }
-}
-
-/// Text as its tokens arrive. A character whose bytes are spread over several tokens comes out
-/// with the last of them.
-///
-/// ```
-/// use fusedkv::tokenizer::Tokenizer;
-///
-/// let tokenizer = Tokenizer::train_bpe("", 257)?; // a token per byte
-/// let mut stream = tokenizer.stream();
-/// let pieces: Result<Vec<_>, _> = tokenizer
-///     .encode("aé")?
-///     .into_iter()
-///     .map(|token| stream.push(token))
-///     .collect();
-/// assert_eq!(pieces?, ["a", "", "é"]);
-/// # Ok::<(), fusedkv::tokenizer::TokenizerError>(())
-/// ```
-#[derive(Clone, Debug)]
-pub struct TextStream<'t> {
-    tokenizer: &'t Tokenizer,
-    /// The tokens of the last piece and those after it: decoders may look back, e.g. for a space.
-    tokens: Vec<u32>,
-    /// How many of them have been given out.
-    said: usize,
-}
-
-impl TextStream<'_> {
-    /// The text that `token` completes, possibly none.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::decode`].
-    pub fn push(&mut self, token: u32) -> Result<String, TokenizerError> {
-        self.tokens.push(token);
-        let (before, text) = self.texts()?;
-        // A replacement character at the end is most likely one whose bytes are still to come.
-        if text.ends_with(char::REPLACEMENT_CHARACTER) {
-            return Ok(String::new());
-        }
-        let piece = match text.get(before.len()..) {
-            None | Some("") => return Ok(String::new()),
-            Some(piece) => piece.to_owned(),
-        };
-        self.tokens.drain(..self.said);
-        self.said = self.tokens.len();
-        Ok(piece)
-    }
-
-    /// What is left when no more tokens come: incomplete characters, as `U+FFFD`.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::decode`].
-    pub fn finish(self) -> Result<String, TokenizerError> {
-        let (before, text) = self.texts()?;
-        Ok(text.get(before.len()..).unwrap_or_default().to_owned())
-    }
-
-    fn texts(&self) -> Result<(String, String), TokenizerError> {
-        let before = self.tokenizer.decode(&self.tokens[..self.said])?;
-        Ok((before, self.tokenizer.decode(&self.tokens)?))
+        TextStream::new(self)
     }
 }
 

@@ -23,6 +23,16 @@ pub enum GenerateError {
     /// The model cannot read the prompt or what was generated.
     #[error(transparent)]
     Forward(#[from] ForwardError),
+    /// All of a prompt is in the cache already, so that there is nothing to draw the next token from.
+    #[error("row {row} has {tokens} tokens, expected more than the {cached} that are cached")]
+    NothingToRead {
+        /// The prompt's row.
+        row: usize,
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// Tokens of the row in the cache.
+        cached: usize,
+    },
     /// The model returned something no token can be drawn from. Ends this row alone.
     #[error("the logits of row {row} after {generated} generated tokens are not numbers")]
     NotANumber {
