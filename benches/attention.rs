@@ -17,7 +17,7 @@ use divan::counter::ItemsCount;
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::{
     BlendWeights, FusedKvDecoderConfig, FusionInit, KvFusion, KvFusionConfig, KvPart, KvPlan,
-    KvSource, Logits, TokenBatch, fused_attention,
+    KvShape, KvSource, Logits, TokenBatch, fused_attention,
 };
 
 #[global_allocator]
@@ -38,8 +38,11 @@ fn fusion() -> KvFusion<Flex> {
         weights: BlendWeights::PerChannel,
     };
     let config = KvFusionConfig {
-        n_kv_heads: HEADS,
-        head_dim: HEAD_DIM,
+        kv: KvShape {
+            n_kv_heads: HEADS,
+            head_dim: HEAD_DIM,
+            rotary_dim: HEAD_DIM,
+        },
         key: blended.clone(),
         value: blended,
         init: FusionInit::equal().with_noise(0.1),

@@ -77,9 +77,8 @@ impl fmt::Display for CacheShape {
             f.write_str(separator)?;
             if !same {
                 write!(f, "{n_kv_heads} kv heads of {head_dim} channels, ")?;
-                match window {
-                    Some(window) => write!(f, "a window of {window} tokens, ")?,
-                    None => {}
+                if let Some(window) = window {
+                    write!(f, "a window of {window} tokens, ")?;
                 }
                 f.write_str("and layers with ")?;
             }

@@ -41,8 +41,15 @@ impl<B: Backend> Term<B> {
 #[derive(Clone, Debug)]
 pub(crate) struct Visibility<B: Backend> {
     pub seen: Seen,
-    /// What the backends' own operations take, as it was last asked for: of so many queries and keys.
-    mask: RefCell<Option<([usize; 2], Option<Tensor<B, 4, Bool>>)>>,
+    /// What the backends' own operations take, as it was last asked for.
+    mask: RefCell<Option<Mask<B>>>,
+}
+
+/// [`Visibility::mask`] for so many queries and keys.
+#[derive(Clone, Debug)]
+struct Mask<B: Backend> {
+    of: [usize; 2],
+    hidden: Option<Tensor<B, 4, Bool>>,
 }
 
 /// [`Visibility`] as data.
@@ -80,11 +87,14 @@ impl<B: Backend> Visibility<B> {
         // The layers of a pass ask for the same one, until they narrow to the last positions.
         let mut known = self.mask.borrow_mut();
         match &*known {
-            Some((of, mask)) if *of == shape => mask.clone(),
+            Some(mask) if mask.of == shape => mask.hidden.clone(),
             _ => {
-                let mask = self.new_mask(shape, device);
-                *known = Some((shape, mask.clone()));
-                mask
+                let hidden = self.new_mask(shape, device);
+                *known = Some(Mask {
+                    of: shape,
+                    hidden: hidden.clone(),
+                });
+                hidden
             }
         }
     }

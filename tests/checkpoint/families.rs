@@ -101,7 +101,7 @@ fn every_family_has_the_logits_of_transformers() {
             .or_insert(0) += 1;
         let whole = values(
             &model
-                .forward(batch(&model, &[case.tokens.clone()]))
+                .forward(batch(&model, std::slice::from_ref(&case.tokens)))
                 .unwrap(),
         );
         let error = off(&whole, &case.logits);

@@ -108,7 +108,7 @@ fn perplexity_is_that_of_transformers() {
     );
     assert!(apart.abs() < 1e-4);
     for (dtype, within) in [(CacheDtype::F16, 1e-3), (CacheDtype::Int8, 1e-3)] {
-        let cached = whole.clone().with_chunk(Some(128)).with_cache_dtype(dtype);
+        let cached = whole.with_chunk(Some(128)).with_cache_dtype(dtype);
         let apart = (nll(&model, &tokens, &cached) - expected).exp() - 1.0;
         println!("through a cache of {dtype}: {apart:.1e} apart");
         assert!(apart.abs() < within);
