@@ -124,7 +124,11 @@ impl<'t> TextStream<'t> {
             }
             Spelling::Text { bytes } => {
                 let spelled = bytes.then(|| self.tokenizer.inner.id_to_token(token));
-                match spelled.flatten().as_deref().and_then(byte) {
+                let byte = spelled.flatten().as_deref().and_then(byte);
+                let is_first = self.tokens.is_empty() && self.bytes.is_empty();
+                match byte {
+                    // A space that begins a text may be none, which the tokenizer knows.
+                    Some(b' ') if is_first => self.push_text(token),
                     Some(byte) => self.push_byte(token, byte),
                     None => self.push_text(token),
                 }

@@ -84,7 +84,7 @@ proptest! {
     ) {
         let model = model::<F64>(&local_and_global(plan, window), seed);
         let tokens = text(len, seed);
-        let whole = model.forward(batch(&[tokens.clone()])).unwrap();
+        let whole = model.forward(batch(std::slice::from_ref(&tokens))).unwrap();
         let mut cache = model.new_cache(1, len).unwrap();
         let (mut done, mut chunks) = (0, chunks.into_iter().cycle());
         while done < len {

@@ -175,6 +175,25 @@ proptest! {
     }
 }
 
+/// A space that is a byte begins a text as any other: it is none.
+#[test]
+fn a_first_space_is_none_whatever_it_is_spelled_as() {
+    let space = PIECES.len() as u32 + u32::from(b' ');
+    for tokens in [
+        vec![space],
+        vec![space, space],
+        vec![space, 4],
+        vec![space, 6, space],
+    ] {
+        let whole = spelled(&tokens);
+        assert_eq!(
+            streamed(&sentencepiece(), &tokens, &whole),
+            whole,
+            "{tokens:?}"
+        );
+    }
+}
+
 #[test]
 fn prompts_begin_as_the_tokenizer_says_and_are_not_cut() {
     let tokenizer = sentencepiece();
