@@ -58,6 +58,10 @@ impl Form {
 /// relative to the largest score, and that score.
 #[cube(launch, address_type = "dynamic")]
 #[allow(clippy::too_many_arguments)]
+#[allow(
+    clippy::collapsible_if,
+    reason = "the outer condition is the compiler's"
+)]
 pub fn attend_part<E: Numeric, M: Numeric>(
     query: &Tensor<f32>,
     keys: &Sequence<Source<E>>,
@@ -221,8 +225,9 @@ pub fn attend_part<E: Numeric, M: Numeric>(
             let head = first_head + row / n_queries;
             let query = (batch * n_heads + head) * n_queries + row % n_queries;
             let to = (query * parts + part) * (width + 1);
-            partial[to + at % width] = sums[i];
-            if at % width == 0 {
+            let channel = at % width;
+            partial[to + channel] = sums[i];
+            if channel == 0 {
                 partial[to + width] = largest[at / width];
             }
         }
