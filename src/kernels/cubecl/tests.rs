@@ -355,13 +355,15 @@ fn a_decoder_decodes_as_on_flex() {
             .with_n_kv_heads(2)
             .with_head_dim(32)
             .with_ffn_size(72);
+        // Parameters are drawn when they are first used, by a clone anew.
+        let drawn = config.init::<Flex>(&FlexDevice).unwrap().into_record();
+        let record = recorder.record(drawn, ()).unwrap();
         let reference = config.init::<Flex>(&FlexDevice).unwrap();
-        let record = recorder
-            .record(reference.clone().into_record(), ())
-            .unwrap();
-        let record = recorder.load(record, &device).unwrap();
+        let there = recorder.load(record.clone(), &FlexDevice).unwrap();
+        let reference = reference.try_load_record(there).unwrap();
         let model = config.init::<Dispatch>(&device).unwrap();
-        let model = model.try_load_record(record).unwrap();
+        let there = recorder.load(record, &device).unwrap();
+        let model = model.try_load_record(there).unwrap();
         let expected = decoded(&reference, dtype, &FlexDevice);
         SERVED.set(0);
         let found = decoded(&model, dtype, &device);
