@@ -191,10 +191,13 @@ impl Inputs {
         };
         let weight = match &term.weight {
             None => None,
-            Some(weight) if weight.dtype() == DType::F32 => {
-                Some(queue.input(weight, [1, n_kv_heads, 1, head_dim])?)
-            }
-            Some(_) => return None,
+            Some(weight) => match (weight.dtype(), weight.dims()) {
+                // One for all rows and tokens.
+                (DType::F32, [1, _, 1, _]) => {
+                    Some(queue.input(weight, [1, n_kv_heads, 1, head_dim])?)
+                }
+                _ => return None,
+            },
         };
         Some(Self {
             rows,
