@@ -6,11 +6,16 @@
 //! gradients of their own.
 
 mod attention;
+#[cfg(all(feature = "cubecl-attention", any(feature = "wgpu", feature = "cuda")))]
+mod cubecl;
 #[cfg(feature = "flex")]
 mod flex;
 pub(crate) mod operands;
 pub(crate) mod stored;
-#[cfg(feature = "flex")]
+#[cfg(any(
+    feature = "flex",
+    all(feature = "cubecl-attention", any(feature = "wgpu", feature = "cuda"))
+))]
 mod table;
 #[cfg(test)]
 pub(crate) mod work;
@@ -23,7 +28,10 @@ use burn::tensor::{BasicOps, DType, Tensor, backend::Backend};
 use attention::generic_attention;
 pub(crate) use attention::{blended, same_for_all_tokens};
 use operands::{FusionForm, Term, Visibility};
-#[cfg(feature = "flex")]
+#[cfg(any(
+    feature = "flex",
+    all(feature = "cubecl-attention", any(feature = "wgpu", feature = "cuda"))
+))]
 use table::Kernels;
 
 /// What the first table of kernels has that knows the arguments, if any does: every backend's stands
@@ -34,6 +42,9 @@ macro_rules! kernel {
         #[cfg(feature = "flex")]
         let output = output
             .or_else(|| flex::FlexKernels::$operation$(::<$backend>)?($($argument),*));
+        #[cfg(all(feature = "cubecl-attention", any(feature = "wgpu", feature = "cuda")))]
+        let output = output
+            .or_else(|| cubecl::CubeclKernels::$operation$(::<$backend>)?($($argument),*));
         output
     }};
 }
@@ -63,7 +74,7 @@ pub(crate) fn tied_head<B: Backend>(x: Tensor<B, 3>, embedding: Tensor<B, 2>) ->
 }
 
 /// [`linear`] by a kernel of our own, where there is one.
-#[cfg_attr(not(any(test, feature = "flex")), expect(unused_variables))]
+#[cfg_attr(not(any(test, feature = "flex")), allow(unused_variables))]
 fn own_linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
     #[cfg(test)]
     work::linear(x.dims(), weight.dims());
@@ -90,7 +101,7 @@ pub(crate) fn matmul<B: Backend, const D: usize>(
 
 /// Tokens of all rows that a pass does best to take at once, where it matters: what they turn into
 /// then stays in the processor's caches.
-#[cfg_attr(not(feature = "flex"), expect(clippy::extra_unused_type_parameters))]
+#[cfg_attr(not(feature = "flex"), allow(clippy::extra_unused_type_parameters))]
 pub(crate) fn tokens_per_pass<B: Backend>() -> Option<usize> {
     kernel!(tokens_per_pass::<B>())
 }
