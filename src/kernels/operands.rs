@@ -71,14 +71,24 @@ impl<B: Backend> Visibility<B> {
 
     /// `holes` are the slots without a token among all `slots`, row by row; no rows: none has any.
     pub fn new(window: Option<usize>, holes: Arc<[Holes]>, slots: usize) -> Self {
+        Self::of(Seen {
+            window,
+            holes,
+            slots,
+        })
+    }
+
+    fn of(seen: Seen) -> Self {
         Self {
-            seen: Seen {
-                window,
-                holes,
-                slots,
-            },
+            seen,
             mask: RefCell::default(),
         }
+    }
+
+    /// The same on another backend.
+    #[cfg(all(test, feature = "cubecl-attention"))]
+    pub fn on<C: Backend>(&self) -> Visibility<C> {
+        Visibility::of(self.seen.clone())
     }
 
     /// `true` where a query does not see a key, `[1 or batch, 1, queries, keys]`; none where every
@@ -156,7 +166,7 @@ impl Seen {
     }
 
     /// The first key that any query sees, of the first query in every row.
-    #[cfg(feature = "flex")]
+    #[cfg(any(feature = "flex", feature = "cubecl-attention"))]
     pub fn first_key(&self, shape: [usize; 2]) -> usize {
         let rows = 0..self.holes.len().max(1);
         let starts = rows.map(|row| self.keys(row, 0, shape).start);

@@ -97,16 +97,20 @@ pub(super) struct Visible<B: Backend> {
 }
 
 impl<B: Backend> Visible<B> {
-    pub fn of(visibility: &Visibility<B>) -> Self {
-        let (hidden, causal) = match visibility {
-            Visibility::All => (None, false),
-            Visibility::Causal => (None, true),
-            Visibility::Except(hidden) => (Some(hidden.clone()), false),
-        };
+    /// Of so many queries and keys.
+    pub fn of(
+        visibility: &Visibility<B>,
+        shape @ [queries, keys]: [usize; 2],
+        device: &B::Device,
+    ) -> Self {
+        let causal = visibility.seen.is_causal(keys);
         Self {
-            hidden,
-            causal,
-            first_key: 0,
+            hidden: match causal {
+                true => None,
+                false => visibility.mask(shape, device),
+            },
+            causal: causal && queries > 1,
+            first_key: visibility.seen.first_key(shape),
         }
     }
 }

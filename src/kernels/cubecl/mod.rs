@@ -32,8 +32,11 @@ impl Kernels for CubeclKernels {
         values: &[Term<B>],
         visibility: &Visibility<B>,
     ) -> Option<Tensor<B, 4>> {
-        let visible = Visible::of(visibility);
-        match Gpu::of::<B>(&query.device())? {
+        let device = query.device();
+        let gpu = Gpu::of::<B>(&device)?;
+        let ([_, _, queries, _], [_, _, n_keys, _]) = (query.dims(), keys[0].source.dims());
+        let visible = Visible::of(visibility, [queries, n_keys], &device);
+        match gpu {
             #[cfg(feature = "wgpu")]
             Gpu::Wgpu(device) => {
                 attention::<WgpuRuntime, B>(&device, query, keys, values, &visible)

@@ -2,16 +2,18 @@
 //! shapes that do not; on whatever device wgpu finds.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::thread;
 
 use burn::module::Module;
 use burn::record::{BinBytesRecorder, FullPrecisionSettings, Recorder};
-use burn::tensor::{Bool, DType, Distribution, Int, Tolerance};
+use burn::tensor::{DType, Distribution, Int, Tolerance};
 use burn_flex::{Flex, FlexDevice};
 use burn_wgpu::Wgpu;
 use proptest::prelude::*;
 
 use super::*;
+use crate::holes::Holes;
 use crate::kernels::attention::generic_attention;
 use crate::kernels::stored::Stored;
 use crate::{CacheDtype, FusedKvDecoder, FusedKvDecoderConfig, KvPlan, Logits, TokenBatch};
@@ -86,22 +88,14 @@ fn term<B: OnWgpu>(term: &Term<Flex>) -> Term<B> {
     Term { source, weight }
 }
 
-fn mask<B: OnWgpu>(hidden: &Tensor<Flex, 4, Bool>) -> Tensor<B, 4, Bool> {
-    Tensor::from_data(hidden.to_data(), &B::device())
-}
-
 fn found<B: OnWgpu>((query, keys, values, visibility): &Case) -> Option<Tensor<B, 4>> {
     let terms = |terms: &[Term<Flex>]| terms.iter().map(term).collect::<Vec<_>>();
-    let visibility = match visibility {
-        Visibility::All => Visibility::All,
-        Visibility::Causal => Visibility::Causal,
-        Visibility::Except(hidden) => Visibility::Except(mask(hidden)),
-    };
+    let visibility = visibility.on();
     CubeclKernels::attention::<B>(&floats(query), &terms(keys), &terms(values), &visibility)
 }
 
 fn expected((query, keys, values, visibility): Case) -> Tensor<Flex, 4> {
-    generic_attention(None, query, keys, values, &visibility)
+    generic_attention(None, query, keys, values, &visibility, None)
 }
 
 fn assert_same<B: Backend>(found: Option<Tensor<B, 4>>, expected: Tensor<Flex, 4>) {
@@ -111,7 +105,7 @@ fn assert_same<B: Backend>(found: Option<Tensor<B, 4>>, expected: Tensor<Flex, 4
 }
 
 /// Batch, kv heads, group, queries, keys, channels, sources of keys and of values, their numbers,
-/// whether they have weights, and which keys are hidden: none, later ones, some.
+/// whether they have weights, and which keys are hidden: later ones alone, holes, or by a window.
 #[derive(Clone, Debug)]
 struct Shape {
     batch: usize,
@@ -142,16 +136,17 @@ impl Shape {
             weight: self.weighted.then(|| random([1, kv_heads, 1, width])),
         };
         let [n_keys, n_values] = self.sources;
+        let holes = (0..batch).map(|row| {
+            let mut holes = Holes::default();
+            let below = keys.saturating_sub(queries);
+            holes.push(0..below / (row + 3));
+            holes.push(below / 2..below * 2 / 3);
+            holes
+        });
         let visibility = match self.hidden {
-            0 => Visibility::All,
-            1 => Visibility::Causal,
-            _ => {
-                // Every query sees the last key at least.
-                let hidden = random([batch, 1, queries, keys]).greater_elem(0.5);
-                let last = Tensor::<Flex, 4>::zeros([batch, 1, queries, 1], &FlexDevice).bool();
-                let at = [0..batch, 0..1, 0..queries, keys - 1..keys];
-                Visibility::Except(hidden.slice_assign(at, last))
-            }
+            0 => Visibility::causal(),
+            1 => Visibility::new(None, holes.collect(), keys),
+            _ => Visibility::new(Some(keys / 3 + 1), Arc::default(), keys),
         };
         (
             random([batch, kv_heads * group, queries, width]),
@@ -274,7 +269,8 @@ fn inputs_may_be_another_threads() {
             });
             made.join().unwrap()
         });
-        let found = CubeclKernels::attention::<Dispatch>(&query, &keys, &values, &Visibility::All);
+        let found =
+            CubeclKernels::attention::<Dispatch>(&query, &keys, &values, &Visibility::causal());
         let (query, keys, values, visibility) = case;
         assert_same(
             found,
