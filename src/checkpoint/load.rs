@@ -1,5 +1,6 @@
 //! From a directory to a decoder, tensor by tensor.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -15,8 +16,8 @@ use super::tensors::{FileTensor, file_tensors};
 use super::weights::Weights;
 use crate::config::ConfigError;
 use crate::decoder::FusedKvDecoder;
-use crate::parameters::layer_tensors;
-use crate::plan::LayerKv;
+use crate::parameters::{TensorSpec, layer_tensors, tensors};
+use crate::plan::{KvPlan, LayerKv};
 use crate::tokenizer::Tokenizer;
 
 /// What a checkpoint directory holds.
@@ -47,16 +48,63 @@ pub fn load_checkpoint<B: Backend>(
     dtype: WeightDtype,
     device: &B::Device,
 ) -> Result<LoadedCheckpoint<B>, CheckpointError> {
-    let directory = directory.as_ref();
+    load(directory.as_ref(), None, dtype, device)
+}
+
+/// [`load_checkpoint`] of a decoder of another plan than the directory's: projections and norms of
+/// keys and values that layers do not store under `plan` are left in the file. What `plan` needs must
+/// be there; `convert` makes fusion weights that are not.
+///
+/// ```
+/// use fusedkv::backend::{Flex, FlexDevice};
+/// use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_narrowed, save_checkpoint};
+/// use fusedkv::{FusedKvDecoderConfig, KvPart, KvPlan};
+///
+/// # let directory = tempfile::tempdir()?;
+/// # let directory = directory.path().join("model");
+/// let device = FlexDevice::default();
+/// let standard = FusedKvDecoderConfig::tiny(256, KvPlan::Standard).init::<Flex>(&device)?;
+/// save_checkpoint(&directory, &standard, &SaveOptions::new())?;
+///
+/// let plan = KvPlan::Yoco { storage_layers: 3 };
+/// let loaded = load_narrowed::<Flex>(&directory, &plan, WeightDtype::F32, &device)?;
+/// assert_eq!(loaded.model.layout().n_stored(KvPart::Key), 3);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// As [`load_checkpoint`].
+pub fn load_narrowed<B: Backend>(
+    directory: impl AsRef<Path>,
+    plan: &KvPlan,
+    dtype: WeightDtype,
+    device: &B::Device,
+) -> Result<LoadedCheckpoint<B>, CheckpointError> {
+    load(directory.as_ref(), Some(plan), dtype, device)
+}
+
+fn load<B: Backend>(
+    directory: &Path,
+    plan: Option<&KvPlan>,
+    dtype: WeightDtype,
+    device: &B::Device,
+) -> Result<LoadedCheckpoint<B>, CheckpointError> {
     if !B::supports_dtype(device, dtype.in_memory()) {
         return Err(CheckpointError::UnsupportedDtype {
             dtype,
             backend: B::name(device),
         });
     }
-    let config = config::read(directory)?;
+    let mut config = config::read(directory)?;
     let mut weights = Weights::open(directory)?;
-    let expected = check(&config, &mut weights)?;
+    let held = check(&config, &mut weights)?;
+    let mut expected = parts(held);
+    if let Some(plan) = plan {
+        config.decoder.plan = plan.clone();
+        let layout = config.decoder.validate();
+        let layout = layout.map_err(|source| in_config(&config, source))?;
+        expected = narrowed(expected, tensors(&config.decoder, &layout), &weights)?;
+    }
     let tokenizer = match directory.join(TOKENIZER) {
         path if path.is_file() => Some(Tokenizer::load(path)?),
         _ => None,
@@ -69,7 +117,7 @@ pub fn load_checkpoint<B: Backend>(
     let model = model.map_err(|source| in_config(&config, source))?;
     let mut filler = Filler {
         path: ModulePath::default(),
-        expected: parts(expected).into_iter(),
+        expected: expected.into_iter(),
         weights,
         dtype,
         device,
@@ -115,6 +163,29 @@ fn check(config: &ModelConfig, weights: &mut Weights) -> Result<Vec<FileTensor>,
     let expected = file_tensors(decoder, &layout);
     weights.check_all(&expected)?;
     Ok(expected)
+}
+
+/// Of the tensors that files hold, the parameters that a decoder needs.
+fn narrowed(
+    held: Vec<(Rc<FileTensor>, usize)>,
+    needed: Vec<TensorSpec>,
+    weights: &Weights,
+) -> Result<Vec<(Rc<FileTensor>, usize)>, CheckpointError> {
+    let held = held.into_iter();
+    let held: HashMap<String, _> = held
+        .map(|(file, part)| (file.parts[part].name.clone(), (file, part)))
+        .collect();
+    let find = |spec: TensorSpec| {
+        let place = held.get(&spec.name).cloned();
+        let (file, part) = place.ok_or_else(|| weights.missing(&spec))?;
+        let found = &file.parts[part].shape;
+        match *found == spec.shape {
+            true => Ok((file, part)),
+            // Weights of a blend of other sources.
+            false => Err(weights.shape(&spec, found.clone())),
+        }
+    };
+    needed.into_iter().map(find).collect()
 }
 
 /// Every parameter: the tensor it is in, and the number of its part.

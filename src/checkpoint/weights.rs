@@ -142,6 +142,16 @@ impl Weights {
         }
     }
 
+    /// The error for a tensor of another shape than is needed.
+    pub fn shape(&self, spec: &TensorSpec, found: Vec<usize>) -> CheckpointError {
+        CheckpointError::Shape {
+            path: self.path.clone(),
+            tensor: spec.name.clone(),
+            found,
+            expected: spec.shape.clone(),
+        }
+    }
+
     fn find(&self, spec: &TensorSpec) -> Result<(usize, Place), CheckpointError> {
         let found = self.tensors.get(&spec.name).and_then(|&file| {
             let place = self.files[file].tensors().get(&spec.name)?;

@@ -1,6 +1,7 @@
 //! What is imported from GGUF is a directory that loads.
 
 use fusedkv::checkpoint::gguf::{GgufOptions, import_gguf};
+use fusedkv::config::Family;
 use tempfile::tempdir;
 
 use crate::gguf::golden;
@@ -8,16 +9,28 @@ use crate::{load, parameters};
 
 #[test]
 fn an_imported_model_is_a_decoder_with_the_files_numbers() {
-    let directory = tempdir().unwrap();
-    let path = golden("qwen3.gguf");
-    let imported = import_gguf(path, directory.path(), &GgufOptions::new()).unwrap();
-    assert_eq!(imported.model_type, "qwen3");
-    let model = load(directory.path()).unwrap().model;
-    let config = model.config();
-    assert_eq!((config.n_layers, config.head_dim), (2, 6));
-    let numbers: usize = parameters(&model)
-        .iter()
-        .map(|data| data.num_elements())
-        .sum();
-    assert_eq!(numbers as u64, imported.parameters);
+    for (file, family) in [
+        ("llama", Family::Llama),
+        ("mistral", Family::Mistral),
+        ("qwen2", Family::Qwen2),
+        ("qwen3", Family::Qwen3),
+        ("gemma2", Family::Gemma2),
+        ("gemma3", Family::Gemma3Text),
+        ("phi3", Family::Phi3),
+        ("smollm3", Family::SmolLm3),
+        ("olmo2", Family::Olmo2),
+    ] {
+        let directory = tempdir().unwrap();
+        let path = golden(&format!("{file}.gguf"));
+        let imported = import_gguf(path, directory.path(), &GgufOptions::new()).unwrap();
+        let model = load(directory.path())
+            .unwrap_or_else(|error| panic!("{file}: {error}"))
+            .model;
+        assert_eq!(model.config().block.family, family, "{file}");
+        let numbers = parameters(&model)
+            .iter()
+            .map(|data| data.num_elements())
+            .sum::<usize>();
+        assert_eq!(numbers as u64, imported.parameters, "{file}");
+    }
 }

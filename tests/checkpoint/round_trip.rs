@@ -6,13 +6,12 @@ use std::path::Path;
 
 use burn::tensor::{DType, TensorData};
 use burn_ndarray::NdArray;
-use fusedkv::BlockConfig;
-use fusedkv::KvPlan;
 use fusedkv::backend::{Autodiff, Flex, FlexDevice};
 use fusedkv::checkpoint::{
-    CheckpointError, SaveOptions, WeightDtype, load_checkpoint, save_checkpoint,
+    CheckpointError, SaveOptions, WeightDtype, load_checkpoint, load_narrowed, save_checkpoint,
 };
 use fusedkv::tokenizer::Tokenizer;
+use fusedkv::{BlockConfig, KvPlan};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use tempfile::tempdir;
@@ -183,4 +182,34 @@ fn tokenizer_and_eos_come_along() {
         let found = loaded.tokenizer.unwrap().encode("not to").unwrap();
         assert_eq!(found, tokenizer.encode("not to").unwrap());
     }
+}
+
+/// The projections that a plan does not need stay in the file, and everything else is as converted;
+/// what it needs beyond the file is named.
+#[test]
+fn a_directory_is_narrowed_to_a_plan() {
+    let directory = tempdir().unwrap();
+    let standard = model::<Flex>(&fixed(KvPlan::Standard), 3);
+    save_checkpoint(directory.path(), &standard, &SaveOptions::new()).unwrap();
+    let narrowed = |plan: &KvPlan| {
+        load_narrowed::<Flex>(directory.path(), plan, WeightDtype::F32, &FlexDevice)
+    };
+    for plan in [
+        KvPlan::Standard,
+        KvPlan::Yoco { storage_layers: 2 },
+        KvPlan::FusedKvLite { storage_layers: 1 },
+        KvPlan::Cla { factor: 2 },
+    ] {
+        let loaded = narrowed(&plan).unwrap().model;
+        let converted = fusedkv::convert::convert(&standard, &plan).unwrap();
+        assert_eq!(loaded.config(), converted.config());
+        assert_eq!(parameters(&loaded), parameters(&converted));
+    }
+    let error = narrowed(&KvPlan::FusedKv { storage_layers: 2 }).unwrap_err();
+    assert!(
+        matches!(&error, CheckpointError::MissingTensor { tensor, .. } if tensor.contains("kv_fusion")),
+        "{error}"
+    );
+    let error = narrowed(&KvPlan::Yoco { storage_layers: 9 }).unwrap_err();
+    assert!(matches!(error, CheckpointError::Config { .. }), "{error}");
 }

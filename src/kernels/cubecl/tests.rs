@@ -196,11 +196,11 @@ proptest! {
     /// As a window needs it: keys before the first are as if they were not there.
     #[test]
     fn no_key_before_the_first_is_seen(shape in shapes(), first in 0usize..400) {
-        let shape = Shape { hidden: shape.hidden % 2, ..shape };
+        let shape = Shape { hidden: 0, ..shape };
         let first_key = first % (shape.keys - shape.queries + 1);
         let (query, keys, values, visibility) = shape.case();
         let terms = |terms: &[Term<Flex>]| terms.iter().map(term).collect::<Vec<_>>();
-        let visible = Visible::<Dispatch> { hidden: None, causal: shape.hidden == 1, first_key };
+        let visible = Visible::<Dispatch> { hidden: None, causal: shape.queries > 1, first_key };
         let device = Default::default();
         let found = attention::<WgpuRuntime, Dispatch>(
             &device, &floats(&query), &terms(&keys), &terms(&values), &visible,
