@@ -156,15 +156,18 @@ impl BlockConfig {
     }
 }
 
+/// Qwen3's is null: configurations written before there were others say nothing, and are the same.
 impl Serialize for BlockConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        // The derived function, which serde calls the same.
-        Self::serialize(self, serializer)
+        match *self == Self::default() {
+            true => serializer.serialize_none(),
+            // The derived function, which is called the same.
+            false => Self::serialize(self, serializer),
+        }
     }
 }
 
-/// What is not said, the block itself included, is Qwen3's: configurations written before there
-/// were others say nothing.
+/// What is not said, the block itself included, is Qwen3's.
 impl<'de> Deserialize<'de> for BlockConfig {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
