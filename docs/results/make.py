@@ -289,3 +289,230 @@ def ticks(low, high):
     step = next(step * m for m in (1, 2, 5, 10) if span / (step * m) <= 7)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(n * step, 10) for n in range(first, last + 1)]
+
+
+# ---- the page --------------------------------------------------------------------------------------
+
+STEPS = 600  # 1.2 million tokens
+
+# Plans of controls.json, and n of Lite at its least.
+CONTROLS = [
+    "fused-kv-lite:n=1",
+    "own-keys-v1",
+    "own-values-k1",
+    "own-keys-v1-top",
+    "own-keys-v2-top",
+    "own-keys-v3-top",
+    "own-keys-v4-top",
+    "value-residual-0",
+    "value-residual-0.5",
+    "value-residual-1",
+    "key-residual-1",
+]
+
+
+def tuned(runs, method):
+    """The runs of a method at its best rate; of one that was not tuned, at the rate it has."""
+    rate = runs.best_rate(method)
+    return rate, runs.at(method, rate)
+
+
+def rates_table(runs):
+    """Validation loss by learning rate and initial deviation; the best of each row is bold."""
+    deviations = sorted({d for _, _, d in runs.cells})
+    methods = [(m, d) for m in MAIN for d in deviations if len(runs.rates(m, d)) > 1]
+    rates = sorted({rate for m, d in methods for rate in runs.rates(m, d)})
+    rows = []
+    for method, deviation in methods:
+        found = runs.rates(method, deviation)
+        best = runs.best_rate(method, deviation)
+        cells = [method, f"{deviation:g}"]
+        for rate in rates:
+            seeds = found.get(rate, {})
+            losses = [run.loss for run in finished(seeds)]
+            cell = f"{spread(losses)} ({len(losses)})" if losses else "–"
+            if len(losses) < len(seeds):
+                cell += f", {len(seeds) - len(losses)} diverged"
+            cells.append(f"**{cell}**" if rate == best else cell)
+        rows.append(cells)
+    return table(["method", "init_std", *map(rate_name, rates)], rows)
+
+
+def comparison(runs, methods):
+    """Losses of methods, each at its best rate, and paired differences to standard."""
+    _, base = tuned(runs, "standard")
+    rows = []
+    for method in methods:
+        rate, found = tuned(runs, method)
+        if not found:
+            continue
+        losses = [run.loss for run in finished(found)]
+        some = next(iter(found.values()))
+        rows.append(
+            [
+                method,
+                rate_name(rate),
+                len(losses),
+                spread(losses),
+                spread([math.exp(loss) for loss in losses], 1),
+                "" if found is base else interval(paired(found, base)),
+                some.parameters,
+                some.cache,
+            ]
+        )
+    heading = ["method", "learning rate", "seeds", "validation loss", "perplexity"]
+    heading += ["difference to standard [95 %]", "parameters", "cache bytes/token"]
+    return table(heading, rows)
+
+
+def repeats_table(runs, methods):
+    """Differences to standard, by what the window held of the target before."""
+    _, base = tuned(runs, "standard")
+    kinds = ["pair", "token", "none"]
+    rows = []
+    for method in methods:
+        _, found = tuned(runs, method)
+        found = {s: r for s, r in found.items() if r.repeats}
+        if not found:
+            continue
+        cells = [method, len(found)]
+        for kind in kinds:
+            loss = lambda run: run.repeats[kind]["loss"]
+            if found.keys() <= base.keys() and method == "standard":
+                cells.append(spread([loss(run) for run in finished(found)]))
+            else:
+                cells.append(interval(paired(found, base, loss)))
+        rows.append(cells)
+    targets = {k: r["targets"] for k, r in next(iter(base.values())).repeats.items()}
+    total = sum(targets.values())
+    heading = ["method", "seeds"] + [f"{k} ({100 * targets[k] / total:.0f} %)" for k in kinds]
+    return table(heading, rows)
+
+
+def loss_figure(runs):
+    """Mean validation loss over the tokens read, each method at its best rate."""
+    curves = {}
+    for method in MAIN:
+        _, found = tuned(runs, method)
+        done = finished(found)
+        if done:
+            points = zip(*(run.curve for run in done))
+            means = [(p[0][0] / 1e6, statistics.mean(loss for _, loss in p)) for p in points]
+            dots = [(run.curve[-1][0] / 1e6, run.loss) for run in done]
+            curves[f"{method} ({len(done)})"] = (means, dots)
+    points = [p for means, dots in curves.values() for p in means + dots]
+    chart = Chart(
+        "Validation loss over training (number of seeds; dots: each seed's end)",
+        "tokens read, millions",
+        "validation loss, nats per token",
+        [x for x, _ in points],
+        [y for _, y in points],
+    )
+    for number, (name, (means, dots)) in enumerate(curves.items()):
+        chart.curve(name, means, number, dots)
+    return chart.svg()
+
+
+def rates_figure(runs):
+    """Validation loss by learning rate; dots are runs."""
+    curves = {}
+    for method in MAIN:
+        rates = runs.rates(method)
+        if len(rates) > 1:
+            dots = [(r * 1e3, run.loss) for r, s in rates.items() for run in finished(s)]
+            means = [
+                (r * 1e3, statistics.mean(run.loss for run in finished(s)))
+                for r, s in rates.items()
+                if finished(s)
+            ]
+            curves[method] = (means, dots)
+    points = [p for _, dots in curves.values() for p in dots]
+    chart = Chart(
+        "Validation loss by learning rate (dots: runs; lines: their means)",
+        "highest learning rate, 1e-3",
+        "validation loss, nats per token",
+        [x for x, _ in points],
+        [y for _, y in points],
+        log_x=True,
+        x_ticks=sorted({x for x, _ in points}),
+    )
+    for number, (name, (means, dots)) in enumerate(curves.items()):
+        chart.curve(name, means, number, dots)
+    return chart.svg()
+
+
+def made():
+    """Every table and figure: text by name."""
+    runs = Runs(load(), "kernel", STEPS)
+    tables = {
+        "rates": rates_table(runs),
+        "main": comparison(runs, MAIN),
+        "controls": comparison(runs, ["standard", *CONTROLS]),
+        "repeats": repeats_table(runs, MAIN + CONTROLS),
+    }
+    figures = {"loss": loss_figure(runs), "rates": rates_figure(runs)}
+    return tables, figures
+
+
+# ---- files -----------------------------------------------------------------------------------------
+
+BLOCK = re.compile(r"<!-- made: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def page(tables):
+    """The page with its tables made anew."""
+    text = PAGE.read_text()
+    named = [match[1] for match in BLOCK.finditer(text)]
+    if sorted(named) != sorted(tables):
+        raise SystemExit(f"{PAGE} has the tables {named}, expected {list(tables)}, each once")
+    block = lambda match: f"<!-- made: {match[1]} -->\n\n{tables[match[1]]}\n\n<!-- end -->"
+    return BLOCK.sub(block, text)
+
+
+def write(path, text):
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def add(name, directory):
+    """Takes in the finished runs of a comparison, without what the page has no use for."""
+    for path in sorted(directory.glob("runs/*/result.json")):
+        result = json.loads(path.read_text())
+        # Speeds beside other programs say nothing.
+        del result["tokens_per_second"]
+        target = RUNS / name / path.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        write(target / "result.json", json.dumps(result, indent=1) + "\n")
+    mark = json.loads((directory / "comparison.json").read_text())
+    write(RUNS / name / "comparison.json", json.dumps(mark, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if it differs")
+    parser.add_argument("--add", nargs=2, metavar=("NAME", "DIR"), help="take in runs")
+    args = parser.parse_args()
+    if args.add:
+        add(args.add[0], Path(args.add[1]))
+        return
+    tables, figures = made()
+    files = {PAGE: page(tables)}
+    files |= {HERE / f"{name}.svg": text for name, text in figures.items()}
+    differing = [p for p, text in files.items() if not p.exists() or p.read_text() != text]
+    unmade = sorted(set(HERE.glob("*.svg")) - set(files))
+    if unmade:
+        raise SystemExit(f"no runs make {', '.join(map(str, unmade))}")
+    if args.check:
+        if differing:
+            names = ", ".join(str(path) for path in differing)
+            raise SystemExit(f"not what the runs give: {names}; python3 docs/results/make.py")
+        return
+    for path in differing:
+        write(path, files[path])
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
