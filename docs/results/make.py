@@ -5,8 +5,8 @@
     python3 docs/results/make.py --check    # fail if they are not what the runs give
     python3 docs/results/make.py --add NAME DIR   # take in the runs of `compare --out DIR`
 
-A table stands between `<!-- made: NAME -->` and `<!-- end -->`, and is made by the function of that
-name in TABLES; a figure NAME.svg by that in FIGURES. Python's standard library alone.
+A table stands between `<!-- made: NAME -->` and `<!-- end -->`, and `made` makes it, the figures and
+their links. Python's standard library alone.
 """
 
 import argparse
@@ -64,12 +64,11 @@ class Run:
         self.loss = math.nan if self.diverged else found["valid_loss"]
         self.repeats = {r["repeat"]: r for r in found["repeats"]}
         self.accuracy = found["accuracy"]
-        # Per validation: tokens read, loss of the held-out windows, gradient norms by layer.
+        # Per validation: tokens read, loss of the held-out windows.
         self.curve = [
             (self.steps * e["epoch"] // config["epochs"] * self.tokens_per_step, e["valid"])
             for e in found["epochs"]
         ]
-        self.norms = [e["gradient_norms"]["layers"] for e in found["epochs"]]
         self.rest = rest(config)
 
 
@@ -172,6 +171,9 @@ def finished(runs):
 
 
 def table(heading, rows):
+    """None of no rows."""
+    if not rows:
+        return None
     lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
@@ -293,7 +295,10 @@ def ticks(low, high):
 
 # ---- the page --------------------------------------------------------------------------------------
 
-STEPS = 600  # 1.2 million tokens
+STEPS = 300  # 0.61 million tokens
+
+# Where there are no runs for a table.
+NOTHING = "*No runs of this yet.*"
 
 # Plans of controls.json, and n of Lite at its least.
 CONTROLS = [
@@ -339,7 +344,7 @@ def rates_table(runs):
 
 
 def comparison(runs, methods):
-    """Losses of methods, each at its best rate, and paired differences to standard."""
+    """Losses of methods, each at its best rate, and paired differences to standard; none of one."""
     _, base = tuned(runs, "standard")
     rows = []
     for method in methods:
@@ -362,7 +367,7 @@ def comparison(runs, methods):
         )
     heading = ["method", "learning rate", "seeds", "validation loss", "perplexity"]
     heading += ["difference to standard [95 %]", "parameters", "cache bytes/token"]
-    return table(heading, rows)
+    return table(heading, rows if len(rows) > 1 else [])
 
 
 def repeats_table(runs, methods):
@@ -377,12 +382,14 @@ def repeats_table(runs, methods):
             continue
         cells = [method, len(found)]
         for kind in kinds:
-            loss = lambda run: run.repeats[kind]["loss"]
-            if found.keys() <= base.keys() and method == "standard":
+            loss = lambda run, kind=kind: run.repeats[kind]["loss"]
+            if method == "standard":
                 cells.append(spread([loss(run) for run in finished(found)]))
             else:
                 cells.append(interval(paired(found, base, loss)))
         rows.append(cells)
+    if not rows:
+        return None
     targets = {k: r["targets"] for k, r in next(iter(base.values())).repeats.items()}
     total = sum(targets.values())
     heading = ["method", "seeds"] + [f"{k} ({100 * targets[k] / total:.0f} %)" for k in kinds]
@@ -442,16 +449,25 @@ def rates_figure(runs):
 
 
 def made():
-    """Every table and figure: text by name."""
+    """What stands between the marks of the page, and the figures: text by name."""
     runs = Runs(load(), "kernel", STEPS)
-    tables = {
-        "rates": rates_table(runs),
-        "main": comparison(runs, MAIN),
-        "controls": comparison(runs, ["standard", *CONTROLS]),
-        "repeats": repeats_table(runs, MAIN + CONTROLS),
-    }
-    figures = {"loss": loss_figure(runs), "rates": rates_figure(runs)}
-    return tables, figures
+    blocks = dict.fromkeys(["rates", "main", "controls", "repeats"], NOTHING)
+    figures = {}
+    if finished(tuned(runs, "standard")[1]):
+        tables = {
+            "rates": rates_table(runs),
+            "main": comparison(runs, MAIN),
+            "controls": comparison(runs, ["standard", *CONTROLS]),
+            "repeats": repeats_table(runs, MAIN + CONTROLS),
+        }
+        blocks |= {name: text for name, text in tables.items() if text}
+        if tables["rates"]:
+            figures["rates"] = rates_figure(runs)
+            blocks["rates"] += "\n\n![validation loss by learning rate](results/rates.svg)"
+        if tables["main"]:
+            figures["loss"] = loss_figure(runs)
+            blocks["main"] += "\n\n![validation loss over training](results/loss.svg)"
+    return blocks, figures
 
 
 # ---- files -----------------------------------------------------------------------------------------
@@ -459,13 +475,13 @@ def made():
 BLOCK = re.compile(r"<!-- made: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def page(tables):
+def page(blocks):
     """The page with its tables made anew."""
     text = PAGE.read_text()
     named = [match[1] for match in BLOCK.finditer(text)]
-    if sorted(named) != sorted(tables):
-        raise SystemExit(f"{PAGE} has the tables {named}, expected {list(tables)}, each once")
-    block = lambda match: f"<!-- made: {match[1]} -->\n\n{tables[match[1]]}\n\n<!-- end -->"
+    if sorted(named) != sorted(blocks):
+        raise SystemExit(f"{PAGE} has the tables {named}; expected {list(blocks)}, each once")
+    block = lambda match: f"<!-- made: {match[1]} -->\n\n{blocks[match[1]]}\n\n<!-- end -->"
     return BLOCK.sub(block, text)
 
 
@@ -497,8 +513,8 @@ def main():
     if args.add:
         add(args.add[0], Path(args.add[1]))
         return
-    tables, figures = made()
-    files = {PAGE: page(tables)}
+    blocks, figures = made()
+    files = {PAGE: page(blocks)}
     files |= {HERE / f"{name}.svg": text for name, text in figures.items()}
     differing = [p for p, text in files.items() if not p.exists() or p.read_text() != text]
     unmade = sorted(set(HERE.glob("*.svg")) - set(files))
