@@ -339,8 +339,10 @@ def rates_table(runs):
             if len(losses) < len(seeds):
                 cell += f", {len(seeds) - len(losses)} diverged"
             cells.append(f"**{cell}**" if rate == best else cell)
+        tried = list(found)
+        cells.append("no" if best in (None, tried[0], tried[-1]) else "yes")
         rows.append(cells)
-    return table(["method", "init_std", *map(rate_name, rates)], rows)
+    return table(["method", "init_std", *map(rate_name, rates), "bracketed"], rows)
 
 
 def comparison(runs, methods):
@@ -356,7 +358,7 @@ def comparison(runs, methods):
         rows.append(
             [
                 method,
-                rate_name(rate),
+                f"{rate_name(rate)} of {len(runs.rates(method))}",
                 len(losses),
                 spread(losses),
                 spread([math.exp(loss) for loss in losses], 1),
@@ -365,7 +367,7 @@ def comparison(runs, methods):
                 some.cache,
             ]
         )
-    heading = ["method", "learning rate", "seeds", "validation loss", "perplexity"]
+    heading = ["method", "learning rate of those tried", "seeds", "validation loss", "perplexity"]
     heading += ["difference to standard [95 %]", "parameters", "cache bytes/token"]
     return table(heading, rows if len(rows) > 1 else [])
 
