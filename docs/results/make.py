@@ -325,7 +325,7 @@ def tuned(runs, method):
 def rates_table(runs):
     """Validation loss by learning rate and initial deviation; the best of each row is bold."""
     deviations = sorted({d for _, _, d in runs.cells})
-    methods = [(m, d) for m in MAIN for d in deviations if len(runs.rates(m, d)) > 1]
+    methods = [(m, d) for m in MAIN for d in deviations if runs.rates(m, d)]
     rates = sorted({rate for m, d in methods for rate in runs.rates(m, d)})
     rows = []
     for method, deviation in methods:
@@ -399,16 +399,19 @@ def repeats_table(runs, methods):
 
 
 def loss_figure(runs):
-    """Mean validation loss over the tokens read, each method at its best rate."""
+    """Mean validation loss over the tokens read, each method at its best rate; of methods with two
+    seeds at least, and none of fewer than two methods."""
     curves = {}
     for method in MAIN:
         _, found = tuned(runs, method)
         done = finished(found)
-        if done:
+        if len(done) > 1:
             points = zip(*(run.curve for run in done))
             means = [(p[0][0] / 1e6, statistics.mean(loss for _, loss in p)) for p in points]
             dots = [(run.curve[-1][0] / 1e6, run.loss) for run in done]
             curves[f"{method} ({len(done)})"] = (means, dots)
+    if len(curves) < 2:
+        return None
     points = [p for means, dots in curves.values() for p in means + dots]
     chart = Chart(
         "Validation loss over training (number of seeds; dots: each seed's end)",
@@ -423,11 +426,12 @@ def loss_figure(runs):
 
 
 def rates_figure(runs):
-    """Validation loss by learning rate; dots are runs."""
+    """Validation loss by learning rate; dots are runs. Of methods with two seeds at three rates at
+    least, and none of fewer than two methods."""
     curves = {}
     for method in MAIN:
         rates = runs.rates(method)
-        if len(rates) > 1:
+        if sum(len(finished(seeds)) > 1 for seeds in rates.values()) > 2:
             dots = [(r * 1e3, run.loss) for r, s in rates.items() for run in finished(s)]
             means = [
                 (r * 1e3, statistics.mean(run.loss for run in finished(s)))
@@ -435,6 +439,8 @@ def rates_figure(runs):
                 if finished(s)
             ]
             curves[method] = (means, dots)
+    if len(curves) < 2:
+        return None
     points = [p for _, dots in curves.values() for p in dots]
     chart = Chart(
         "Validation loss by learning rate (dots: runs; lines: their means)",
@@ -454,21 +460,23 @@ def made():
     """What stands between the marks of the page, and the figures: text by name."""
     runs = Runs(load(), "kernel", STEPS)
     blocks = dict.fromkeys(["rates", "main", "controls", "repeats"], NOTHING)
+    if not finished(tuned(runs, "standard")[1]):
+        return blocks, {}
+    tables = {
+        "rates": rates_table(runs),
+        "main": comparison(runs, MAIN),
+        "controls": comparison(runs, ["standard", *CONTROLS]),
+        "repeats": repeats_table(runs, MAIN + CONTROLS),
+    }
+    blocks |= {name: text for name, text in tables.items() if text}
     figures = {}
-    if finished(tuned(runs, "standard")[1]):
-        tables = {
-            "rates": rates_table(runs),
-            "main": comparison(runs, MAIN),
-            "controls": comparison(runs, ["standard", *CONTROLS]),
-            "repeats": repeats_table(runs, MAIN + CONTROLS),
-        }
-        blocks |= {name: text for name, text in tables.items() if text}
-        if tables["rates"]:
-            figures["rates"] = rates_figure(runs)
-            blocks["rates"] += "\n\n![validation loss by learning rate](results/rates.svg)"
-        if tables["main"]:
-            figures["loss"] = loss_figure(runs)
-            blocks["main"] += "\n\n![validation loss over training](results/loss.svg)"
+    for block, title, name, svg in [
+        ("rates", "validation loss by learning rate", "rates", rates_figure(runs)),
+        ("main", "validation loss over training", "loss", loss_figure(runs)),
+    ]:
+        if svg:
+            figures[name] = svg
+            blocks[block] += f"\n\n![{title}](results/{name}.svg)"
     return blocks, figures
 
 
