@@ -2,6 +2,8 @@
 
 #[path = "compare/kept.rs"]
 mod kept;
+#[path = "compare/repeats.rs"]
+mod repeats;
 
 use std::fs;
 use std::path::Path;
@@ -350,7 +352,7 @@ fn plans_are_read_from_json() {
         layers: vec![store; 4],
     };
     let json = serde_json::json!([
-        { "name": "mine", "plan": plan, "n_kv_heads": 1 },
+        { "name": "mine", "plan": plan, "n_kv_heads": 1, "alpha": 0.5 },
         { "name": "theirs", "plan": { "method": "yoco", "storage_layers": 1 } },
     ])
     .to_string();
@@ -360,6 +362,10 @@ fn plans_are_read_from_json() {
         (methods[0].model.n_kv_heads, methods[1].model.n_kv_heads),
         (1, 4)
     );
+    let alphas = methods
+        .iter()
+        .map(|method| method.model.fusion_init.residual);
+    assert_eq!(alphas.collect::<Vec<_>>(), [0.5, 0.0]);
     let error = Method::from_plans("[{}]", &base()).unwrap_err();
     assert!(matches!(error, MethodError::Plans(_)), "{error}");
 }

@@ -58,7 +58,7 @@ struct Args {
     /// Methods, each a name with options such as `fused-kv:n=2,kv-heads=2,init=equal`
     #[arg(long, num_args = 1.., default_values = DEFAULT_METHODS)]
     methods: Vec<String>,
-    /// A JSON file of plans to compare as well: [{"name": …, "plan": …, "n_kv_heads": …}]
+    /// A JSON file of plans to compare as well: [{"name": …, "plan": …, "n_kv_heads": …, "alpha": …}]
     #[arg(long, value_name = "FILE")]
     plans: Option<PathBuf>,
     /// Runs per method
@@ -118,6 +118,9 @@ struct Args {
     /// Highest learning rate
     #[arg(long, default_value_t = 3e-3)]
     lr: f64,
+    /// Standard deviation of the initial embeddings and projections
+    #[arg(long, default_value_t = 0.02)]
+    init_std: f64,
     /// Learning rate of fusion weights, as a multiple of that of the others
     #[arg(long, default_value_t = 1.0)]
     fusion_lr_ratio: f64,
@@ -228,6 +231,7 @@ impl Args {
             .with_head_dim(self.hidden / self.heads.max(1))
             .with_ffn_size(self.ffn.unwrap_or(self.hidden * 11 / 4))
             .with_rope_theta(1e4)
+            .with_init_std(self.init_std)
             .with_max_positions(self.context);
         let mut methods = self
             .methods

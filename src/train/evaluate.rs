@@ -8,7 +8,8 @@ use super::data::{TokenWindow, Windows, read_window};
 use super::error::TrainError;
 use super::number;
 use super::recall::DistanceAccuracy;
-use super::step::losses_of;
+use super::repeats::{RepeatLoss, RepeatSums};
+use super::step::token_losses;
 use crate::cache::CacheDtype;
 use crate::decoder::{FusedKvDecoder, Logits};
 
@@ -21,6 +22,10 @@ pub struct Evaluation {
     /// Answers that were the most likely token, by the distance they recall over, nearest first;
     /// empty if the windows have no answers.
     pub accuracy: Vec<DistanceAccuracy>,
+    /// Loss by what the window held of a target before; empty if the windows have answers, whose
+    /// tokens are random.
+    #[serde(default)]
+    pub repeats: Vec<RepeatLoss>,
 }
 
 /// Loss and recall of a model on windows, `batch_size` at a time.
@@ -62,27 +67,38 @@ pub fn evaluate<B: Backend>(
     let has_answers = windows.has_answers();
     let (mut sum, mut targets) = (0.0, 0);
     let mut accuracy = Vec::new();
+    let mut repeats = RepeatSums::default();
     for start in (0..windows.len()).step_by(batch_size) {
         let end = windows.len().min(start + batch_size);
         let items: Vec<_> = (start..end)
             .map(|index| read_window(windows, index, has_answers))
             .collect::<Result<_, _>>()?;
-        let batch = LanguageBatch::stack(&items, has_answers, &device);
+        let batch = LanguageBatch::stack(&items, false, &device);
         let logits = logits(model, batch.tokens, cache)?;
         if has_answers {
             let likeliest = likeliest(logits.clone());
             count_answers(&mut accuracy, &items, &likeliest);
         }
-        let output = losses_of(logits, batch.targets, batch.mask);
-        sum += output.losses.into_data().iter::<f64>().sum::<f64>();
-        targets += output.targets;
+        let losses = token_losses(logits, batch.targets);
+        let losses: Vec<f64> = losses.into_data().iter::<f64>().collect();
+        for (window, losses) in items.iter().zip(losses.chunks(windows.context())) {
+            let counts = window.counts();
+            let counted = losses.iter().zip(&counts).filter(|(_, counts)| **counts);
+            sum += counted.map(|(loss, _)| loss).sum::<f64>();
+            targets += window.counted();
+            repeats.add(window, losses);
+        }
     }
     if targets == 0 {
         return Err(TrainError::NoTargets { step: None });
     }
     Ok(Evaluation {
-        loss: sum / (targets as f64 / windows.context() as f64),
+        loss: sum / targets as f64,
         accuracy,
+        repeats: match has_answers {
+            true => Vec::new(),
+            false => repeats.means(),
+        },
     })
 }
 

@@ -39,21 +39,33 @@ fn window_losses<B: Backend>(
     losses_of(logits, batch.targets, batch.mask)
 }
 
-/// [`window_losses`] of logits `[batch, context, vocab_size]`, targets `[batch, context]` and which
-/// of them count. In f32 at least: a sum over a vocabulary has no precision in half the bits.
-pub(super) fn losses_of<B: Backend>(
+/// Negative log-likelihood in nats of targets `[batch, context]` by logits
+/// `[batch, context, vocab_size]`, each by itself, `[batch, context]`. In f32 at least: a sum over a
+/// vocabulary has no precision in half the bits.
+pub(super) fn token_losses<B: Backend>(
     logits: Tensor<B, 3>,
     targets: Tensor<B, 2, Int>,
-    mask: Option<TargetMask<B>>,
-) -> LanguageOutput<B> {
+) -> Tensor<B, 2> {
     let [rows, context, vocab_size] = logits.dims();
     let precise = at_least_f32(logits.dtype());
     let logits = logits.reshape([rows * context, vocab_size]).cast(precise);
     let targets = targets.reshape([rows * context, 1]);
-    let mut losses = cross_entropy(logits, targets).reshape([rows, context]);
+    cross_entropy(logits, targets).reshape([rows, context])
+}
+
+/// [`window_losses`] of logits `[batch, context, vocab_size]`, targets `[batch, context]` and which
+/// of them count.
+fn losses_of<B: Backend>(
+    logits: Tensor<B, 3>,
+    targets: Tensor<B, 2, Int>,
+    mask: Option<TargetMask<B>>,
+) -> LanguageOutput<B> {
+    let mut losses = token_losses(logits, targets);
+    let [rows, context] = losses.dims();
     let mut counted = rows * context;
     if let Some(mask) = mask {
-        losses = losses * mask.weights.cast(precise);
+        let weights = mask.weights.cast(losses.dtype());
+        losses = losses * weights;
         counted = mask.targets;
     }
     LanguageOutput {

@@ -87,6 +87,9 @@ struct NamedPlan {
     plan: KvPlan,
     #[serde(default)]
     n_kv_heads: Option<usize>,
+    /// Where the α of residuals start.
+    #[serde(default)]
+    alpha: Option<f64>,
 }
 
 impl Method {
@@ -132,8 +135,9 @@ impl Method {
         Self::new(text, model)
     }
 
-    /// Reads plans from JSON: a list of `{"name": …, "plan": …, "n_kv_heads": …}`, where `plan` is
-    /// a [`KvPlan`] and `n_kv_heads` may be left out.
+    /// Reads plans from JSON: a list of `{"name": …, "plan": …, "n_kv_heads": …, "alpha": …}`, where
+    /// `plan` is a [`KvPlan`] and the last two may be left out; `alpha` is where the α of its
+    /// residuals start.
     ///
     /// # Errors
     /// [`MethodError`] if it is no such list, or no decoder can be built by a plan.
@@ -143,11 +147,14 @@ impl Method {
         plans
             .into_iter()
             .map(|named| {
-                let model = FusedKvDecoderConfig {
+                let mut model = FusedKvDecoderConfig {
                     plan: named.plan,
                     n_kv_heads: named.n_kv_heads.unwrap_or(base.n_kv_heads),
                     ..base.clone()
                 };
+                if let Some(alpha) = named.alpha {
+                    model.fusion_init.residual = alpha;
+                }
                 Self::new(&named.name, model)
             })
             .collect()

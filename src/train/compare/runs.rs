@@ -25,6 +25,7 @@ use crate::train::metrics::perplexity;
 use crate::train::number;
 use crate::train::progress::{Progress, StepReport};
 use crate::train::recall::DistanceAccuracy;
+use crate::train::repeats::RepeatLoss;
 use crate::train::run::{Run, train_on};
 
 const RESULT: &str = "result.json";
@@ -81,6 +82,10 @@ pub struct RunResult {
     pub tokens_per_second: Option<f64>,
     /// Share of held-out answers that are the most likely token, by distance; empty for text.
     pub accuracy: Vec<DistanceAccuracy>,
+    /// Loss of held-out targets by what their windows held before; empty for a recall task, and of a
+    /// run that diverged.
+    #[serde(default)]
+    pub repeats: Vec<RepeatLoss>,
     /// The same model through caches of other numbers.
     #[serde(default)]
     pub cached: Vec<CachedResult>,
@@ -246,23 +251,20 @@ impl Comparison {
             tokens: 0,
             tokens_per_second: median_rate(&times, config.tokens_per_step()),
             accuracy: Vec::new(),
+            repeats: Vec::new(),
             cached: Vec::new(),
             epochs: Vec::new(),
             config: config.clone(),
         };
         match trained {
             Ok(trained) => {
-                let recalls = valid.get(0).is_some_and(|window| window.answers.is_some());
-                let accuracy = if recalls {
-                    evaluate(&trained.model, valid, config.batch_size, None)?.accuracy
-                } else {
-                    Vec::new()
-                };
+                let found = evaluate(&trained.model, valid, config.batch_size, None)?;
                 let result = RunResult {
                     valid_loss: trained.valid_loss,
                     perplexity: trained.perplexity(),
                     tokens: trained.tokens,
-                    accuracy,
+                    accuracy: found.accuracy,
+                    repeats: found.repeats,
                     epochs: trained.epochs,
                     ..result
                 };

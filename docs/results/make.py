@@ -1,0 +1,544 @@
+#!/usr/bin/env python3
+"""Every table and figure of docs/results.md, made from the runs beside this file.
+
+    python3 docs/results/make.py            # write the tables and the figures
+    python3 docs/results/make.py --check    # fail if they are not what the runs give
+    python3 docs/results/make.py --add NAME DIR   # take in the runs of `compare --out DIR`
+
+A table stands between `<!-- made: NAME -->` and `<!-- end -->`, and `made` makes it, the figures and
+their links. Python's standard library alone.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import sys
+from collections import defaultdict
+from html import escape
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RUNS = HERE / "runs"
+PAGE = HERE.parent / "results.md"
+
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
+T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+
+# The methods of the paper's comparison, in the order of its table.
+MAIN = [
+    "standard",
+    "gqa",
+    "cla",
+    "yoco",
+    "fused-kv-lite-reversed",
+    "fused-kv-lite",
+    "fused-kv-lite-learnable",
+    "fused-kv",
+]
+
+
+# ---- runs ------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One training, as its `result.json` has it."""
+
+    def __init__(self, path):
+        self.path = path
+        found = json.loads(path.read_text())
+        config = found["config"]
+        self.setting = path.parent.parent.relative_to(RUNS)
+        self.method = found["method"]
+        self.seed = config["seed"]
+        self.rate = config["learning_rate"]
+        self.std = config["model"]["init_std"]
+        self.steps = config["steps"]
+        self.tokens = found["tokens"]
+        self.tokens_per_step = config["batch_size"] * config["context"]
+        self.parameters = found["parameters"]
+        self.cache = found["cache_bytes_per_token"]
+        self.diverged = found["diverged"] is not None
+        self.loss = math.nan if self.diverged else found["valid_loss"]
+        self.repeats = {r["repeat"]: r for r in found["repeats"]}
+        self.accuracy = found["accuracy"]
+        # Per validation: tokens read, loss of the held-out windows.
+        self.curve = [
+            (self.steps * e["epoch"] // config["epochs"] * self.tokens_per_step, e["valid"])
+            for e in found["epochs"]
+        ]
+        self.rest = rest(config)
+
+
+def rest(config):
+    """What runs of one table have in common: all but the method, the seed and what is tuned."""
+    config = json.loads(json.dumps(config))
+    for key in ("seed", "learning_rate"):
+        del config[key]
+    for key in ("plan", "n_kv_heads", "init_std", "fusion_init", "ffn_size"):
+        del config["model"][key]
+    return json.dumps(config, sort_keys=True)
+
+
+def load():
+    """All runs, checked: those of one folder of RUNS are of one data set."""
+    runs = [Run(path) for path in sorted(RUNS.glob("*/*/*/result.json"))]
+    data = {}
+    for run in runs:
+        mark = json.loads((RUNS / run.setting / "comparison.json").read_text())["data"]
+        task = run.setting.parts[0]
+        if data.setdefault(task, mark) != mark:
+            raise SystemExit(f"{run.path}: other data than the other runs of {task}")
+    return runs
+
+
+class Runs:
+    """Runs that may stand in one table, by method, learning rate and initial deviation."""
+
+    def __init__(self, runs, task, steps):
+        chosen = [r for r in runs if r.setting.parts[0] == task and r.steps == steps]
+        if len({r.rest for r in chosen}) > 1:
+            raise SystemExit(f"runs of {task}, {steps} steps differ in more than what is compared")
+        self.cells = defaultdict(dict)
+        for run in chosen:
+            seeds = self.cells[run.method, run.rate, run.std]
+            if run.seed in seeds:
+                raise SystemExit(f"{run.path}: a second run of this seed")
+            seeds[run.seed] = run
+
+    def rates(self, method, std=0.02):
+        """Learning rate to runs by seed, ascending."""
+        found = {r: s for (m, r, d), s in self.cells.items() if m == method and d == std}
+        return dict(sorted(found.items()))
+
+    def best_rate(self, method, std=0.02):
+        """The rate of the lowest mean over the seeds that every rate has; none without runs.
+
+        A rate at which a run diverged is not the best."""
+        rates = self.rates(method, std)
+        if not rates:
+            return None
+        shared = set.intersection(*(set(seeds) for seeds in rates.values()))
+        means = {
+            rate: statistics.mean(seeds[s].loss for s in shared)
+            for rate, seeds in rates.items()
+            if shared and not any(run.diverged for run in seeds.values())
+        }
+        return min(means, key=means.get) if means else None
+
+    def at(self, method, rate, std=0.02):
+        return self.cells.get((method, rate, std), {})
+
+
+# ---- statistics ------------------------------------------------------------------------------------
+
+
+def spread(values, digits=3):
+    """`mean ± standard deviation` of the sample; of one value, the value."""
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def interval(differences):
+    """Mean of paired differences and the 95 % interval of Student's t around it."""
+    n = len(differences)
+    if n == 0:
+        return "–"
+    mean = statistics.mean(differences)
+    if n == 1:
+        return f"{mean:+.3f}"
+    half = T95[n - 2] * statistics.stdev(differences) / math.sqrt(n)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+def paired(runs, base, value=lambda run: run.loss):
+    """Differences to `base`, seed by seed, where both have it."""
+    shared = [s for s in runs if s in base and not (runs[s].diverged or base[s].diverged)]
+    return [value(runs[s]) - value(base[s]) for s in shared]
+
+
+def finished(runs):
+    return [run for run in runs.values() if not run.diverged]
+
+
+# ---- tables ----------------------------------------------------------------------------------------
+
+
+def table(heading, rows):
+    """None of no rows."""
+    if not rows:
+        return None
+    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def rate_name(rate):
+    return f"{rate * 1e3:g}e-3"
+
+
+# ---- figures ---------------------------------------------------------------------------------------
+
+# Distinguishable without colour vision (Okabe and Ito), and by their dashes and marks.
+COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"]
+DASHES = ["", "7 3", "2 3", "9 3 2 3"]
+
+
+class Chart:
+    """Axes with lines and points on them, as SVG."""
+
+    WIDTH, HEIGHT = 860, 480
+    LEFT, RIGHT, TOP, BOTTOM = 70, 230, 40, 60
+
+    def __init__(self, title, x, y, xs, ys, log_x=False, x_ticks=None):
+        """Titles of chart and axes, and ranges that all points are in."""
+        self.log_x = log_x
+        self.parts = []
+        self.legend = []
+        self.x_range = tuple(map(self.place, (min(xs), max(xs))))
+        margin = 0.05 * (max(ys) - min(ys)) or 0.1
+        self.y_range = (min(ys) - margin, max(ys) + margin)
+        margin = 0.03 * (self.x_range[1] - self.x_range[0]) or 0.1
+        self.x_range = (self.x_range[0] - margin, self.x_range[1] + margin)
+        self.frame(title, x, y, x_ticks or ticks(min(xs), max(xs)))
+
+    def place(self, x):
+        return math.log(x) if self.log_x else x
+
+    def x(self, value):
+        low, high = self.x_range
+        width = self.WIDTH - self.LEFT - self.RIGHT
+        return self.LEFT + width * (self.place(value) - low) / (high - low)
+
+    def y(self, value):
+        low, high = self.y_range
+        height = self.HEIGHT - self.TOP - self.BOTTOM
+        return self.TOP + height * (high - value) / (high - low)
+
+    def frame(self, title, x_title, y_title, x_ticks):
+        left, bottom = self.LEFT, self.HEIGHT - self.BOTTOM
+        right = self.WIDTH - self.RIGHT
+        self.text((left + right) / 2, 24, title, size=15, anchor="middle")
+        for tick in ticks(*self.y_range):
+            y = self.y(tick)
+            self.line([(left, y), (right, y)], "#DDDDDD", 1)
+            self.text(left - 8, y + 4, f"{tick:g}", anchor="end")
+        for tick in x_ticks:
+            x = self.x(tick)
+            self.line([(x, bottom), (x, bottom + 5)], "#000000", 1)
+            self.text(x, bottom + 20, f"{tick:g}", anchor="middle")
+        corners = [(left, self.TOP), (left, bottom), (right, bottom)]
+        self.line(corners, "#000000", 1)
+        self.text((left + right) / 2, self.HEIGHT - 14, x_title, anchor="middle")
+        middle = (self.TOP + bottom) / 2
+        self.text(18, middle, y_title, anchor="middle", turn=f"rotate(-90 18 {middle:.0f})")
+
+    def text(self, x, y, text, size=13, anchor="start", turn=None):
+        turn = f' transform="{turn}"' if turn else ""
+        self.parts.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"{turn}>'
+            f"{escape(text)}</text>"
+        )
+
+    def line(self, points, colour, width=2, dash=""):
+        dash = f' stroke-dasharray="{dash}"' if dash else ""
+        places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        self.parts.append(
+            f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="{width}"{dash}/>'
+        )
+
+    def dot(self, x, y, colour, radius=3.5, hollow=False):
+        fill = "#FFFFFF" if hollow else colour
+        self.parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{fill}" stroke="{colour}"/>'
+        )
+
+    def curve(self, name, points, number, dots=()):
+        """A line through points of the axes, a legend entry, and dots beside it."""
+        colour = COLOURS[number % len(COLOURS)]
+        dash = DASHES[number % len(DASHES)]
+        places = [(self.x(x), self.y(y)) for x, y in points]
+        self.line(places, colour, dash=dash)
+        for x, y in dots:
+            self.dot(self.x(x), self.y(y), colour, 2.5)
+        self.legend.append((places[-1][1], name, colour, dash))
+
+    def svg(self):
+        x = self.WIDTH - self.RIGHT + 16
+        # In the order in which the lines end.
+        for row, (_, name, colour, dash) in enumerate(sorted(self.legend, key=lambda e: e[0])):
+            y = self.TOP + 12 + 20 * row
+            self.line([(x, y), (x + 30, y)], colour, dash=dash)
+            self.text(x + 38, y + 4, name)
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.WIDTH} {self.HEIGHT}"'
+            f' width="{self.WIDTH}" height="{self.HEIGHT}" font-family="sans-serif">'
+        )
+        back = f'<rect width="{self.WIDTH}" height="{self.HEIGHT}" fill="#FFFFFF"/>'
+        return "\n".join([head, back, *self.parts, "</svg>"]) + "\n"
+
+
+def ticks(low, high):
+    """About six round numbers."""
+    span = high - low
+    step = 10 ** math.floor(math.log10(span / 5))
+    step = next(step * m for m in (1, 2, 5, 10) if span / (step * m) <= 7)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(n * step, 10) for n in range(first, last + 1)]
+
+
+# ---- the page --------------------------------------------------------------------------------------
+
+STEPS = 300  # 0.61 million tokens
+
+# Where there are no runs for a table.
+NOTHING = "*No runs of this yet.*"
+
+# Plans of controls.json, and n of Lite at its least.
+CONTROLS = [
+    "fused-kv-lite:n=1",
+    "own-keys-v1",
+    "own-values-k1",
+    "own-keys-v1-top",
+    "own-keys-v2-top",
+    "own-keys-v3-top",
+    "own-keys-v4-top",
+    "value-residual-0",
+    "value-residual-0.5",
+    "value-residual-1",
+    "key-residual-1",
+]
+
+
+def tuned(runs, method):
+    """The runs of a method at its best rate; of one that was not tuned, at the rate it has."""
+    rate = runs.best_rate(method)
+    return rate, runs.at(method, rate)
+
+
+def rates_table(runs):
+    """Validation loss by learning rate and initial deviation; the best of each row is bold."""
+    deviations = sorted({d for _, _, d in runs.cells})
+    methods = [(m, d) for m in MAIN for d in deviations if runs.rates(m, d)]
+    rates = sorted({rate for m, d in methods for rate in runs.rates(m, d)})
+    rows = []
+    for method, deviation in methods:
+        found = runs.rates(method, deviation)
+        best = runs.best_rate(method, deviation)
+        cells = [method, f"{deviation:g}"]
+        for rate in rates:
+            seeds = found.get(rate, {})
+            losses = [run.loss for run in finished(seeds)]
+            cell = f"{spread(losses)} ({len(losses)})" if losses else "–"
+            if len(losses) < len(seeds):
+                cell += f", {len(seeds) - len(losses)} diverged"
+            cells.append(f"**{cell}**" if rate == best else cell)
+        tried = list(found)
+        cells.append("no" if best in (None, tried[0], tried[-1]) else "yes")
+        rows.append(cells)
+    return table(["method", "init_std", *map(rate_name, rates), "bracketed"], rows)
+
+
+def comparison(runs, methods):
+    """Losses of methods, each at its best rate, and paired differences to standard; none of one."""
+    _, base = tuned(runs, "standard")
+    rows = []
+    for method in methods:
+        rate, found = tuned(runs, method)
+        if not found:
+            continue
+        losses = [run.loss for run in finished(found)]
+        some = next(iter(found.values()))
+        rows.append(
+            [
+                method,
+                f"{rate_name(rate)} of {len(runs.rates(method))}",
+                len(losses),
+                spread(losses),
+                spread([math.exp(loss) for loss in losses], 1),
+                "" if found is base else interval(paired(found, base)),
+                some.parameters,
+                some.cache,
+            ]
+        )
+    heading = ["method", "learning rate of those tried", "seeds", "validation loss", "perplexity"]
+    heading += ["difference to standard [95 %]", "parameters", "cache bytes/token"]
+    return table(heading, rows if len(rows) > 1 else [])
+
+
+def repeats_table(runs, methods):
+    """Differences to standard, by what the window held of the target before."""
+    _, base = tuned(runs, "standard")
+    kinds = ["pair", "token", "none"]
+    rows = []
+    for method in methods:
+        _, found = tuned(runs, method)
+        found = {s: r for s, r in found.items() if r.repeats}
+        if not found:
+            continue
+        cells = [method, len(found)]
+        for kind in kinds:
+            loss = lambda run, kind=kind: run.repeats[kind]["loss"]
+            if method == "standard":
+                cells.append(spread([loss(run) for run in finished(found)]))
+            else:
+                cells.append(interval(paired(found, base, loss)))
+        rows.append(cells)
+    if not rows:
+        return None
+    targets = {k: r["targets"] for k, r in next(iter(base.values())).repeats.items()}
+    total = sum(targets.values())
+    heading = ["method", "seeds"] + [f"{k} ({100 * targets[k] / total:.0f} %)" for k in kinds]
+    return table(heading, rows)
+
+
+def loss_figure(runs):
+    """Mean validation loss over the tokens read, each method at its best rate; of methods with two
+    seeds at least, and none of fewer than two methods."""
+    curves = {}
+    for method in MAIN:
+        _, found = tuned(runs, method)
+        done = finished(found)
+        if len(done) > 1:
+            points = zip(*(run.curve for run in done))
+            means = [(p[0][0] / 1e6, statistics.mean(loss for _, loss in p)) for p in points]
+            dots = [(run.curve[-1][0] / 1e6, run.loss) for run in done]
+            curves[f"{method} ({len(done)})"] = (means, dots)
+    if len(curves) < 2:
+        return None
+    points = [p for means, dots in curves.values() for p in means + dots]
+    chart = Chart(
+        "Validation loss over training (number of seeds; dots: each seed's end)",
+        "tokens read, millions",
+        "validation loss, nats per token",
+        [x for x, _ in points],
+        [y for _, y in points],
+    )
+    for number, (name, (means, dots)) in enumerate(curves.items()):
+        chart.curve(name, means, number, dots)
+    return chart.svg()
+
+
+def rates_figure(runs):
+    """Validation loss by learning rate; dots are runs. Of methods with two seeds at three rates at
+    least, and none of fewer than two methods."""
+    curves = {}
+    for method in MAIN:
+        rates = runs.rates(method)
+        if sum(len(finished(seeds)) > 1 for seeds in rates.values()) > 2:
+            dots = [(r * 1e3, run.loss) for r, s in rates.items() for run in finished(s)]
+            means = [
+                (r * 1e3, statistics.mean(run.loss for run in finished(s)))
+                for r, s in rates.items()
+                if finished(s)
+            ]
+            curves[method] = (means, dots)
+    if len(curves) < 2:
+        return None
+    points = [p for _, dots in curves.values() for p in dots]
+    chart = Chart(
+        "Validation loss by learning rate (dots: runs; lines: their means)",
+        "highest learning rate, 1e-3",
+        "validation loss, nats per token",
+        [x for x, _ in points],
+        [y for _, y in points],
+        log_x=True,
+        x_ticks=sorted({x for x, _ in points}),
+    )
+    for number, (name, (means, dots)) in enumerate(curves.items()):
+        chart.curve(name, means, number, dots)
+    return chart.svg()
+
+
+def made():
+    """What stands between the marks of the page, and the figures: text by name."""
+    runs = Runs(load(), "kernel", STEPS)
+    blocks = dict.fromkeys(["rates", "main", "controls", "repeats"], NOTHING)
+    if not finished(tuned(runs, "standard")[1]):
+        return blocks, {}
+    tables = {
+        "rates": rates_table(runs),
+        "main": comparison(runs, MAIN),
+        "controls": comparison(runs, ["standard", *CONTROLS]),
+        "repeats": repeats_table(runs, MAIN + CONTROLS),
+    }
+    blocks |= {name: text for name, text in tables.items() if text}
+    figures = {}
+    for block, title, name, svg in [
+        ("rates", "validation loss by learning rate", "rates", rates_figure(runs)),
+        ("main", "validation loss over training", "loss", loss_figure(runs)),
+    ]:
+        if svg:
+            figures[name] = svg
+            blocks[block] += f"\n\n![{title}](results/{name}.svg)"
+    return blocks, figures
+
+
+# ---- files -----------------------------------------------------------------------------------------
+
+BLOCK = re.compile(r"<!-- made: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def page(blocks):
+    """The page with its tables made anew."""
+    text = PAGE.read_text()
+    named = [match[1] for match in BLOCK.finditer(text)]
+    if sorted(named) != sorted(blocks):
+        raise SystemExit(f"{PAGE} has the tables {named}; expected {list(blocks)}, each once")
+    block = lambda match: f"<!-- made: {match[1]} -->\n\n{blocks[match[1]]}\n\n<!-- end -->"
+    return BLOCK.sub(block, text)
+
+
+def write(path, text):
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def add(name, directory):
+    """Takes in the finished runs of a comparison, without what the page has no use for."""
+    for path in sorted(directory.glob("runs/*/result.json")):
+        result = json.loads(path.read_text())
+        # Speeds beside other programs say nothing.
+        del result["tokens_per_second"]
+        target = RUNS / name / path.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        write(target / "result.json", json.dumps(result, indent=1) + "\n")
+    mark = json.loads((directory / "comparison.json").read_text())
+    write(RUNS / name / "comparison.json", json.dumps(mark, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if it differs")
+    parser.add_argument("--add", nargs=2, metavar=("NAME", "DIR"), help="take in runs")
+    args = parser.parse_args()
+    if args.add:
+        add(args.add[0], Path(args.add[1]))
+        return
+    blocks, figures = made()
+    files = {PAGE: page(blocks)}
+    files |= {HERE / f"{name}.svg": text for name, text in figures.items()}
+    differing = [p for p, text in files.items() if not p.exists() or p.read_text() != text]
+    unmade = sorted(set(HERE.glob("*.svg")) - set(files))
+    if unmade:
+        raise SystemExit(f"no runs make {', '.join(map(str, unmade))}")
+    if args.check:
+        if differing:
+            names = ", ".join(str(path) for path in differing)
+            raise SystemExit(f"not what the runs give: {names}; python3 docs/results/make.py")
+        return
+    for path in differing:
+        write(path, files[path])
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
