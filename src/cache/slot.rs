@@ -86,8 +86,9 @@ impl<B: Backend> Slot<B> {
     /// Frees what a long append took beyond its share, once its pass has read it.
     pub fn shrink(&mut self, len: usize, needed: usize) {
         let kept = len - needed.max(self.first);
-        if self.rows() > self.tokens {
-            self.keep(len, needed, kept.max(self.tokens));
+        // Holes among the tokens of a window may take more than its share for a while.
+        if self.rows() > self.tokens && kept <= self.tokens {
+            self.keep(len, needed, self.tokens);
         }
     }
 

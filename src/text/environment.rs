@@ -13,10 +13,15 @@ use minijinja_contrib::pycompat;
 use super::chat_error::ChatError;
 use super::python;
 
+/// Steps that a template may take: some hundred times those of a long chat, a second or so. Templates
+/// come with models, and one must not be able to hold a program up.
+const FUEL: u64 = 20_000_000;
+
 /// What transformers' environment has: blocks take their line with them, and Python's methods,
 /// spelling and JSON.
 pub(super) fn environment(now: Option<DateTime>) -> Environment<'static> {
     let mut env = Environment::new();
+    env.set_fuel(Some(FUEL));
     env.set_trim_blocks(true);
     env.set_lstrip_blocks(true);
     env.set_unknown_method_callback(method);

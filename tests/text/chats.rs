@@ -121,6 +121,15 @@ fn fails(template: &str, messages: &[ChatMessage]) -> ChatError {
     template.render(messages, &ChatOptions::new()).unwrap_err()
 }
 
+/// Templates come with models: one that would not end is stopped.
+#[test]
+fn a_template_that_takes_too_long_is_an_error() {
+    let forever = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}";
+    let error = fails(forever, &[ChatMessage::user("Hello")]);
+    assert!(matches!(error, ChatError::Render { .. }), "{error}");
+    assert!(error.to_string().contains("fuel"), "{error}");
+}
+
 #[test]
 fn a_message_that_the_template_leaves_out_is_an_error() {
     let chat = [ChatMessage::user("Hi"), ChatMessage::new("critic", "Hm")];
