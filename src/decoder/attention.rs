@@ -101,7 +101,7 @@ impl<B: Backend> Attention<B> {
             if !layout.stores(part, index) {
                 continue;
             }
-            let own = self.own(part, last(x, reach.stored[part]), span);
+            let own = self.own(part, last(x.clone(), reach.stored[part]), span);
             let own = match layout.layer(index).part(part).residual() {
                 None => own,
                 Some(lower) => {

@@ -378,8 +378,8 @@ impl<B: Backend> FusedKvDecoder<B> {
                 break;
             }
             // From here on nobody reads the other positions.
-            x = last(&x, reach.queries);
-            let input = last(&input, reach.queries);
+            x = last(x, reach.queries);
+            let input = last(input, reach.queries);
             let attended = layer.self_attn.forward(form, layout, i, input, span, store);
             x = layer.add_attention(x, attended, &self.dropout);
             x = layer.add_feed_forward(x, &self.dropout);
@@ -456,10 +456,10 @@ impl<B: Backend> FusedKvDecoder<B> {
 }
 
 /// The last `len` positions of `[batch, seq, width]`.
-fn last<B: Backend>(x: &Tensor<B, 3>, len: usize) -> Tensor<B, 3> {
+fn last<B: Backend>(x: Tensor<B, 3>, len: usize) -> Tensor<B, 3> {
     let [_, seq, _] = x.dims();
     match seq == len {
-        true => x.clone(),
-        false => x.clone().narrow(1, seq - len, len),
+        true => x,
+        false => x.narrow(1, seq - len, len),
     }
 }
