@@ -86,7 +86,7 @@ impl<B: Backend> Visibility<B> {
     }
 
     /// The same on another backend.
-    #[cfg(all(test, feature = "cubecl-attention"))]
+    #[cfg(all(test, feature = "cubecl-attention", feature = "wgpu"))]
     pub fn on<C: Backend>(&self) -> Visibility<C> {
         Visibility::of(self.seen.clone())
     }
