@@ -84,6 +84,9 @@ pub struct FusedKvDecoder<B: Backend> {
     /// Of every kind of layers.
     #[module(skip)]
     windows: Arc<Vec<Option<usize>>>,
+    /// What every cached pass compares its cache with.
+    #[module(skip)]
+    cache_shape: Arc<CacheShape>,
     #[module(skip)]
     config: Arc<FusedKvDecoderConfig>,
     /// Tokens of all rows that a cached pass reads at once; none: all of them.
@@ -115,7 +118,8 @@ impl FusedKvDecoderConfig {
     /// # Errors
     /// [`ConfigError`] as [`validate`](Self::validate).
     pub fn init<B: Backend>(&self, device: &B::Device) -> Result<FusedKvDecoder<B>, ConfigError> {
-        let layout = self.validate()?;
+        let plan = PlanModule::new(self.validate()?);
+        let layout = &plan.layout;
         let (kinds, _) = self.kinds();
         let rope = |kind: &LayerKind| kind.rope.clone().map(|rope| Rope::new(self.head_dim, rope));
         Ok(FusedKvDecoder {
@@ -123,7 +127,7 @@ impl FusedKvDecoderConfig {
                 .with_initializer(self.initializer())
                 .init(device),
             layers: (0..self.n_layers)
-                .map(|index| DecoderLayer::new(self, &layout, index, device))
+                .map(|index| DecoderLayer::new(self, layout, index, device))
                 .collect(),
             norm: Norm::new(self.hidden_size, self, device),
             lm_head: (!self.tie_embeddings).then(|| {
@@ -133,10 +137,26 @@ impl FusedKvDecoderConfig {
             dropout: DropoutConfig::new(self.dropout).init(),
             ropes: Arc::new(kinds.iter().map(rope).collect()),
             windows: Arc::new(kinds.iter().map(|kind| kind.window).collect()),
+            cache_shape: Arc::new(self.cache_shape(layout)),
             config: Arc::new(self.clone()),
             prefill_chunk: kernels::tokens_per_pass::<B>(),
-            plan: PlanModule::new(layout),
+            plan,
         })
+    }
+
+    fn cache_shape(&self, layout: &Arc<KvLayout>) -> CacheShape {
+        let slot = |index| {
+            let spec = self.layer(index);
+            SlotShape {
+                n_kv_heads: spec.kv.n_kv_heads,
+                head_dim: spec.kv.head_dim,
+                window: spec.kind.window,
+            }
+        };
+        CacheShape {
+            layout: layout.clone(),
+            slots: (0..self.n_layers).map(slot).collect(),
+        }
     }
 
     fn initializer(&self) -> Initializer {
@@ -198,7 +218,7 @@ impl<B: Backend> FusedKvDecoder<B> {
             });
         }
         FusedKvCache::new(
-            self.cache_shape(),
+            CacheShape::clone(&self.cache_shape),
             batch,
             capacity,
             dtype,
@@ -303,7 +323,7 @@ impl<B: Backend> FusedKvDecoder<B> {
     ) -> Result<Tensor<B, 3>, ForwardError> {
         let tokens = tokens.into();
         tokens.check()?;
-        cache.check(&self.cache_shape(), tokens.dims())?;
+        cache.check(&self.cache_shape, tokens.dims())?;
         self.check_positions(&tokens, &cache.row_lens())?;
         let (first, last) = match (logits, self.prefill_chunk) {
             (Logits::Last, Some(most)) => tokens.split(most),
@@ -328,21 +348,6 @@ impl<B: Backend> FusedKvDecoder<B> {
         let x = self.walk(tokens, spans, &mut append, None, logits);
         append.commit(&padding);
         x
-    }
-
-    fn cache_shape(&self) -> CacheShape {
-        let slot = |index| {
-            let spec = self.config.layer(index);
-            SlotShape {
-                n_kv_heads: spec.kv.n_kv_heads,
-                head_dim: spec.kv.head_dim,
-                window: spec.kind.window,
-            }
-        };
-        CacheShape {
-            layout: self.plan.layout.clone(),
-            slots: (0..self.config.n_layers).map(slot).collect(),
-        }
     }
 
     /// The one walk through the plan that every forward pass is: what the head needs for the logits
