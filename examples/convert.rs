@@ -19,7 +19,9 @@ use std::process::ExitCode;
 use burn::tensor::backend::Backend;
 use clap::Parser;
 use fusedkv::checkpoint::gguf::{GgufError, GgufOptions, import_gguf};
-use fusedkv::checkpoint::{LoadedCheckpoint, SaveOptions, load_checkpoint, save_checkpoint};
+use fusedkv::checkpoint::{
+    LoadOptions, LoadedCheckpoint, SaveOptions, load_checkpoint, save_checkpoint,
+};
 use fusedkv::convert::{LayerFit, convert, convert_fitted};
 
 use backend::{BackendName, DtypeName, Program, exit_code};
@@ -93,7 +95,7 @@ fn import(file: &Path, args: &Args) -> Result<(), GgufError> {
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
         let model = self.model.as_ref().ok_or("--model is missing")?;
-        let loaded = load_checkpoint::<B>(model, Default::default(), device)?;
+        let loaded = load_checkpoint::<B>(model, LoadOptions::new(), device)?;
         let plan = self.plan.plan(loaded.model.config().n_layers)?;
         let (model, fits) = match &self.text {
             Some(path) => {

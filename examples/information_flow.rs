@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use burn::tensor::backend::Backend;
 use clap::Parser;
-use fusedkv::checkpoint::{CheckpointError, load_checkpoint};
+use fusedkv::checkpoint::{CheckpointError, LoadOptions, load_checkpoint};
 use fusedkv::flow::LayerFlow;
 use fusedkv::information_flow;
 use plotters::prelude::*;
@@ -47,7 +47,7 @@ fn main() -> ExitCode {
 
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
-        let model = load_checkpoint::<B>(&self.model, Default::default(), device)?.model;
+        let model = load_checkpoint::<B>(&self.model, LoadOptions::new(), device)?.model;
         let flow = information_flow(&model);
         if flow.keys.is_empty() && flow.values.is_empty() {
             return Err("every layer of the model has keys and values of its own".into());

@@ -117,8 +117,7 @@ pub fn convert<B: Backend>(
         ..config.clone()
     };
     model.visit(&mut Draw);
-    let embedding = model.embed_tokens.weight.val();
-    let mut converted = config.init::<B>(&embedding.device())?;
+    let mut converted = config.init::<B>(&model.device())?;
     converted.embed_tokens = model.embed_tokens.clone();
     converted.norm = model.norm.clone();
     converted.lm_head = model.lm_head.clone();
@@ -138,7 +137,7 @@ pub fn convert<B: Backend>(
         if !stores_values {
             to.v_proj = None;
         }
-        let dtype = embedding.dtype();
+        let dtype = model.dtype();
         to.kv_fusion = fusion.map(|fusion| cast(fusion, dtype));
         to.kv_residual = residual.map(|residual| cast(residual, dtype));
     }
@@ -176,7 +175,7 @@ pub fn convert_fitted<B: Backend>(
             fits.push((layer, regressions));
         }
     }
-    let device = model.embed_tokens.weight.val().device();
+    let device = model.device();
     // No text at all is an error as in any other pass.
     for window in tokens
         .chunks(context)

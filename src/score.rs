@@ -202,7 +202,7 @@ fn batch<B: Backend>(
     model: &FusedKvDecoder<B>,
     tokens: &[u32],
 ) -> Result<TokenBatch<B>, ScoreError> {
-    let device = model.embed_tokens.weight.val().device();
+    let device = model.device();
     let vocab_size = model.config().vocab_size;
     Ok(TokenBatch::from_rows(&[tokens], vocab_size, &device)?)
 }

@@ -267,7 +267,7 @@ mod tests {
     use std::path::Path;
 
     use fusedkv::backend::{Flex, FlexDevice};
-    use fusedkv::checkpoint::load_checkpoint;
+    use fusedkv::checkpoint::{WeightDtype, load_checkpoint};
     use fusedkv::information_flow;
     use fusedkv::train::TrainError;
     use fusedkv::train::compare::RunResult;
@@ -306,7 +306,7 @@ mod tests {
             name.to_string_lossy().starts_with('.')
         }));
         let model = out.join("runs/fused-kv-seed-0/model");
-        let loaded = load_checkpoint::<Flex>(&model, Default::default(), &FlexDevice).unwrap();
+        let loaded = load_checkpoint::<Flex>(&model, WeightDtype::F32, &FlexDevice).unwrap();
         assert!(loaded.tokenizer.is_some());
         assert!(!loaded.eos.is_empty());
         assert_eq!(information_flow(&loaded.model).keys.len(), 2);

@@ -31,6 +31,7 @@ pub(super) fn read(directory: &Path) -> Result<ModelConfig, CheckpointError> {
     }
     let config = Keys::read(path.clone())?;
     let decoder = families::read(&config)?;
+    config.only("weight_format", &json!(INT8))?;
     let generation = directory.join(GENERATION_CONFIG);
     let mut eos = None;
     if generation.is_file() {
@@ -46,19 +47,32 @@ pub(super) fn read(directory: &Path) -> Result<ModelConfig, CheckpointError> {
     })
 }
 
-/// The `config.json` of a decoder whose weights are saved as `dtype`.
+/// What `weight_format` says of matrices of 8-bit codes in groups of 32.
+const INT8: &str = "int8_g32";
+
+/// The `config.json` of a decoder whose weights are saved as `dtype`, its matrices as 8-bit codes
+/// where `int8`.
 ///
 /// # Errors
 /// [`CheckpointError::Family`] if the decoder's family has no key for what its block is.
 pub(super) fn to_json(
     config: &FusedKvDecoderConfig,
     dtype: WeightDtype,
+    int8: bool,
     eos: &[u32],
 ) -> Result<Value, CheckpointError> {
     let mut json = families::write(config)?;
     json["eos_token_id"] = eos_json(eos);
     json["torch_dtype"] = json!(dtype.torch_name());
+    if int8 {
+        mark_int8(&mut json);
+    }
     Ok(json)
+}
+
+/// Says of a `config.json` that its matrices are 8-bit codes.
+pub(super) fn mark_int8(json: &mut Value) {
+    json["weight_format"] = json!(INT8);
 }
 
 /// The `generation_config.json` of a model that ends with any of `eos`.

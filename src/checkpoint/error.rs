@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use super::numbers::WeightDtype;
 use crate::config::ConfigError;
+use crate::decoder::{WeightError, WeightFormat};
 use crate::tokenizer::TokenizerError;
 
 /// A checkpoint directory that cannot be read or written.
@@ -204,6 +205,22 @@ pub enum CheckpointError {
         value: f64,
         /// The type asked for.
         dtype: WeightDtype,
+    },
+    /// Weights that files of this format cannot have.
+    #[error("`{tensor}` is in {format}, which is not saved: a float type must be asked for")]
+    WeightFormat {
+        /// The tensor.
+        tensor: String,
+        /// What the model has it in.
+        format: WeightFormat,
+    },
+    /// Matrices that cannot be in the format asked for.
+    #[error("{}: {source}", path.display())]
+    Weight {
+        /// The directory, or the file.
+        path: PathBuf,
+        /// Why not.
+        source: WeightError,
     },
     /// Numbers that the backend cannot compute with.
     #[error("weights of {dtype:?} on the backend {backend}, which has no such numbers")]

@@ -1,10 +1,10 @@
 //! From a directory to a decoder, tensor by tensor.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::rc::Rc;
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Tensor, TensorData, backend::Backend, bf16, f16};
 
 use super::TOKENIZER;
@@ -15,7 +15,8 @@ use super::numbers::{Number, WeightDtype};
 use super::tensors::{FileTensor, file_tensors};
 use super::weights::Weights;
 use crate::config::ConfigError;
-use crate::decoder::FusedKvDecoder;
+use crate::decoder::{FusedKvDecoder, Weight, WeightFormat};
+use crate::kernels::packed::Packed;
 use crate::parameters::{TensorSpec, layer_tensors, tensors};
 use crate::plan::{KvPlan, LayerKv};
 use crate::tokenizer::Tokenizer;
@@ -31,7 +32,52 @@ pub struct LoadedCheckpoint<B: Backend> {
     pub eos: Vec<u32>,
 }
 
-/// Loads a decoder of any plan, with its weights as `dtype` whatever the files have.
+/// What a decoder is loaded as.
+#[derive(Clone, Debug, Default)]
+pub struct LoadOptions {
+    dtype: WeightDtype,
+    weights: WeightFormat,
+    plan: Option<KvPlan>,
+}
+
+impl LoadOptions {
+    /// A decoder of f32 and of the directory's plan.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The float type of the decoder, which it computes in, whatever the files have.
+    #[must_use]
+    pub fn with_dtype(self, dtype: WeightDtype) -> Self {
+        Self { dtype, ..self }
+    }
+
+    /// What its matrices are kept in: each is packed as it is read, and one that the files have in
+    /// this format is taken as it is.
+    #[must_use]
+    pub fn with_weights(self, weights: WeightFormat) -> Self {
+        Self { weights, ..self }
+    }
+
+    /// Another plan than the directory's: projections and norms of keys and values that layers do
+    /// not store under `plan` are left in the file. What `plan` needs must be there; `convert` makes
+    /// fusion weights that are not.
+    #[must_use]
+    pub fn with_plan(self, plan: KvPlan) -> Self {
+        Self {
+            plan: Some(plan),
+            ..self
+        }
+    }
+}
+
+impl From<WeightDtype> for LoadOptions {
+    fn from(dtype: WeightDtype) -> Self {
+        Self::new().with_dtype(dtype)
+    }
+}
+
+/// Loads a decoder of any plan: [`LoadOptions`], or the float type alone.
 ///
 /// Everything is checked before any weight is read: the configuration, the headers against the
 /// files' lengths, the tensors against the configuration. Nothing is allocated that the files do
@@ -41,24 +87,10 @@ pub struct LoadedCheckpoint<B: Backend> {
 /// Keys of `config.json` that are not of its family are ignored; a `dropout` is 0. A head that repeats a
 /// tied embedding is accepted.
 ///
-/// # Errors
-/// [`CheckpointError`], naming the file, and the tensor or the key.
-pub fn load_checkpoint<B: Backend>(
-    directory: impl AsRef<Path>,
-    dtype: WeightDtype,
-    device: &B::Device,
-) -> Result<LoadedCheckpoint<B>, CheckpointError> {
-    load(directory.as_ref(), None, dtype, device)
-}
-
-/// [`load_checkpoint`] of a decoder of another plan than the directory's: projections and norms of
-/// keys and values that layers do not store under `plan` are left in the file. What `plan` needs must
-/// be there; `convert` makes fusion weights that are not.
-///
 /// ```
 /// use fusedkv::backend::{Flex, FlexDevice};
-/// use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_narrowed, save_checkpoint};
-/// use fusedkv::{FusedKvDecoderConfig, KvPart, KvPlan};
+/// use fusedkv::checkpoint::{LoadOptions, SaveOptions, load_checkpoint, save_checkpoint};
+/// use fusedkv::{FusedKvDecoderConfig, KvPart, KvPlan, WeightFormat};
 ///
 /// # let directory = tempfile::tempdir()?;
 /// # let directory = directory.path().join("model");
@@ -66,41 +98,51 @@ pub fn load_checkpoint<B: Backend>(
 /// let standard = FusedKvDecoderConfig::tiny(256, KvPlan::Standard).init::<Flex>(&device)?;
 /// save_checkpoint(&directory, &standard, &SaveOptions::new())?;
 ///
-/// let plan = KvPlan::Yoco { storage_layers: 3 };
-/// let loaded = load_narrowed::<Flex>(&directory, &plan, WeightDtype::F32, &device)?;
+/// let options = LoadOptions::new()
+///     .with_plan(KvPlan::Yoco { storage_layers: 3 })
+///     .with_weights(WeightFormat::Int8);
+/// let loaded = load_checkpoint::<Flex>(&directory, options, &device)?;
 /// assert_eq!(loaded.model.layout().n_stored(KvPart::Key), 3);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
 /// # Errors
-/// As [`load_checkpoint`].
-pub fn load_narrowed<B: Backend>(
+/// [`CheckpointError`], naming the file, and the tensor or the key.
+pub fn load_checkpoint<B: Backend>(
     directory: impl AsRef<Path>,
-    plan: &KvPlan,
-    dtype: WeightDtype,
+    options: impl Into<LoadOptions>,
     device: &B::Device,
 ) -> Result<LoadedCheckpoint<B>, CheckpointError> {
-    load(directory.as_ref(), Some(plan), dtype, device)
+    load(directory.as_ref(), options.into(), device)
 }
 
 fn load<B: Backend>(
     directory: &Path,
-    plan: Option<&KvPlan>,
-    dtype: WeightDtype,
+    options: LoadOptions,
     device: &B::Device,
 ) -> Result<LoadedCheckpoint<B>, CheckpointError> {
+    let LoadOptions {
+        dtype,
+        weights: format,
+        plan,
+    } = options;
     if !B::supports_dtype(device, dtype.in_memory()) {
         return Err(CheckpointError::UnsupportedDtype {
             dtype,
             backend: B::name(device),
         });
     }
+    let in_directory = |source| CheckpointError::Weight {
+        path: directory.to_owned(),
+        source,
+    };
+    format.check::<B>(device).map_err(in_directory)?;
     let mut config = config::read(directory)?;
     let mut weights = Weights::open(directory)?;
     let held = check(&config, &mut weights)?;
     let mut expected = parts(held);
     if let Some(plan) = plan {
-        config.decoder.plan = plan.clone();
+        config.decoder.plan = plan;
         let layout = config.decoder.validate();
         let layout = layout.map_err(|source| in_config(&config, source))?;
         expected = narrowed(expected, tensors(&config.decoder, &layout), &weights)?;
@@ -114,24 +156,38 @@ fn load<B: Backend>(
     }
     // Parameters have no memory before they are used, or replaced.
     let model = config.decoder.init::<B>(device);
-    let model = model.map_err(|source| in_config(&config, source))?;
+    let mut model = model.map_err(|source| in_config(&config, source))?;
+    let mut later = HashSet::new();
+    if format != WeightFormat::Model {
+        later.extend(model.weights().into_iter().map(|(name, _)| name));
+    }
+    let expected = (expected.into_iter())
+        .map(|(file, part)| (file.parts[part].name.clone(), (file, part)))
+        .collect();
     let mut filler = Filler {
         path: ModulePath::default(),
-        expected: expected.into_iter(),
+        expected,
+        later,
         weights,
         dtype,
         device,
         failed: None,
     };
-    let model = model.map(&mut filler);
-    match filler.failed {
-        Some(error) => Err(error),
-        None => Ok(LoadedCheckpoint {
-            model,
-            tokenizer,
-            eos: config.eos,
-        }),
+    model = model.map(&mut filler);
+    if let Some(error) = filler.failed.take() {
+        return Err(error);
     }
+    if format != WeightFormat::Model {
+        model.try_for_each_weight(|name, weight, outputs| {
+            *weight = filler.weight(name, weight.id(), format, outputs)?;
+            Ok::<(), CheckpointError>(())
+        })?;
+    }
+    Ok(LoadedCheckpoint {
+        model,
+        tokenizer,
+        eos: config.eos,
+    })
 }
 
 fn in_config(config: &ModelConfig, source: ConfigError) -> CheckpointError {
@@ -216,7 +272,10 @@ pub(crate) fn check_vocabulary(
 /// Replaces every parameter by its tensor.
 struct Filler<'d, B: Backend> {
     path: ModulePath,
-    expected: std::vec::IntoIter<(Rc<FileTensor>, usize)>,
+    /// By parameter: the tensor it is in, and the number of its part.
+    expected: HashMap<String, (Rc<FileTensor>, usize)>,
+    /// Matrices that become something else than a parameter of the decoder's float type.
+    later: HashSet<String>,
     weights: Weights,
     dtype: WeightDtype,
     device: &'d B::Device,
@@ -224,15 +283,22 @@ struct Filler<'d, B: Backend> {
 }
 
 impl<B: Backend> Filler<'_, B> {
+    fn take(&mut self, name: &str) -> (Rc<FileTensor>, usize) {
+        let place = self.expected.remove(name);
+        place.expect("checkpoints have the decoder's parameters")
+    }
+
     fn tensor<const D: usize>(
         &mut self,
         file: &FileTensor,
         part: usize,
     ) -> Result<Tensor<B, D>, CheckpointError> {
+        // A bias is a vector.
+        let transposed = self.path.is_linear() && D == 2;
         match self.dtype {
-            WeightDtype::F32 => self.tensor_of::<f32, D>(file, part),
-            WeightDtype::F16 => self.tensor_of::<f16, D>(file, part),
-            WeightDtype::Bf16 => self.tensor_of::<bf16, D>(file, part),
+            WeightDtype::F32 => self.tensor_of::<f32, D>(file, part, transposed),
+            WeightDtype::F16 => self.tensor_of::<f16, D>(file, part, transposed),
+            WeightDtype::Bf16 => self.tensor_of::<bf16, D>(file, part, transposed),
         }
     }
 
@@ -240,9 +306,8 @@ impl<B: Backend> Filler<'_, B> {
         &mut self,
         file: &FileTensor,
         part: usize,
+        transposed: bool,
     ) -> Result<Tensor<B, D>, CheckpointError> {
-        // A bias is a vector.
-        let transposed = self.path.is_linear() && D == 2;
         let numbers = self.weights.numbers::<T>(file, part, transposed)?;
         let mut shape = file.parts[part].shape.clone();
         if transposed {
@@ -250,6 +315,38 @@ impl<B: Backend> Filler<'_, B> {
         }
         let data = TensorData::new(numbers, shape);
         Ok(Tensor::from_data(data, (self.device, T::DTYPE.in_memory())))
+    }
+
+    /// A matrix in a format that is not the decoder's float type; as it lies in the file, which has
+    /// a row for each output.
+    fn weight(
+        &mut self,
+        name: &str,
+        id: ParamId,
+        format: WeightFormat,
+        outputs: usize,
+    ) -> Result<Weight<B>, CheckpointError> {
+        let (file, part) = self.take(name);
+        if let Some(codes) = format.codes() {
+            let rows = self.weights.packed(&file, part, codes, format)?;
+            let matrix = Packed::new(rows, self.device);
+            return Ok(Weight::packed(
+                id,
+                match outputs {
+                    0 => matrix,
+                    _ => matrix.transpose(),
+                },
+            ));
+        }
+        let matrix: Tensor<B, 2> = match format {
+            WeightFormat::F16 => self.tensor_of::<f16, 2>(&file, part, false)?,
+            _ => self.tensor_of::<bf16, 2>(&file, part, false)?,
+        };
+        let matrix = match outputs {
+            0 => matrix,
+            _ => matrix.transpose(),
+        };
+        Ok(Param::initialized(id, matrix).into())
     }
 }
 
@@ -263,14 +360,11 @@ impl<B: Backend> ModuleMapper<B> for Filler<'_, B> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        if self.failed.is_some() {
+        let name = self.path.tensor();
+        if self.failed.is_some() || self.later.contains(&name) {
             return param;
         }
-        let place = self
-            .expected
-            .next()
-            .filter(|(file, part)| file.parts[*part].name == self.path.tensor());
-        let (file, part) = place.expect("checkpoints have the decoder's parameters, in its order");
+        let (file, part) = self.take(&name);
         let id = param.id;
         match self.tensor(&file, part) {
             Ok(tensor) => param.transform_for_load(tensor, id),

@@ -44,7 +44,7 @@ mod weights;
 pub use error::CheckpointError;
 #[cfg(feature = "train")]
 pub(crate) use load::check_vocabulary;
-pub use load::{LoadedCheckpoint, load_checkpoint, load_narrowed};
+pub use load::{LoadOptions, LoadedCheckpoint, load_checkpoint};
 pub use numbers::WeightDtype;
 pub use plan::plan_of_config;
 pub use rows::RowWriter;

@@ -3,8 +3,9 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use safetensors::Dtype;
+
 use super::error::CheckpointError;
-use super::numbers::WeightDtype;
 use super::save::header;
 use crate::file::Replacement;
 use crate::parameters::TensorSpec;
@@ -39,7 +40,7 @@ impl RowWriter {
         let elements = spec.elements();
         let start = || {
             let mut file = Replacement::create(&path)?;
-            file.write_all(&header(&[spec], WeightDtype::F32))?;
+            file.write_all(&header(&[(spec, Dtype::F32)]))?;
             Ok(file)
         };
         match start() {

@@ -162,6 +162,34 @@ impl SafetensorsFile {
         Ok(out)
     }
 
+    /// Calls `rows` with the numbers of a matrix, some whole rows at a time.
+    pub fn each_rows(
+        &mut self,
+        tensor: &str,
+        place: &Place,
+        mut rows: impl FnMut(&[f32]) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
+        let source = weight_dtype(&self.path, tensor, place)?;
+        let columns: usize = place.shape[1..].iter().product();
+        let mut numbers = Vec::new();
+        self.pieces(place, columns * source.bytes(), |bytes| {
+            numbers.clear();
+            // Nothing is too large for an f32.
+            let _: Result<(), _> = decode::<f32>(source, bytes, |number| numbers.push(number));
+            rows(&numbers)
+        })
+    }
+
+    /// The bytes of a tensor.
+    pub fn bytes(&mut self, place: &Place) -> Result<Vec<u8>, CheckpointError> {
+        let mut all = Vec::with_capacity(place.bytes as usize);
+        self.pieces(place, 1, |bytes| {
+            all.extend_from_slice(bytes);
+            Ok::<_, CheckpointError>(())
+        })?;
+        Ok(all)
+    }
+
     /// Whether two tensors are the same, bit by bit.
     pub fn same(
         &mut self,

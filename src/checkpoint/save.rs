@@ -1,12 +1,13 @@
 //! From a decoder to a directory, all of it or nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use burn::module::Param;
 use burn::tensor::{Tensor, backend::Backend};
+use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use serde_json::{Map, Value, json};
 
@@ -16,8 +17,9 @@ use super::load::check_vocabulary;
 use super::names::{self, ModulePath, ParameterVisitor};
 use super::numbers::{Overflow, WeightDtype, encode};
 use super::tensors::{FileTensor, file_tensors};
+use super::weights::int8_tensors;
 use super::{CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER, WEIGHTS, config};
-use crate::decoder::FusedKvDecoder;
+use crate::decoder::{FusedKvDecoder, Weight, WeightFormat};
 use crate::file;
 use crate::parameters::{TensorSpec, tensors};
 use crate::tokenizer::Tokenizer;
@@ -41,7 +43,7 @@ impl Default for SaveOptions {
 }
 
 impl SaveOptions {
-    /// The model's own float type (f32 for f64), shards of 5 GB, no tokenizer, no eos.
+    /// Weights as the model has them (f32 for f64), shards of 5 GB, no tokenizer, no eos.
     pub fn new() -> Self {
         Self {
             dtype: None,
@@ -51,7 +53,7 @@ impl SaveOptions {
         }
     }
 
-    /// Saves weights as `dtype`.
+    /// Saves all weights as `dtype`, those in fewer bits too.
     #[must_use]
     pub fn with_dtype(self, dtype: WeightDtype) -> Self {
         Self {
@@ -99,7 +101,8 @@ impl SaveOptions {
 /// # Errors
 /// [`CheckpointError::Write`]; [`CheckpointError::Family`] for a block that files of its family cannot
 /// have; [`CheckpointError::Overflow`] for weights too large for the float
-/// type; [`CheckpointError::NotInFormat`] for parameters the format does not have;
+/// type; [`CheckpointError::WeightFormat`] for weights of 4 bits where `options` has no float type;
+/// [`CheckpointError::NotInFormat`] for parameters the format does not have;
 /// [`CheckpointError::Vocabulary`] for a tokenizer with more tokens than the model;
 /// [`CheckpointError::ShardBytes`].
 pub fn save_checkpoint<B: Backend>(
@@ -115,9 +118,12 @@ pub fn save_checkpoint<B: Backend>(
         check_vocabulary(directory, tokenizer, model.config().vocab_size)?;
     }
     check_parameters(model)?;
-    let model_dtype = model.embed_tokens.weight.val().dtype();
-    let dtype = options.dtype.unwrap_or(WeightDtype::of_model(model_dtype));
-    let json = config::to_json(model.config(), dtype, &options.eos)?;
+    let planned = planned(model, options.dtype)?;
+    let dtype = options
+        .dtype
+        .unwrap_or(WeightDtype::of_model(model.dtype()));
+    let int8 = planned.iter().any(|tensor| tensor.dtype == Saved::Int8);
+    let json = config::to_json(model.config(), dtype, int8, &options.eos)?;
     let replaced = |name: &str| {
         name == CONFIG
             || (name == TOKENIZER && options.tokenizer.is_some())
@@ -133,8 +139,88 @@ pub fn save_checkpoint<B: Backend>(
         if let Some(tokenizer) = &options.tokenizer {
             tokenizer.save(partial.join(TOKENIZER))?;
         }
-        write_weights(partial, model, dtype, options.shard_bytes)
+        write_weights(partial, model, planned, options.shard_bytes)
     })
+}
+
+/// A tensor to be written.
+struct Planned {
+    tensor: FileTensor,
+    dtype: Saved,
+}
+
+/// What a tensor's numbers are written as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Saved {
+    Float(WeightDtype),
+    Int8,
+}
+
+impl Saved {
+    /// What a matrix of this format is; `model` is the float type of the model's.
+    pub fn of(format: WeightFormat, model: WeightDtype) -> Option<Self> {
+        match format {
+            WeightFormat::Model => Some(Self::Float(model)),
+            WeightFormat::F16 => Some(Self::Float(WeightDtype::F16)),
+            WeightFormat::Bf16 => Some(Self::Float(WeightDtype::Bf16)),
+            WeightFormat::Int8 => Some(Self::Int8),
+            WeightFormat::Int4 => None,
+        }
+    }
+
+    /// What a tensor is in a file.
+    pub fn entries(self, spec: &TensorSpec) -> Vec<(TensorSpec, Dtype)> {
+        match self {
+            Self::Float(dtype) => vec![(spec.clone(), dtype.stored())],
+            Self::Int8 => int8_tensors(spec).to_vec(),
+        }
+    }
+}
+
+impl Planned {
+    fn entries(&self) -> Vec<(TensorSpec, Dtype)> {
+        self.dtype.entries(&self.tensor.spec)
+    }
+
+    fn bytes(&self) -> u64 {
+        let bytes = |(spec, dtype): (TensorSpec, Dtype)| spec.elements() * dtype.bitsize() / 8;
+        self.entries().into_iter().map(bytes).sum::<usize>() as u64
+    }
+}
+
+/// The tensors of a model, each as `dtype` or else as the model has it.
+fn planned<B: Backend>(
+    model: &FusedKvDecoder<B>,
+    dtype: Option<WeightDtype>,
+) -> Result<Vec<Planned>, CheckpointError> {
+    let of_model = WeightDtype::of_model(model.dtype());
+    let mut formats = HashMap::new();
+    for (name, weight) in model.weights() {
+        formats.insert(name, weight.format());
+    }
+    let planned = |tensor: FileTensor| {
+        let of_part = |part: &TensorSpec| formats.get(&part.name).copied().unwrap_or_default();
+        let format = of_part(&tensor.parts[0]);
+        // One tensor has one type.
+        let of_one = tensor.parts.iter().all(|part| of_part(part) == format);
+        let saved = match dtype {
+            Some(dtype) => Some(Saved::Float(dtype)),
+            None if of_one => Saved::of(format, of_model),
+            None => Some(Saved::Float(of_model)),
+        };
+        let Some(saved) = saved else {
+            return Err(CheckpointError::WeightFormat {
+                tensor: tensor.spec.name,
+                format,
+            });
+        };
+        Ok(Planned {
+            tensor,
+            dtype: saved,
+        })
+    };
+    let tensors = file_tensors(model.config(), model.layout());
+    tensors.into_iter().map(planned).collect()
 }
 
 /// That every parameter is a tensor of the format.
@@ -186,15 +272,13 @@ pub(super) fn write_json(path: &Path, json: &Value) -> Result<(), CheckpointErro
 fn write_weights<B: Backend>(
     directory: &Path,
     model: &FusedKvDecoder<B>,
-    dtype: WeightDtype,
+    tensors: Vec<Planned>,
     shard_bytes: u64,
 ) -> Result<(), CheckpointError> {
-    let tensors = file_tensors(model.config(), model.layout());
-    let bytes = |spec: &TensorSpec| (spec.elements() * dtype.bytes()) as u64;
-    let mut shards: Vec<Vec<FileTensor>> = Vec::new();
+    let mut shards: Vec<Vec<Planned>> = Vec::new();
     let mut filled = 0;
     for tensor in tensors {
-        let bytes = bytes(&tensor.spec);
+        let bytes = tensor.bytes();
         match shards.last_mut() {
             Some(shard) if filled + bytes <= shard_bytes => {
                 filled += bytes;
@@ -215,9 +299,11 @@ fn write_weights<B: Backend>(
             1 => WEIGHTS.to_owned(),
             _ => format!("model-{number:05}-of-{count:05}.safetensors"),
         };
-        for FileTensor { spec, .. } in &shard {
-            total += bytes(spec);
-            index.insert(spec.name.clone(), json!(name));
+        for tensor in &shard {
+            total += tensor.bytes();
+            for (spec, _) in tensor.entries() {
+                index.insert(spec.name, json!(name));
+            }
         }
         planned.push((directory.join(name), shard));
     }
@@ -226,8 +312,8 @@ fn write_weights<B: Backend>(
         write_json(&directory.join(INDEX), &json)?;
     }
     let mut writer = ShardWriter {
+        weights: model.weights().into_iter().collect(),
         shards: planned.into_iter(),
-        dtype,
         current: None,
         failed: None,
     };
@@ -236,9 +322,9 @@ fn write_weights<B: Backend>(
 }
 
 /// Writes every parameter to the shard that it is planned for.
-struct ShardWriter {
-    shards: std::vec::IntoIter<(PathBuf, Vec<FileTensor>)>,
-    dtype: WeightDtype,
+struct ShardWriter<'m, B: Backend> {
+    weights: HashMap<String, &'m Weight<B>>,
+    shards: std::vec::IntoIter<(PathBuf, Vec<Planned>)>,
     current: Option<Shard>,
     failed: Option<CheckpointError>,
 }
@@ -247,35 +333,44 @@ struct Shard {
     path: PathBuf,
     file: BufWriter<File>,
     /// The parameters to come.
-    left: std::vec::IntoIter<TensorSpec>,
+    left: std::vec::IntoIter<(TensorSpec, Saved)>,
+    /// Scales of 8-bit codes, which stand behind all else.
+    scales: Vec<u8>,
 }
 
 impl Shard {
-    fn start(
-        path: PathBuf,
-        tensors: Vec<FileTensor>,
-        dtype: WeightDtype,
-    ) -> Result<Self, CheckpointError> {
+    fn start(path: PathBuf, tensors: Vec<Planned>) -> Result<Self, CheckpointError> {
         let write = |source| CheckpointError::Write {
             path: path.clone(),
             source,
         };
         let mut file = BufWriter::new(File::create(&path).map_err(write)?);
-        let (specs, parts): (Vec<_>, Vec<_>) = (tensors
-            .into_iter()
-            .map(|tensor| (tensor.spec, tensor.parts)))
-        .unzip();
-        file.write_all(&header(&specs, dtype)).map_err(write)?;
+        let specs = tensors.iter().map(|t| (&t.tensor.spec, t.dtype));
+        file.write_all(&file_header(specs)).map_err(write)?;
         // Rows that follow one another in a tensor do so in the file.
-        let parts: Vec<TensorSpec> = parts.into_iter().flatten().collect();
+        let parts = tensors.into_iter().flat_map(|Planned { tensor, dtype }| {
+            let parts = tensor.parts.into_iter();
+            parts.map(move |part| (part, dtype))
+        });
         Ok(Self {
+            left: parts.collect::<Vec<_>>().into_iter(),
             path,
             file,
-            left: parts.into_iter(),
+            scales: Vec::new(),
+        })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
+        let written = self.file.write_all(bytes);
+        written.map_err(|source| CheckpointError::Write {
+            path: self.path.clone(),
+            source,
         })
     }
 
     fn finish(mut self) -> Result<(), CheckpointError> {
+        let scales = std::mem::take(&mut self.scales);
+        self.write(&scales)?;
         let synced = self
             .file
             .flush()
@@ -287,17 +382,29 @@ impl Shard {
     }
 }
 
+/// What a file begins with that holds tensors as these: scales stand behind all else.
+pub(super) fn file_header<'s>(tensors: impl Iterator<Item = (&'s TensorSpec, Saved)>) -> Vec<u8> {
+    let (mut entries, mut scales) = (Vec::new(), Vec::new());
+    for (spec, saved) in tensors {
+        let mut of_tensor = saved.entries(spec).into_iter();
+        entries.extend(of_tensor.next());
+        scales.extend(of_tensor);
+    }
+    entries.extend(scales);
+    header(&entries)
+}
+
 /// The start of a safetensors file of these tensors, one after the other.
-pub(super) fn header(tensors: &[TensorSpec], dtype: WeightDtype) -> Vec<u8> {
+pub(super) fn header(tensors: &[(TensorSpec, Dtype)]) -> Vec<u8> {
     let mut entries = Map::new();
     // What PyTorch's loaders look for.
     entries.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
     let mut end = 0;
-    for spec in tensors {
+    for (spec, dtype) in tensors {
         let start = end;
-        end += spec.elements() * dtype.bytes();
+        end += spec.elements() * dtype.bitsize() / 8;
         let info = TensorInfo {
-            dtype: dtype.stored(),
+            dtype: *dtype,
             shape: spec.shape.clone(),
             data_offsets: (start, end),
         };
@@ -314,9 +421,9 @@ pub(super) fn header(tensors: &[TensorSpec], dtype: WeightDtype) -> Vec<u8> {
     header
 }
 
-impl ShardWriter {
+impl<B: Backend> ShardWriter<'_, B> {
     /// The next tensor, and the shard it goes to.
-    fn next(&mut self) -> Result<(&mut Shard, TensorSpec), CheckpointError> {
+    fn next(&mut self) -> Result<(&mut Shard, TensorSpec, Saved), CheckpointError> {
         if self
             .current
             .as_ref()
@@ -329,21 +436,32 @@ impl ShardWriter {
                 .shards
                 .next()
                 .expect("shards are planned for all tensors");
-            self.current = Some(Shard::start(path, tensors, self.dtype)?);
+            self.current = Some(Shard::start(path, tensors)?);
         }
         let shard = self.current.as_mut().expect("one was started");
-        let spec = shard.left.next().expect("no shard is empty");
-        Ok((shard, spec))
+        let (spec, dtype) = shard.left.next().expect("no shard is empty");
+        Ok((shard, spec, dtype))
     }
 
-    fn write<B: Backend, const D: usize>(
+    fn write<const D: usize>(
         &mut self,
         path: &ModulePath,
         param: &Param<Tensor<B, D>>,
     ) -> Result<(), CheckpointError> {
-        let dtype = self.dtype;
-        let (shard, spec) = self.next()?;
+        let packed = match self.weights.get(&path.tensor()) {
+            Some(Weight::Packed(packed)) => Some(packed.matrix.clone()),
+            _ => None,
+        };
+        let (shard, spec, dtype) = self.next()?;
         debug_assert_eq!(spec.name, path.tensor());
+        let dtype = match (dtype, packed) {
+            (Saved::Float(dtype), _) => dtype,
+            (Saved::Int8, packed) => {
+                let packed = packed.expect("planned for a packed matrix").into_rows();
+                shard.scales.extend(packed.scale_bytes());
+                return shard.write(&packed.code_bytes());
+            }
+        };
         let mut tensor = param.val();
         if path.is_linear() && D == 2 {
             tensor = tensor.swap_dims(0, 1);
@@ -363,13 +481,7 @@ impl ShardWriter {
             })?;
             &converted
         };
-        shard
-            .file
-            .write_all(bytes)
-            .map_err(|source| CheckpointError::Write {
-                path: shard.path.clone(),
-                source,
-            })
+        shard.write(bytes)
     }
 
     fn finish(self) -> Result<(), CheckpointError> {
@@ -381,7 +493,7 @@ impl ShardWriter {
     }
 }
 
-impl<B: Backend> ParameterVisitor<B> for ShardWriter {
+impl<B: Backend> ParameterVisitor<B> for ShardWriter<'_, B> {
     fn parameter<const D: usize>(&mut self, path: &ModulePath, param: &Param<Tensor<B, D>>) {
         if self.failed.is_none() {
             self.failed = self.write(path, param).err();

@@ -4,11 +4,16 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
+use burn::tensor::f16;
+use safetensors::Dtype;
+
 use super::error::CheckpointError;
 use super::numbers::Number;
 use super::safetensors::{Place, SafetensorsFile, weight_dtype};
 use super::tensors::FileTensor;
 use super::{INDEX, WEIGHTS, keys};
+use crate::decoder::{WeightError, WeightFormat};
+use crate::kernels::packed::{Codes, GROUP, PackedRows};
 use crate::parameters::{EMBEDDING, HEAD, TensorSpec};
 
 /// All files of weights of a directory, open.
@@ -160,11 +165,39 @@ impl Weights {
         found.ok_or_else(|| self.missing(spec))
     }
 
+    /// Whether a tensor is there as 8-bit codes and scales, and not as floats.
+    fn is_int8(&self, tensor: &str) -> bool {
+        !self.contains(tensor) && int8_names(tensor).iter().any(|name| self.contains(name))
+    }
+
     /// Whether one tensor is there as the decoder needs it.
     pub fn check(&self, spec: &TensorSpec) -> Result<(), CheckpointError> {
+        if !self.is_int8(&spec.name) {
+            return self.check_as(spec, None);
+        }
+        for (spec, dtype) in int8_tensors(spec) {
+            self.check_as(&spec, Some(dtype))?;
+        }
+        Ok(())
+    }
+
+    /// Whether a tensor is there, of this type or else of any float type.
+    fn check_as(&self, spec: &TensorSpec, dtype: Option<Dtype>) -> Result<(), CheckpointError> {
         let (file, place) = self.find(spec)?;
         let path = self.files[file].path();
-        weight_dtype(path, &spec.name, &place)?;
+        match dtype {
+            None => {
+                weight_dtype(path, &spec.name, &place)?;
+            }
+            Some(dtype) if place.dtype != dtype => {
+                return Err(CheckpointError::Dtype {
+                    path: path.to_owned(),
+                    tensor: spec.name.clone(),
+                    found: place.dtype.to_string(),
+                });
+            }
+            Some(_) => {}
+        }
         if place.shape != spec.shape {
             return Err(CheckpointError::Shape {
                 path: path.to_owned(),
@@ -182,12 +215,15 @@ impl Weights {
         for tensor in expected {
             self.check(&tensor.spec)?;
         }
-        let known = expected.iter().map(|tensor| &*tensor.spec.name);
-        let known: BTreeSet<&str> = known.collect();
-        let left_over = self
-            .tensors
-            .iter()
-            .find(|(name, _)| !known.contains(&***name));
+        let known = expected.iter().flat_map(|tensor| {
+            let name = &tensor.spec.name;
+            match self.is_int8(name) {
+                true => int8_names(name).to_vec(),
+                false => vec![name.clone()],
+            }
+        });
+        let known: BTreeSet<String> = known.collect();
+        let left_over = (self.tensors.iter()).find(|(name, _)| !known.contains(*name));
         let left_over: Option<(String, usize)> = left_over.map(|(n, &file)| (n.clone(), file));
         match left_over {
             None => Ok(()),
@@ -233,12 +269,112 @@ impl Weights {
         part: usize,
         transposed: bool,
     ) -> Result<Vec<T>, CheckpointError> {
-        let (file, place) = self.find(&tensor.spec)?;
-        let before = tensor.parts[..part].iter().map(|part| part.shape[0]).sum();
-        let place = match &tensor.parts[..] {
-            [_] => place,
-            parts => place.rows(before, parts[part].shape[0]),
-        };
-        self.files[file].numbers(&tensor.spec.name, &place, transposed)
+        if !self.is_int8(&tensor.spec.name) {
+            let (file, place) = self.find(&tensor.spec)?;
+            let place = part_of(tensor, part, place);
+            return self.files[file].numbers(&tensor.spec.name, &place, transposed);
+        }
+        let [rows, columns] = matrix(&tensor.parts[part]);
+        let mut numbers = vec![T::round(0.0); rows * columns];
+        let (codes, scales) = self.int8(tensor, part)?;
+        let groups = columns.div_ceil(GROUP);
+        let places = (0..rows).flat_map(|row| (0..columns).map(move |column| (row, column)));
+        for ((row, column), code) in places.zip(codes) {
+            let scale = scales[row * groups + column / GROUP].to_f32();
+            let to = match transposed {
+                true => column * rows + row,
+                false => row * columns + column,
+            };
+            numbers[to] = T::round(f32::from(code) * scale);
+        }
+        Ok(numbers)
     }
+
+    /// A part of a matrix in groups: as it is where the files have it so.
+    pub fn packed(
+        &mut self,
+        tensor: &FileTensor,
+        part: usize,
+        codes: Codes,
+        format: WeightFormat,
+    ) -> Result<PackedRows, CheckpointError> {
+        let name = &tensor.spec.name;
+        let [rows, columns] = matrix(&tensor.parts[part]);
+        let mut packed = PackedRows::with_capacity(codes, rows, columns);
+        let too_large = |path: &Path, value| CheckpointError::Weight {
+            path: path.to_owned(),
+            source: WeightError::Overflow {
+                tensor: name.clone(),
+                value,
+                format,
+            },
+        };
+        if !self.is_int8(name) {
+            let (file, place) = self.find(&tensor.spec)?;
+            let place = part_of(tensor, part, place);
+            let path = self.files[file].path().to_owned();
+            self.files[file].each_rows(name, &place, |rows| {
+                packed.push(rows).map_err(|x| too_large(&path, x))
+            })?;
+        } else if codes == Codes::Int8 {
+            let (codes, scales) = self.int8(tensor, part)?;
+            let scales = scales.chunks(columns.div_ceil(GROUP));
+            for (codes, scales) in codes.chunks(columns).zip(scales) {
+                packed.push_codes(codes, scales);
+            }
+        } else {
+            let numbers = self.numbers::<f32>(tensor, part, false)?;
+            let pushed = packed.push(&numbers);
+            pushed.map_err(|x| too_large(&self.path, x))?;
+        }
+        Ok(packed)
+    }
+
+    /// Codes, and scales, of a part of a matrix.
+    fn int8(
+        &mut self,
+        tensor: &FileTensor,
+        part: usize,
+    ) -> Result<(Vec<i8>, Vec<f16>), CheckpointError> {
+        let [(codes, _), (scales, _)] = int8_tensors(&tensor.spec);
+        let (file, place) = self.find(&codes)?;
+        let place = part_of(tensor, part, place);
+        let bytes = self.files[file].bytes(&place)?.into_iter();
+        let codes = bytes.map(|byte| byte as i8).collect();
+        let (file, place) = self.find(&scales)?;
+        let place = part_of(tensor, part, place);
+        let scales = self.files[file].numbers(&scales.name, &place, false)?;
+        Ok((codes, scales))
+    }
+}
+
+fn part_of(tensor: &FileTensor, part: usize, place: Place) -> Place {
+    let before = tensor.parts[..part].iter().map(|part| part.shape[0]).sum();
+    match &tensor.parts[..] {
+        [_] => place,
+        parts => place.rows(before, parts[part].shape[0]),
+    }
+}
+
+fn matrix(spec: &TensorSpec) -> [usize; 2] {
+    [spec.shape[0], spec.shape[1..].iter().product()]
+}
+
+/// What a matrix's codes and scales are called.
+fn int8_names(tensor: &str) -> [String; 2] {
+    [format!("{tensor}.q8"), format!("{tensor}.scale")]
+}
+
+/// The tensors that a matrix of 8-bit codes is in files: of each output in groups of 32.
+pub(super) fn int8_tensors(spec: &TensorSpec) -> [(TensorSpec, Dtype); 2] {
+    let [codes, scales] = int8_names(&spec.name);
+    let mut groups = spec.shape.clone();
+    if let Some(columns) = groups.last_mut() {
+        *columns = columns.div_ceil(GROUP);
+    }
+    let of = |name, shape| TensorSpec { name, shape };
+    [
+        (of(codes, spec.shape.clone()), Dtype::I8),
+        (of(scales, groups), Dtype::F16),
+    ]
 }

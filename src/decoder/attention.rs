@@ -4,7 +4,7 @@
 use burn::module::Module;
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::projection::Projection;
+use super::projection::{Projection, projections};
 use super::{Norm, Span, last};
 use crate::attention::{FusionForm, KvFusion, KvFusionConfig, KvResidual, attend, terms};
 use crate::cache::KvStore;
@@ -42,6 +42,8 @@ pub struct Attention<B: Backend> {
     query_scale: Option<f64>,
     softcap: Option<f64>,
 }
+
+projections!(Attention: q_proj, o_proj; k_proj, v_proj);
 
 impl<B: Backend> Attention<B> {
     pub(super) fn new(

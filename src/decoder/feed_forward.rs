@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::activation::{gelu, gelu_approximate};
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::projection::Projection;
+use super::projection::{Projection, projections};
 use crate::config::{Activation, FusedKvDecoderConfig};
 use crate::kernels::swiglu;
 
@@ -22,6 +22,8 @@ pub struct FeedForward<B: Backend> {
     #[module(skip)]
     activation: Activation,
 }
+
+projections!(FeedForward: gate_proj, up_proj, down_proj);
 
 impl<B: Backend> FeedForward<B> {
     pub(super) fn new(config: &FusedKvDecoderConfig, ffn_size: usize, device: &B::Device) -> Self {

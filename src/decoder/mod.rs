@@ -2,6 +2,7 @@
 //! from → output head.
 
 mod attention;
+mod embedding;
 mod error;
 mod feed_forward;
 mod layer;
@@ -9,14 +10,16 @@ mod norm;
 mod projection;
 mod record;
 mod rope;
+mod weight;
 
 use std::sync::Arc;
 
 use burn::module::{Initializer, Module};
-use burn::nn::{Dropout, DropoutConfig, Embedding, EmbeddingConfig};
-use burn::tensor::{Tensor, backend::Backend};
+use burn::nn::{Dropout, DropoutConfig};
+use burn::tensor::{DType, Tensor, backend::Backend};
 
 pub use attention::Attention;
+pub use embedding::Embedding;
 pub use error::ForwardError;
 pub use feed_forward::FeedForward;
 pub use layer::DecoderLayer;
@@ -24,6 +27,7 @@ pub use norm::Norm;
 pub use projection::Projection;
 pub use record::{DecoderRecord, PlanModule, PlanRecord, RecordError};
 pub use rope::{Rope, RopeAngles, RopeError};
+pub use weight::{PackedWeight, Weight, WeightError, WeightFormat};
 
 use crate::attention::FusionForm;
 use crate::cache::{
@@ -31,8 +35,9 @@ use crate::cache::{
 };
 use crate::config::{ConfigError, FusedKvDecoderConfig, LayerKind};
 use crate::holes::Holes;
+use crate::kernels;
 use crate::kernels::operands::Visibility;
-use crate::kernels::{self, tied_head};
+use crate::parameters::{EMBEDDING, HEAD};
 #[cfg(feature = "convert")]
 use crate::plan::KvPart;
 use crate::plan::{KvLayout, Reach};
@@ -123,9 +128,10 @@ impl FusedKvDecoderConfig {
         let (kinds, _) = self.kinds();
         let rope = |kind: &LayerKind| kind.rope.clone().map(|rope| Rope::new(self.head_dim, rope));
         Ok(FusedKvDecoder {
-            embed_tokens: EmbeddingConfig::new(self.vocab_size, self.hidden_size)
-                .with_initializer(self.initializer())
-                .init(device),
+            embed_tokens: {
+                let shape = [self.vocab_size, self.hidden_size];
+                Embedding::new(shape, &self.initializer(), device)
+            },
             layers: (0..self.n_layers)
                 .map(|index| DecoderLayer::new(self, layout, index, device))
                 .collect(),
@@ -178,6 +184,95 @@ impl<B: Backend> FusedKvDecoder<B> {
         &self.plan.layout
     }
 
+    /// The float type that it computes in.
+    pub fn dtype(&self) -> DType {
+        self.norm.gamma.val().dtype()
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> B::Device {
+        self.norm.gamma.val().device()
+    }
+
+    /// Its matrices in another format, one after another; [`WeightFormat::Model`] is back to floats.
+    ///
+    /// ```
+    /// use fusedkv::backend::{Flex, FlexDevice};
+    /// use fusedkv::{FusedKvDecoderConfig, KvPlan, WeightFormat};
+    ///
+    /// let config = FusedKvDecoderConfig::tiny(256, KvPlan::FusedKv { storage_layers: 3 });
+    /// let model = config.init::<Flex>(&FlexDevice::default())?;
+    /// let bytes = model.weight_bytes();
+    /// let model = model.with_weights(WeightFormat::Int8)?;
+    /// assert!(model.weight_bytes() * 3 < bytes);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`WeightError::Unsupported`], [`WeightError::Overflow`].
+    pub fn with_weights(mut self, format: WeightFormat) -> Result<Self, WeightError> {
+        let dtype = self.dtype();
+        format.check::<B>(&self.device())?;
+        self.try_for_each_weight(|name, weight, outputs| {
+            let changed = weight.clone().into_format(format, dtype, outputs);
+            *weight = changed.map_err(|value| WeightError::Overflow {
+                tensor: name.to_owned(),
+                value,
+                format,
+            })?;
+            Ok(())
+        })?;
+        Ok(self)
+    }
+
+    /// Bytes of its matrices, as allocated.
+    pub fn weight_bytes(&self) -> usize {
+        self.weights()
+            .iter()
+            .map(|(_, weight)| weight.bytes())
+            .sum()
+    }
+
+    /// Every matrix, by its name in files.
+    pub(crate) fn weights(&self) -> Vec<(String, &Weight<B>)> {
+        let mut all = vec![(EMBEDDING.to_owned(), &self.embed_tokens.weight)];
+        for (i, layer) in self.layers.iter().enumerate() {
+            let attention = layer.self_attn.projections().into_iter();
+            let attention = attention.map(|(name, projection)| ("self_attn", name, projection));
+            let feed_forward = layer.mlp.projections().into_iter();
+            let feed_forward = feed_forward.map(|(name, projection)| ("mlp", name, projection));
+            all.extend(attention.chain(feed_forward).map(|(of, name, projection)| {
+                let name = format!("model.layers.{i}.{of}.{name}.weight");
+                (name, &projection.weight)
+            }));
+        }
+        all.extend((self.lm_head.iter()).map(|head| (HEAD.to_owned(), &head.weight)));
+        all
+    }
+
+    /// A function of every one of [`weights`](Self::weights), and the dimension of its outputs.
+    pub(crate) fn try_for_each_weight<E>(
+        &mut self,
+        mut f: impl FnMut(&str, &mut Weight<B>, usize) -> Result<(), E>,
+    ) -> Result<(), E> {
+        // An embedding is a projection's transpose.
+        f(EMBEDDING, &mut self.embed_tokens.weight, 0)?;
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            for (name, projection) in layer.self_attn.projections_mut() {
+                let name = format!("model.layers.{i}.self_attn.{name}.weight");
+                f(&name, &mut projection.weight, 1)?;
+            }
+            for (name, projection) in layer.mlp.projections_mut() {
+                let name = format!("model.layers.{i}.mlp.{name}.weight");
+                f(&name, &mut projection.weight, 1)?;
+            }
+        }
+        match &mut self.lm_head {
+            Some(head) => f(HEAD, &mut head.weight, 1),
+            None => Ok(()),
+        }
+    }
+
     /// Reads long prompts this many tokens of all rows at a time, at least one of each: activations
     /// then take memory for no more. Without it, as many as the backend is fastest with. The logits
     /// are the same but for rounding.
@@ -210,8 +305,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         batch: usize,
         capacity: usize,
     ) -> Result<FusedKvCache<B>, CacheError> {
-        let embedding = self.embed_tokens.weight.val();
-        let device = embedding.device();
+        let device = self.device();
         if B::ad_enabled(&device) {
             return Err(CacheError::Autodiff {
                 backend: B::name(&device),
@@ -222,7 +316,7 @@ impl<B: Backend> FusedKvDecoder<B> {
             batch,
             capacity,
             dtype,
-            embedding.dtype(),
+            self.dtype(),
             &device,
         )
     }
@@ -278,7 +372,7 @@ impl<B: Backend> FusedKvDecoder<B> {
     ) -> Result<impl Fn(KvPart, usize) -> Tensor<B, 4>, ForwardError> {
         let mut store = Uncached::new();
         self.uncached_walk(tokens, &mut store, None)?;
-        let dtype = self.embed_tokens.weight.val().dtype();
+        let dtype = self.dtype();
         Ok(move |part, layer| store.get(part, layer).float(dtype))
     }
 
@@ -363,7 +457,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         let [_, seq] = tokens.dims();
         // A row with few tokens among others' many still sees those before this pass.
         let ragged = tokens.padding().iter().any(|&padding| padding > 0);
-        let mut x = self.embed_tokens.forward(tokens.into_tensor());
+        let mut x = (self.embed_tokens).forward(tokens.into_tensor(), self.dtype());
         if let Some(scale) = self.config.block.embedding_scale {
             x = x * scale;
         }
@@ -397,7 +491,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         let x = self.norm.forward(x);
         let logits = match &self.lm_head {
             Some(head) => head.forward(x),
-            None => tied_head(x, self.embed_tokens.weight.val()),
+            None => self.embed_tokens.weight.transposed_product(x),
         };
         match self.config.block.logit_softcap {
             Some(cap) => (logits / cap).tanh() * cap,

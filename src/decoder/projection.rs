@@ -3,13 +3,13 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::kernels::linear;
+use super::weight::Weight;
 
 /// `x · weight + bias`.
 #[derive(Module, Debug)]
 pub struct Projection<B: Backend> {
     /// `[input, output]`.
-    pub weight: Param<Tensor<B, 2>>,
+    pub weight: Weight<B>,
     /// `[output]`.
     pub bias: Option<Param<Tensor<B, 1>>>,
 }
@@ -17,14 +17,14 @@ pub struct Projection<B: Backend> {
 impl<B: Backend> Projection<B> {
     /// A bias starts at 0.
     pub(super) fn new(
-        [input, output]: [usize; 2],
+        shape: [usize; 2],
         bias: bool,
         initializer: &Initializer,
         device: &B::Device,
     ) -> Self {
-        let shape = [input, output];
+        let [_, output] = shape;
         Self {
-            weight: initializer.init_with(shape, Some(input), Some(output), device),
+            weight: Weight::new(shape, initializer, device),
             bias: bias.then(|| Initializer::Zeros.init([output], device)),
         }
     }
@@ -33,10 +33,33 @@ impl<B: Backend> Projection<B> {
     /// - x: `[batch, seq, input]`
     /// - output: `[batch, seq, output]`
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let product = linear(x, self.weight.val());
+        let product = self.weight.product(x);
         match &self.bias {
             Some(bias) => product + bias.val().unsqueeze(),
             None => product,
         }
     }
 }
+
+/// The projections that a module has, by the names of its fields; the ones after the semicolon are
+/// optional.
+macro_rules! projections {
+    ($module:ident: $($field:ident),+ $(; $($optional:ident),+)?) => {
+        impl<B: Backend> $module<B> {
+            pub(super) fn projections(&self) -> Vec<(&'static str, &Projection<B>)> {
+                #[allow(unused_mut)]
+                let mut all = vec![$((stringify!($field), &self.$field)),+];
+                $($(all.extend(self.$optional.as_ref().map(|p| (stringify!($optional), p)));)+)?
+                all
+            }
+
+            pub(super) fn projections_mut(&mut self) -> Vec<(&'static str, &mut Projection<B>)> {
+                #[allow(unused_mut)]
+                let mut all = vec![$((stringify!($field), &mut self.$field)),+];
+                $($(all.extend(self.$optional.as_mut().map(|p| (stringify!($optional), p)));)+)?
+                all
+            }
+        }
+    };
+}
+pub(super) use projections;

@@ -135,7 +135,7 @@ fn unread<B: Backend>(
         }
         rest.push(&prompt[cached..]);
     }
-    let device = model.embed_tokens.weight.val().device();
+    let device = model.device();
     let batch = TokenBatch::from_rows(&rest, shape.vocab_size, &device)?;
     for (row, prompt) in prompts.iter().enumerate() {
         // No sum is beyond the largest number, which no decoder has positions for.
@@ -258,7 +258,7 @@ impl<'m, B: Backend> Generation<'m, B> {
                 if last.is_empty() {
                     return Ok(());
                 }
-                let device = self.model.embed_tokens.weight.val().device();
+                let device = self.model.device();
                 let vocab_size = self.model.config().vocab_size;
                 (TokenBatch::from_rows(&last, vocab_size, &device)?, 1)
             }

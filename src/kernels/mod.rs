@@ -11,6 +11,7 @@ mod cubecl;
 #[cfg(feature = "flex")]
 mod flex;
 pub(crate) mod operands;
+pub(crate) mod packed;
 pub(crate) mod stored;
 #[cfg(any(
     feature = "flex",
@@ -28,6 +29,7 @@ use burn::tensor::{BasicOps, DType, Tensor, backend::Backend};
 use attention::generic_attention;
 pub(crate) use attention::{blended, same_for_all_tokens};
 use operands::{FusionForm, Term, Visibility};
+use packed::Packed;
 #[cfg(any(
     feature = "flex",
     all(feature = "cubecl-attention", any(feature = "wgpu", feature = "cuda"))
@@ -49,11 +51,13 @@ macro_rules! kernel {
     }};
 }
 
-/// `x · weight` over the last dimension; `weight` is `[input, output]` in any layout.
+/// `x · weight` over the last dimension; `weight` is `[input, output]` in any layout, and is widened
+/// to the float type of `x`.
 pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tensor<B, 3> {
     if let Some(output) = own_linear(&x, &weight) {
         return output;
     }
+    let weight = weight.cast(x.dtype());
     // The rows of the whole batch are those of one product.
     let [batch, seq, width] = x.dims();
     let [_, output] = weight.dims();
@@ -68,9 +72,23 @@ pub(crate) fn tied_head<B: Backend>(x: Tensor<B, 3>, embedding: Tensor<B, 2>) ->
     if let Some(output) = own_linear(&x, &weight) {
         return output;
     }
+    let weight = weight.cast(x.dtype());
     let [batch, seq, width] = x.dims();
     let [_, vocab_size] = weight.dims();
     matmul(x.reshape([batch * seq, width]), weight).reshape([batch, seq, vocab_size])
+}
+
+/// [`linear`] by a matrix in fewer bits.
+pub(crate) fn linear_packed<B: Backend>(x: Tensor<B, 3>, weight: &Packed<B>) -> Tensor<B, 3> {
+    #[cfg(test)]
+    work::linear(x.dims(), weight.dims());
+    if let Some(output) = kernel!(linear_packed(&x, weight)) {
+        return output;
+    }
+    let [batch, seq, width] = x.dims();
+    let weight = weight.clone().widen(x.dtype());
+    let [_, output] = weight.dims();
+    matmul(x.reshape([batch * seq, width]), weight).reshape([batch, seq, output])
 }
 
 /// [`linear`] by a kernel of our own, where there is one.

@@ -5,6 +5,7 @@ use burn::tensor::Int;
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::operands::{Term, Visibility};
+use super::packed::Packed;
 
 /// The kernels of one backend. Each function computes what the one of its name in
 /// [`kernels`](super) documents, or returns none where the tensors are another backend's or of a
@@ -15,6 +16,10 @@ pub(super) trait Kernels {
     }
 
     fn linear<B: Backend>(_x: &Tensor<B, 3>, _weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
+        None
+    }
+
+    fn linear_packed<B: Backend>(_x: &Tensor<B, 3>, _weight: &Packed<B>) -> Option<Tensor<B, 3>> {
         None
     }
 

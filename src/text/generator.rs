@@ -15,7 +15,7 @@ use super::prompt::Prompt;
 use super::stop::StopStrings;
 use super::template::{ChatOptions, ChatTemplate};
 use crate::cache::CacheDtype;
-use crate::checkpoint::{WeightDtype, load_checkpoint};
+use crate::checkpoint::{LoadOptions, load_checkpoint};
 use crate::decoder::FusedKvDecoder;
 use crate::generate::{GenerationConfig, generate};
 use crate::tokenizer::{TextStream, Tokenizer};
@@ -68,18 +68,18 @@ impl<B: Backend> TextGenerator<B> {
     }
 
     /// Loads a model's directory: decoder, tokenizer, chat template if there is one, and the defaults
-    /// of `generation_config.json`.
+    /// of `generation_config.json`. `options` may be the decoder's float type alone.
     ///
     /// # Errors
     /// [`TextError::Checkpoint`] as [`load_checkpoint`], and [`TextError::NoTokenizer`].
     pub fn load(
         directory: impl AsRef<Path>,
-        dtype: WeightDtype,
+        options: impl Into<LoadOptions>,
         device: &B::Device,
     ) -> Result<Self, TextError> {
         let directory = directory.as_ref();
         let template = ChatTemplate::from_directory(directory)?;
-        let loaded = load_checkpoint::<B>(directory, dtype, device)?;
+        let loaded = load_checkpoint::<B>(directory, options, device)?;
         let tokenizer = loaded.tokenizer.ok_or_else(|| TextError::NoTokenizer {
             directory: directory.to_owned(),
         })?;

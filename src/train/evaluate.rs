@@ -63,7 +63,7 @@ pub fn evaluate<B: Backend>(
         });
     }
     windows.check_vocabulary(config.vocab_size)?;
-    let device = model.embed_tokens.weight.val().device();
+    let device = model.device();
     let has_answers = windows.has_answers();
     let (mut sum, mut targets) = (0.0, 0);
     let mut accuracy = Vec::new();

@@ -105,10 +105,10 @@ mod tests {
             // Queries, output and SwiGLU of a layer, keys and values, embedding and head.
             assert_eq!(count(Role::Matrix), 4 * 5 + 2 * stores + 2);
             for (id, role) in [
-                (attention.q_proj.weight.id, Role::Matrix),
+                (attention.q_proj.weight.id(), Role::Matrix),
                 (attention.q_norm.as_ref().unwrap().gamma.id, Role::Gain),
                 (model.norm.gamma.id, Role::Gain),
-                (model.embed_tokens.weight.id, Role::Matrix),
+                (model.embed_tokens.weight.id(), Role::Matrix),
             ] {
                 assert_eq!(roles.get(id), Some(role));
             }

@@ -190,7 +190,7 @@ mod tests {
         let output = TrainStep::step(&model, batch);
         let embedding = &model.embed_tokens.weight;
         assert_eq!(embedding.val().dtype(), DType::BF16);
-        let grad = output.grads.get::<Flex, 2>(embedding.id).unwrap();
+        let grad = output.grads.get::<Flex, 2>(embedding.id()).unwrap();
         assert_eq!(grad.dtype(), DType::F32);
     }
 

@@ -9,6 +9,7 @@ mod golden;
 #[path = "../suite/models.rs"]
 #[allow(dead_code)]
 mod models;
+mod packed;
 mod round_trip;
 mod saving;
 mod scoring;

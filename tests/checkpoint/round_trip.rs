@@ -8,7 +8,7 @@ use burn::tensor::{DType, TensorData};
 use burn_ndarray::NdArray;
 use fusedkv::backend::{Autodiff, Flex, FlexDevice};
 use fusedkv::checkpoint::{
-    CheckpointError, SaveOptions, WeightDtype, load_checkpoint, load_narrowed, save_checkpoint,
+    CheckpointError, LoadOptions, SaveOptions, WeightDtype, load_checkpoint, save_checkpoint,
 };
 use fusedkv::tokenizer::Tokenizer;
 use fusedkv::{BlockConfig, KvPlan};
@@ -149,7 +149,7 @@ fn a_tied_head_is_not_stored_and_its_copy_is_accepted() {
 
     let mut copied = untied.clone();
     let embedding = copied.embed_tokens.weight.val().transpose();
-    copied.lm_head.as_mut().unwrap().weight = burn::module::Param::from_tensor(embedding);
+    copied.lm_head.as_mut().unwrap().weight = burn::module::Param::from_tensor(embedding).into();
     save_checkpoint(path, &copied, &SaveOptions::new()).unwrap();
     tie();
     let loaded = load(path).unwrap().model;
@@ -192,7 +192,8 @@ fn a_directory_is_narrowed_to_a_plan() {
     let standard = model::<Flex>(&fixed(KvPlan::Standard), 3);
     save_checkpoint(directory.path(), &standard, &SaveOptions::new()).unwrap();
     let narrowed = |plan: &KvPlan| {
-        load_narrowed::<Flex>(directory.path(), plan, WeightDtype::F32, &FlexDevice)
+        let options = LoadOptions::new().with_plan(plan.clone());
+        load_checkpoint::<Flex>(directory.path(), options, &FlexDevice)
     };
     for plan in [
         KvPlan::Standard,

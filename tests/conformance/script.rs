@@ -24,7 +24,7 @@ pub fn run<B: Backend>(
     dtype: CacheDtype,
     steps: &[Step],
 ) -> Vec<Vec<f64>> {
-    let device = model.embed_tokens.weight.val().device();
+    let device = model.device();
     let appended = |step: &Step| match step {
         Step::Append(rows, _) => rows.iter().map(Vec::len).max().unwrap(),
         _ => 0,

@@ -17,4 +17,5 @@ mod records;
 mod schema;
 mod tokenizer;
 mod unfused;
+mod weights;
 mod windows;

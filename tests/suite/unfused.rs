@@ -28,7 +28,7 @@ fn standard_chunk(
     let rope = Rope::new(c.head_dim, RopeConfig::new(c.rope_theta));
     let angles = rope.range(past, seq, &Default::default());
     let heads = |x: Tensor<F64, 3>, n: usize| x.reshape([batch, seq, n, c.head_dim]);
-    let mut x = model.embed_tokens.forward(tokens.into_tensor());
+    let mut x = (model.embed_tokens).forward(tokens.into_tensor(), model.dtype());
     let mut fresh: StandardCache = vec![];
     for (i, layer) in model.layers.iter().enumerate() {
         let attn = &layer.self_attn;

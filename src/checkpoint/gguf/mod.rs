@@ -35,6 +35,7 @@ use super::directory;
 use super::numbers::WeightDtype;
 use super::save::{is_weights, write_json};
 use super::{CONFIG, GENERATION_CONFIG, TOKENIZER};
+use crate::decoder::WeightFormat;
 use crate::tokenizer::Tokenizer;
 
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
@@ -53,6 +54,7 @@ const OF_A_MODEL: [&str; 5] = [
 #[derive(Clone, Debug, Default)]
 pub struct GgufOptions {
     dtype: WeightDtype,
+    weights: WeightFormat,
 }
 
 impl GgufOptions {
@@ -64,7 +66,14 @@ impl GgufOptions {
     /// Writes weights as `dtype`.
     #[must_use]
     pub fn with_dtype(self, dtype: WeightDtype) -> Self {
-        Self { dtype }
+        Self { dtype, ..self }
+    }
+
+    /// Writes matrices in a format: [`WeightFormat::Int8`] has the codes and scales of a file of
+    /// Q8_0. All else is of the float type.
+    #[must_use]
+    pub fn with_weights(self, weights: WeightFormat) -> Self {
+        Self { weights, ..self }
     }
 }
 
@@ -106,7 +115,10 @@ pub fn import_gguf(
     let model = Model::of(&file)?;
     let rope = Rope::read(&mut file, &model)?;
     let keys = Keys::of(&file, model.architecture.name);
-    let config = config::config(&keys, &model, &rope, options.dtype)?;
+    let mut config = config::config(&keys, &model, &rope, options.dtype)?;
+    if options.weights == WeightFormat::Int8 {
+        super::config::mark_int8(&mut config);
+    }
     let vocabulary = Vocabulary::of(keys, &model)?;
     let mut files = vec![(CONFIG, config)];
     if let Some(vocabulary) = &vocabulary {
@@ -125,7 +137,7 @@ pub fn import_gguf(
         if tokenizer {
             check_tokenizer(file.path(), partial)?;
         }
-        weights::write(&mut file, &model, options.dtype, partial)
+        weights::write(&mut file, &model, (options.dtype, options.weights), partial)
     })?;
     let numbers = model
         .tensors

@@ -8,15 +8,19 @@ use super::error::GgufError;
 use super::file::GgufFile;
 use super::model::{Model, Planned};
 use crate::checkpoint::numbers::{Overflow, WeightDtype, encode};
-use crate::checkpoint::save::header;
+use crate::checkpoint::save::{Saved, file_header};
 use crate::checkpoint::{CheckpointError, WEIGHTS};
+use crate::decoder::{WeightError, WeightFormat};
 use crate::file::Replacement;
+use crate::kernels::packed::{Codes, PackedRows};
+use crate::parameters::TensorSpec;
 
-/// Writes the model's tensors as numbers of type `dtype`. Takes the memory of a piece of a tensor.
+/// Writes the model's tensors: matrices in a format, all else as numbers of type `dtype`. Takes the
+/// memory of a piece of a tensor, and of the scales.
 pub(super) fn write(
     file: &mut GgufFile,
     model: &Model,
-    dtype: WeightDtype,
+    (dtype, format): (WeightDtype, WeightFormat),
     directory: &Path,
 ) -> Result<(), GgufError> {
     let path = directory.join(WEIGHTS);
@@ -24,13 +28,24 @@ pub(super) fn write(
         path: path.clone(),
         source,
     };
-    let specs: Vec<_> = model
-        .tensors
-        .iter()
-        .map(|tensor| tensor.spec.clone())
-        .collect();
+    let saved = |spec: &TensorSpec| {
+        let format = match spec.shape.len() {
+            2 => format,
+            _ => WeightFormat::Model,
+        };
+        let unsaved = || CheckpointError::WeightFormat {
+            tensor: spec.name.clone(),
+            format,
+        };
+        Saved::of(format, dtype).ok_or_else(unsaved)
+    };
+    let specs = model.tensors.iter().map(|tensor| &tensor.spec);
+    let planned: Result<Vec<_>, _> = specs.map(|spec| Ok((spec, saved(spec)?))).collect();
+    let planned = planned.map_err(|error: CheckpointError| error)?;
     let mut out = Replacement::create(&path).map_err(failed)?;
-    out.write_all(&header(&specs, dtype)).map_err(failed)?;
+    out.write_all(&file_header(planned.iter().copied()))
+        .map_err(failed)?;
+    let mut scales = Vec::new();
     for Planned {
         source,
         spec,
@@ -51,6 +66,25 @@ pub(super) fn write(
                 Change::Interleaved => separate(numbers, model.head_dim, columns),
             }
             bytes.clear();
+            let dtype = match saved(spec)? {
+                Saved::Float(dtype) => dtype,
+                Saved::Int8 => {
+                    let mut packed =
+                        PackedRows::with_capacity(Codes::Int8, numbers.len() / columns, columns);
+                    packed
+                        .push(numbers)
+                        .map_err(|value| CheckpointError::Weight {
+                            path: path.clone(),
+                            source: WeightError::Overflow {
+                                tensor: spec.name.clone(),
+                                value,
+                                format,
+                            },
+                        })?;
+                    scales.extend(packed.scale_bytes());
+                    return Ok(out.write_all(&packed.code_bytes()).map_err(failed)?);
+                }
+            };
             let numbers = numbers.iter().map(|&number| f64::from(number));
             encode(numbers, dtype, &mut bytes).map_err(|Overflow(value)| {
                 CheckpointError::Overflow {
@@ -63,6 +97,7 @@ pub(super) fn write(
             Ok(out.write_all(&bytes).map_err(failed)?)
         })?;
     }
+    out.write_all(&scales).map_err(failed)?;
     Ok(out.finish().map_err(failed)?)
 }
 

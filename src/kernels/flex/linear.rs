@@ -1,12 +1,16 @@
-//! Matrix products with few rows: decoding. They read a weight once and are as fast as memory is;
-//! products with many rows are left to Flex, whose matrix kernels are good.
+//! Matrix products. Those with few rows, as in decoding, read a weight once and are as fast as memory
+//! is; those with many rows are left to Flex, whose matrix kernels are good, weights in fewer bits
+//! being widened for them.
 
-use burn::tensor::{Tensor, backend::Backend};
-use burn_flex::FlexTensor;
+use burn::tensor::ops::FloatTensorOps;
+use burn::tensor::{Shape, Tensor, TensorData, backend::Backend};
+use burn_flex::{Flex, FlexTensor};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::{ARCH, PARALLEL, f32_tensor, simd, tensor};
+use super::rows::{RowStorage, Rows};
+use super::{ARCH, PARALLEL, f32_tensor, simd, tensor, typed};
+use crate::kernels::packed::Packed;
 
 /// Rows up to which memory is the limit.
 const FEW: usize = 16;
@@ -18,27 +22,106 @@ const PARTS: usize = 8;
 /// Weight rows added in one pass over the sums.
 const UNROLL: usize = 4;
 
+/// Columns that are widened at a time: they stay in the first-level cache.
+const PIECE: usize = 1024;
+/// Numbers that are widened at a time for products of many rows.
+const TILE: usize = 1 << 22;
+
+/// By a weight of f32 with few rows of `x`; of f16 or bf16 with any number.
 pub(crate) fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
     let [batch, seq, input] = x.dims();
     let [_, output] = weight.dims();
     let rows = batch * seq;
-    if rows > FEW || input * output < PARALLEL {
-        return None;
+    let few = rows <= FEW && input * output >= PARALLEL;
+    if few
+        && let Some(weight) = f32_tensor(weight)
+        && let Some(weight) = weight.as_slice::<f32>()
+    {
+        let x = f32_tensor(x)?.to_contiguous();
+        let values = by_input(x.as_slice()?, weight, rows, output);
+        return tensor(values, [batch, seq, output]);
     }
-    let (x, weight) = (f32_tensor(x)?.to_contiguous(), f32_tensor(weight)?);
-    let x = x.as_slice::<f32>()?;
-    let values = if let Some(weight) = weight.as_slice::<f32>() {
-        by_input(x, weight, rows, output)
-    } else {
-        by_output(x, transposed(&weight)?.as_slice::<f32>()?, rows, output)
-    };
+    let weight = RowStorage::transposed(weight)?;
+    match few || !weight.is_f32() {
+        true => by_rows(x, &weight, output),
+        false => None,
+    }
+}
+
+/// By a matrix in groups.
+pub(crate) fn linear_packed<B: Backend>(
+    x: &Tensor<B, 3>,
+    weight: &Packed<B>,
+) -> Option<Tensor<B, 3>> {
+    let [_, output] = weight.dims();
+    by_rows(x, &RowStorage::packed(weight)?, output)
+}
+
+fn by_rows<B: Backend>(
+    x: &Tensor<B, 3>,
+    weight: &RowStorage,
+    output: usize,
+) -> Option<Tensor<B, 3>> {
+    let [batch, seq, _] = x.dims();
+    let rows = batch * seq;
+    let x = f32_tensor(x)?.to_contiguous();
+    let weight = weight.rows()?;
+    if rows > FEW {
+        let products = by_tile(&x, weight, rows, output)?;
+        return typed(products.reshape(Shape::new([batch, seq, output])));
+    }
+    let values = by_output(x.as_slice()?, weight, rows, output);
     tensor(values, [batch, seq, output])
 }
 
-/// The tensor whose transpose `weight` is, if that lies in one piece.
-fn transposed(weight: &FlexTensor) -> Option<FlexTensor> {
-    let weight = weight.transpose(0, 1);
-    weight.is_contiguous().then_some(weight)
+/// Products of many rows by Flex's, of a tile of the weight at a time.
+fn by_tile(x: &FlexTensor, weight: Rows<'_>, rows: usize, output: usize) -> Option<FlexTensor> {
+    let input = weight.columns();
+    let x = x.reshape(Shape::new([rows, input]));
+    let of_tile = |first: usize, width: usize| {
+        let mut numbers = vec![0.0; width * input];
+        let row = |(j, to): (usize, &mut [f32])| {
+            ARCH.dispatch(Widened {
+                weight,
+                row: first + j,
+                to,
+            });
+        };
+        numbers.par_chunks_mut(input).enumerate().for_each(row);
+        let tile = FlexTensor::from_data(TensorData::new(numbers, [width, input]));
+        Flex::float_matmul(x.clone(), tile.transpose(0, 1))
+    };
+    let width = (TILE / input).clamp(1, output);
+    if width == output {
+        return Some(of_tile(0, output));
+    }
+    let mut values = vec![0.0; rows * output];
+    for first in (0..output).step_by(width) {
+        let width = width.min(output - first);
+        let products = of_tile(first, width);
+        let products = products.as_slice::<f32>()?.par_chunks(width);
+        let to = values.par_chunks_mut(output).zip(products);
+        to.for_each(|(to, products)| to[first..first + width].copy_from_slice(products));
+    }
+    let values = TensorData::new(values, [rows, output]);
+    Some(FlexTensor::from_data(values))
+}
+
+/// A row of a weight as f32.
+struct Widened<'a> {
+    weight: Rows<'a>,
+    row: usize,
+    to: &'a mut [f32],
+}
+
+impl WithSimd for Widened<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        self.weight
+            .piece(self.row, 0..self.weight.columns(), self.to);
+    }
 }
 
 /// `weight` is `[input, output]`, row after row: sums over its rows, for blocks of columns and parts
@@ -132,17 +215,17 @@ fn add_rows<S: Simd>(simd: S, x: &[f32], weights: [&[f32]; UNROLL], sums: &mut [
 }
 
 /// `weight` is `[output, input]`, row after row, as an embedding is: one product per row.
-fn by_output(x: &[f32], weight: &[f32], rows: usize, output: usize) -> Vec<f32> {
-    let input = weight.len() / output;
+fn by_output(x: &[f32], weight: Rows<'_>, rows: usize, output: usize) -> Vec<f32> {
     let width = COLUMNS.min(output.div_ceil(rayon::current_num_threads()));
-    let blocks: Vec<Vec<f32>> = weight
-        .par_chunks(width * input)
-        .map(|weight| {
-            let mut products = vec![0.0; rows * (weight.len() / input)];
+    let blocks: Vec<Vec<f32>> = (0..output.div_ceil(width))
+        .into_par_iter()
+        .map(|block| {
+            let outputs = block * width..((block + 1) * width).min(output);
+            let mut products = vec![0.0; rows * outputs.len()];
             ARCH.dispatch(Products {
                 x,
                 weight,
-                input,
+                outputs,
                 products: &mut products,
             });
             products
@@ -158,11 +241,11 @@ fn by_output(x: &[f32], weight: &[f32], rows: usize, output: usize) -> Vec<f32> 
     values
 }
 
-/// x[row] · weight[j] for all rows and j.
+/// x[row] · weight[j] for all rows and some j.
 struct Products<'a> {
     x: &'a [f32],
-    weight: &'a [f32],
-    input: usize,
+    weight: Rows<'a>,
+    outputs: std::ops::Range<usize>,
     products: &'a mut [f32],
 }
 
@@ -171,10 +254,15 @@ impl WithSimd for Products<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let width = self.weight.len() / self.input;
-        for (j, weight) in self.weight.chunks(self.input).enumerate() {
-            for (row, x) in self.x.chunks(self.input).enumerate() {
-                self.products[row * width + j] = simd::dot(simd, x, weight);
+        let (width, input) = (self.outputs.len(), self.weight.columns());
+        let mut scratch = [0.0; PIECE];
+        for (j, output) in self.outputs.enumerate() {
+            for from in (0..input).step_by(PIECE) {
+                let piece = from..(from + PIECE).min(input);
+                let weight = self.weight.piece(output, piece.clone(), &mut scratch);
+                for (row, x) in self.x.chunks(input).enumerate() {
+                    self.products[row * width + j] += simd::dot(simd, &x[piece.clone()], weight);
+                }
             }
         }
     }

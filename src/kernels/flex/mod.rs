@@ -13,6 +13,7 @@ mod autodiff;
 mod heads;
 mod linear;
 mod pointwise;
+mod rows;
 mod simd;
 #[cfg(test)]
 mod tests;
@@ -31,10 +32,11 @@ pub(super) use adam_w::adam_w;
 pub(super) use assign::assign_rows;
 use attention::attention;
 use heads::{rope, swap_heads};
-use linear::linear;
+use linear::{linear, linear_packed};
 use pointwise::{rms_norm, swiglu};
 
 use super::operands::{Term, Visibility};
+use super::packed::Packed;
 use super::table::Kernels;
 
 /// The instruction set of this processor.
@@ -66,6 +68,10 @@ impl Kernels for FlexKernels {
 
     fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
         plain_or_tracked!(linear(x, weight))
+    }
+
+    fn linear_packed<B: Backend>(x: &Tensor<B, 3>, weight: &Packed<B>) -> Option<Tensor<B, 3>> {
+        linear_packed(x, weight)
     }
 
     fn attention<B: Backend>(
@@ -132,8 +138,11 @@ fn int_tensor<B: Backend, const D: usize>(tensor: &Tensor<B, D, Int>) -> Option<
 
 /// A new tensor; `B` is Flex.
 fn tensor<B: Backend, const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Option<Tensor<B, D>> {
-    let data = TensorData::new(values, shape);
-    let tensor = FlexTensor::from_data(data);
+    typed(FlexTensor::from_data(TensorData::new(values, shape)))
+}
+
+/// The tensor itself; `B` is Flex.
+fn typed<B: Backend, const D: usize>(tensor: FlexTensor) -> Option<Tensor<B, D>> {
     downcast(Tensor::<Flex, D>::from_primitive(TensorPrimitive::Float(
         tensor,
     )))

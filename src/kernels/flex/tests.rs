@@ -13,7 +13,9 @@ use super::*;
 use crate::holes::Holes;
 use crate::kernels::attention::generic_attention;
 use crate::kernels::operands::{Term, Visibility};
+use crate::kernels::packed::{Codes, Packed, PackedRows};
 use crate::kernels::stored::Stored;
+use crate::numbers::numbers;
 
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<Flex, D> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), &FlexDevice)
@@ -107,6 +109,34 @@ proptest! {
         assert_same(found, expected * scale);
     }
 
+    /// Widths that do and do not fill a group or a vector, rows on both sides of where tiles begin.
+    #[test]
+    fn a_matrix_in_fewer_bits_is_multiplied_as_what_it_is(
+        rows in prop_oneof![1usize..20, 30usize..70],
+        input in 1usize..300,
+        output in 1usize..300,
+        format in 0usize..4,
+    ) {
+        let x = random([1, rows, input]);
+        let weight = random([output, input]);
+        let found = match format {
+            0 | 1 => {
+                let weight = weight.cast([DType::F16, DType::BF16][format]).transpose();
+                let wide = weight.clone().cast(DType::F32);
+                (linear(&x, &weight), wide)
+            }
+            _ => {
+                let codes = [Codes::Int8, Codes::Int4][format - 2];
+                let mut packed = PackedRows::with_capacity(codes, output, input);
+                packed.push(&numbers(weight)).unwrap();
+                let weight = Packed::new(packed, &FlexDevice).transpose();
+                (linear_packed(&x, &weight), weight.widen(DType::F32))
+            }
+        };
+        let expected = burn::tensor::module::linear(x, found.1, None);
+        assert_same(found.0, expected);
+    }
+
     #[test]
     fn norms_are_burns(rows in 1usize..200, width in 1usize..400) {
         let mut norm = RmsNormConfig::new(width).with_epsilon(1e-5).init::<Flex>(&FlexDevice);
@@ -148,6 +178,18 @@ proptest! {
         );
         assert_same(found, expected);
     }
+}
+
+/// A matrix that is widened in several tiles, the last of them smaller.
+#[test]
+fn a_large_matrix_is_widened_in_tiles() {
+    let (input, output) = (2100, 2100);
+    let (x, weight) = (random([1, 17, input]), random([output, input]));
+    let weight = weight.cast(DType::BF16).transpose();
+    let expected = burn::tensor::module::linear(x.clone(), weight.clone().cast(DType::F32), None);
+    let scale = (input as f64).sqrt().recip();
+    let found = linear(&x, &weight).map(|found| found * scale);
+    assert_same(found, expected * scale);
 }
 
 #[test]

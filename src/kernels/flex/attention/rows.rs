@@ -6,6 +6,7 @@ use burn::tensor::{DType, backend::Backend};
 use burn_flex::FlexTensor;
 use half::{bf16, f16};
 
+use super::super::simd::{widen_bf16, widen_f16};
 use super::super::{float_tensor, int_tensor};
 use crate::kernels::stored::Stored;
 
@@ -116,14 +117,17 @@ impl<'a> Rows<'a> {
             Numbers::F16(rows) => {
                 for (to, key) in scratch.chunks_exact_mut(width).zip(range) {
                     let row = &rows[key * stride..][..width];
-                    to.iter_mut().zip(row).for_each(|(to, x)| *to = widen(*x));
+                    to.iter_mut()
+                        .zip(row)
+                        .for_each(|(to, x)| *to = widen_f16(*x));
                 }
             }
             Numbers::Bf16(rows) => {
                 for (to, key) in scratch.chunks_exact_mut(width).zip(range) {
                     let row = &rows[key * stride..][..width];
-                    let widen = |x: bf16| f32::from_bits(u32::from(x.to_bits()) << 16);
-                    to.iter_mut().zip(row).for_each(|(to, x)| *to = widen(*x));
+                    to.iter_mut()
+                        .zip(row)
+                        .for_each(|(to, x)| *to = widen_bf16(*x));
                 }
             }
             Numbers::Int8(rows, scales) => {
@@ -190,39 +194,5 @@ impl<'a> Blend<'a> {
             }
         }
         blend
-    }
-}
-
-/// The number itself, by arithmetic that compilers turn into vectors: the exponent is moved to its
-/// place and its bias corrected by a product, which is exact and also right for subnormal numbers.
-/// What is not finite has all bits of the exponent set in both.
-#[inline(always)]
-fn widen(x: f16) -> f32 {
-    /// 2^112: biases of 127 against 15.
-    const BIAS: f32 = f32::from_bits((127 + 112) << 23);
-    let bits = u32::from(x.to_bits());
-    let not_finite = if bits & 0x7c00 == 0x7c00 {
-        0xff << 23
-    } else {
-        0
-    };
-    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * BIAS;
-    f32::from_bits(magnitude.to_bits() | not_finite | (bits & 0x8000) << 16)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_half_is_widened_to_itself() {
-        for bits in 0..=u16::MAX {
-            let x = f16::from_bits(bits);
-            if x.is_nan() {
-                assert!(widen(x).is_nan(), "{bits:#x}");
-            } else {
-                assert_eq!(widen(x).to_bits(), x.to_f32().to_bits(), "{bits:#x}");
-            }
-        }
     }
 }

@@ -1,0 +1,427 @@
+//! Matrices in fewer bits than a float has.
+
+use burn::tensor::{
+    DType, ElementConversion, Int, IntDType, Tensor, TensorData, backend::Backend, f16,
+};
+
+/// Neighbours in a row that share a scale.
+pub(crate) const GROUP: usize = 32;
+
+/// How the numbers of a group are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Codes {
+    /// code · scale, a code being a byte from −127 to 127.
+    Int8,
+    /// code · scale + offset, a code being half a byte, 0 to 15: byte j of a group's 16 has number j
+    /// in its lower half and number j + 16 in its upper.
+    Int4,
+}
+
+impl Codes {
+    /// Bytes of a group's codes.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::Int8 => GROUP,
+            Self::Int4 => GROUP / 2,
+        }
+    }
+}
+
+/// Rows of a matrix as they are packed, one after another.
+///
+/// A row that is no multiple of 32 wide ends with a group whose last numbers are 0 and nobody's.
+#[derive(Clone, Debug)]
+pub(crate) struct PackedRows {
+    pub codes: Codes,
+    pub columns: usize,
+    /// `[rows, groups, bytes of a group]`.
+    pub bytes: Vec<i8>,
+    /// `[rows, groups]`.
+    pub scales: Vec<f16>,
+    /// `[rows, groups]` where numbers have them.
+    pub offsets: Vec<f16>,
+}
+
+impl PackedRows {
+    pub fn with_capacity(codes: Codes, rows: usize, columns: usize) -> Self {
+        let groups = rows * columns.div_ceil(GROUP);
+        Self {
+            codes,
+            columns,
+            bytes: Vec::with_capacity(groups * codes.bytes()),
+            scales: Vec::with_capacity(groups),
+            offsets: Vec::with_capacity(if codes == Codes::Int4 { groups } else { 0 }),
+        }
+    }
+
+    /// Appends any number of whole rows.
+    ///
+    /// # Errors
+    /// A number that is none, or that no scale is large enough for.
+    pub fn push(&mut self, rows: &[f32]) -> Result<(), f32> {
+        let limit = match self.codes {
+            Codes::Int8 => f16::MAX.to_f32() * 127.0,
+            // An offset is f16 itself, and a scale spans twice the largest.
+            Codes::Int4 => f16::MAX.to_f32(),
+        };
+        if let Some(&x) = rows.iter().find(|x| x.is_nan() || x.abs() > limit) {
+            return Err(x);
+        }
+        for row in rows.chunks(self.columns) {
+            for group in row.chunks(GROUP) {
+                let mut numbers = [0.0; GROUP];
+                numbers[..group.len()].copy_from_slice(group);
+                match self.codes {
+                    Codes::Int8 => self.push_int8(&numbers),
+                    Codes::Int4 => self.push_int4(&numbers, group.len()),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends a row of 8-bit codes and their scales as they are.
+    #[cfg(feature = "checkpoint")]
+    pub fn push_codes(&mut self, codes: &[i8], scales: &[f16]) {
+        let padding = codes.len().next_multiple_of(GROUP) - codes.len();
+        self.bytes.extend_from_slice(codes);
+        self.bytes.extend(std::iter::repeat_n(0, padding));
+        self.scales.extend_from_slice(scales);
+    }
+
+    /// 8-bit codes as files have them: none beyond a row's columns.
+    #[cfg(feature = "checkpoint")]
+    pub fn code_bytes(&self) -> Vec<u8> {
+        let rows = self.bytes.chunks(self.columns.next_multiple_of(GROUP));
+        let codes = rows.flat_map(|row| &row[..self.columns]);
+        codes.map(|&code| code as u8).collect()
+    }
+
+    /// Scales as files have them.
+    #[cfg(feature = "checkpoint")]
+    pub fn scale_bytes(&self) -> Vec<u8> {
+        let scales = self.scales.iter();
+        scales.flat_map(|scale| scale.to_le_bytes()).collect()
+    }
+
+    /// The scale is the largest magnitude / 127, rounded so that no code is beyond 127.
+    fn push_int8(&mut self, group: &[f32; GROUP]) {
+        let largest = group.iter().fold(0f32, |max, x| max.max(x.abs()));
+        let scale = not_below(largest / 127.0);
+        self.scales.push(scale);
+        let inverse = inverse(scale);
+        let code = |x: &f32| (x * inverse).round().clamp(-127.0, 127.0) as i8;
+        self.bytes.extend(group.iter().map(code));
+    }
+
+    /// Scale and offset are those of the smallest squared error among a few: from the least to the
+    /// largest number, and what linear regression on the codes makes of it.
+    fn push_int4(&mut self, group: &[f32; GROUP], len: usize) {
+        let numbers = &group[..len];
+        let least = numbers.iter().copied().fold(f32::INFINITY, f32::min);
+        let most = numbers.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut tried = (not_below((most - least) / 15.0), f16::from_f32(least));
+        let (mut best, mut error) = (tried, f32::INFINITY);
+        for _ in 0..5 {
+            let (scale, offset) = (tried.0.to_f32(), tried.1.to_f32());
+            let inverse = inverse(tried.0);
+            let code = |x: f32| nibble(x, offset, inverse);
+            let off = |x: f32| (f32::from(code(x)) * scale + offset - x).powi(2);
+            let now: f32 = numbers.iter().map(|&x| off(x)).sum();
+            if now >= error {
+                break;
+            }
+            (best, error) = (tried, now);
+            let n = len as f32;
+            let mean_code = numbers.iter().map(|&x| f32::from(code(x))).sum::<f32>() / n;
+            let mean = numbers.iter().sum::<f32>() / n;
+            let (mut covariance, mut variance) = (0.0, 0.0);
+            for &x in numbers {
+                let from_mean = f32::from(code(x)) - mean_code;
+                covariance += from_mean * (x - mean);
+                variance += from_mean * from_mean;
+            }
+            if variance == 0.0 {
+                break;
+            }
+            let slope = covariance / variance;
+            tried = (
+                f16::from_f32(slope),
+                f16::from_f32(mean - slope * mean_code),
+            );
+        }
+        let (scale, offset) = best;
+        self.scales.push(scale);
+        self.offsets.push(offset);
+        let (offset, inverse) = (offset.to_f32(), inverse(scale));
+        let (low, high) = group.split_at(GROUP / 2);
+        let byte = |(&low, &high): (&f32, &f32)| {
+            (nibble(low, offset, inverse) | nibble(high, offset, inverse) << 4) as i8
+        };
+        self.bytes.extend(low.iter().zip(high).map(byte));
+    }
+}
+
+/// The code of a number, 0 to 15.
+fn nibble(x: f32, offset: f32, inverse: f32) -> u8 {
+    ((x - offset) * inverse).round().clamp(0.0, 15.0) as u8
+}
+
+/// The f16 next to `x`, or above it where the next one is too small by so much that codes would be
+/// cut off: among the subnormal ones.
+fn not_below(x: f32) -> f16 {
+    let next = f16::from_f32(x);
+    match next.to_f32() * 1.003 < x {
+        true => f16::from_bits(next.to_bits() + 1),
+        false => next,
+    }
+}
+
+/// 1 / scale; 0 where all numbers are the same, whose codes are then 0.
+fn inverse(scale: f16) -> f32 {
+    match scale.to_f32() {
+        0.0 => 0.0,
+        scale => scale.recip(),
+    }
+}
+
+/// A matrix `[rows, columns]` in groups of [`GROUP`] along its rows, or the transpose of one.
+#[derive(Clone, Debug)]
+pub(crate) struct Packed<B: Backend> {
+    pub kind: Codes,
+    pub columns: usize,
+    /// `[rows, groups · bytes of a group]`, bytes.
+    pub codes: Tensor<B, 2, Int>,
+    /// `[rows, groups]`, f16 where the backend has it: each is the same in f32.
+    pub scales: Tensor<B, 2>,
+    /// The same, where numbers have them.
+    pub offsets: Option<Tensor<B, 2>>,
+    /// Whether it is the transpose.
+    pub transposed: bool,
+}
+
+impl<B: Backend> Packed<B> {
+    pub fn new(rows: PackedRows, device: &B::Device) -> Self {
+        let groups = rows.columns.div_ceil(GROUP);
+        let n_rows = rows.scales.len() / groups;
+        let dtype = match B::supports_dtype(device, DType::F16) {
+            true => DType::F16,
+            false => DType::F32,
+        };
+        let floats = |numbers: Vec<f16>| {
+            Tensor::from_data(TensorData::new(numbers, [n_rows, groups]), (device, dtype))
+        };
+        let codes = TensorData::new(rows.bytes, [n_rows, groups * rows.codes.bytes()]);
+        Self {
+            kind: rows.codes,
+            columns: rows.columns,
+            codes: Tensor::from_data(codes, (device, DType::I8)),
+            scales: floats(rows.scales),
+            offsets: (rows.codes == Codes::Int4).then(|| floats(rows.offsets)),
+            transposed: false,
+        }
+    }
+
+    pub fn dims(&self) -> [usize; 2] {
+        let [rows, _] = self.codes.dims();
+        match self.transposed {
+            true => [self.columns, rows],
+            false => [rows, self.columns],
+        }
+    }
+
+    pub fn transpose(mut self) -> Self {
+        self.transposed = !self.transposed;
+        self
+    }
+
+    pub fn device(&self) -> B::Device {
+        self.codes.device()
+    }
+
+    /// Every tensor through a function of its own kind.
+    pub fn map<C: Backend>(
+        self,
+        codes: impl FnOnce(Tensor<B, 2, Int>) -> Tensor<C, 2, Int>,
+        floats: impl Fn(Tensor<B, 2>) -> Tensor<C, 2>,
+    ) -> Packed<C> {
+        Packed {
+            kind: self.kind,
+            columns: self.columns,
+            codes: codes(self.codes),
+            scales: floats(self.scales),
+            offsets: self.offsets.map(floats),
+            transposed: self.transposed,
+        }
+    }
+
+    /// Rows of what is not transposed.
+    pub fn select(self, rows: Tensor<B, 1, Int>) -> Self {
+        let codes = |codes: Tensor<B, 2, Int>| codes.select(0, rows.clone());
+        self.map(codes, |floats| floats.select(0, rows.clone()))
+    }
+
+    /// What it is made of, on the host, of what is not transposed.
+    #[cfg(feature = "checkpoint")]
+    pub fn into_rows(self) -> PackedRows {
+        let floats = |x: Tensor<B, 2>| x.into_data().iter().collect();
+        PackedRows {
+            codes: self.kind,
+            columns: self.columns,
+            bytes: self.codes.into_data().iter().collect(),
+            scales: floats(self.scales),
+            offsets: self.offsets.map(floats).unwrap_or_default(),
+        }
+    }
+
+    /// As floats of type `dtype`, computed in f32.
+    pub fn widen(self, dtype: DType) -> Tensor<B, 2> {
+        let (transposed, columns) = (self.transposed, self.columns);
+        let [rows, groups] = self.scales.dims();
+        let codes = self.codes.reshape([rows, groups, self.kind.bytes()]);
+        let codes = match self.kind {
+            Codes::Int8 => codes,
+            Codes::Int4 => {
+                let bytes = codes.cast(IntDType::I32).bitwise_and_scalar(0xff.elem());
+                let low = bytes.clone().bitwise_and_scalar(0x0f.elem());
+                Tensor::cat(vec![low, bytes.bitwise_right_shift_scalar(4.elem())], 2)
+            }
+        };
+        let of_groups = |floats: Tensor<B, 2>| floats.cast(DType::F32).unsqueeze_dim::<3>(2);
+        let numbers = codes.float().cast(DType::F32) * of_groups(self.scales);
+        let numbers = match self.offsets {
+            Some(offsets) => numbers + of_groups(offsets),
+            None => numbers,
+        };
+        let numbers = numbers
+            .reshape([rows, groups * GROUP])
+            .narrow(1, 0, columns);
+        let numbers = match transposed {
+            true => numbers.transpose(),
+            false => numbers,
+        };
+        numbers.cast(dtype)
+    }
+
+    /// Bytes of the tensors as allocated.
+    pub fn bytes(&self) -> usize {
+        let floats = |x: &Tensor<B, 2>| x.shape().num_elements() * x.dtype().size();
+        self.codes.shape().num_elements() * self.codes.dtype().size()
+            + floats(&self.scales)
+            + self.offsets.as_ref().map_or(0, floats)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What the codes say, by the definition.
+    fn numbers(packed: &PackedRows) -> Vec<f64> {
+        let per_row = packed.columns.div_ceil(GROUP);
+        let mut numbers = Vec::new();
+        for (row, scales) in packed.scales.chunks(per_row).enumerate() {
+            for column in 0..packed.columns {
+                let (group, j) = (column / GROUP, column % GROUP);
+                let bytes = &packed.bytes[(row * per_row + group) * packed.codes.bytes()..];
+                let scale = scales[group].to_f64();
+                numbers.push(match packed.codes {
+                    Codes::Int8 => f64::from(bytes[j]) * scale,
+                    Codes::Int4 => {
+                        let byte = bytes[j % 16] as u8;
+                        let code = if j < 16 { byte & 15 } else { byte >> 4 };
+                        f64::from(code) * scale + packed.offsets[row * per_row + group].to_f64()
+                    }
+                });
+            }
+        }
+        numbers
+    }
+
+    fn any_rows() -> impl Strategy<Value = (usize, Vec<f32>)> {
+        (1usize..4, 1usize..80, -18i32..9, -1f32..1.0).prop_flat_map(
+            |(rows, columns, exponent, shift)| {
+                let number = (-1f32..1.0).prop_map(move |x| (x + shift) * 2f32.powi(exponent));
+                prop::collection::vec(number, rows * columns).prop_map(move |x| (columns, x))
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn a_number_is_off_by_half_a_step_of_its_group(
+            (columns, x) in any_rows(),
+            codes in prop::sample::select(vec![Codes::Int8, Codes::Int4]),
+        ) {
+            let mut packed = PackedRows::with_capacity(codes, x.len() / columns, columns);
+            packed.push(&x).unwrap();
+            let found = numbers(&packed);
+            for (x, found) in x.chunks(columns).zip(found.chunks(columns)) {
+                for (x, found) in x.chunks(GROUP).zip(found.chunks(GROUP)) {
+                    let largest = x.iter().fold(0f64, |max, x| max.max(f64::from(x.abs())));
+                    let (least, most) = x.iter().fold((f64::MAX, f64::MIN), |(least, most), &x| {
+                        (least.min(x.into()), most.max(x.into()))
+                    });
+                    let squares = x.iter().zip(found).map(|(x, y)| (f64::from(*x) - y).powi(2));
+                    let rms = (squares.sum::<f64>() / x.len() as f64).sqrt();
+                    // Half a step, what f16 makes of the scale over all codes, and its least number.
+                    let step = match codes {
+                        Codes::Int8 => largest / 127.0 * 1.01,
+                        Codes::Int4 => (most - least) / 15.0 * 1.01 + largest * 2f64.powi(-9),
+                    } + 2f64.powi(-24);
+                    prop_assert!(rms <= step / 2.0 + 15.0 * 2f64.powi(-24), "{rms} {step}");
+                    if codes == Codes::Int8 {
+                        for (x, y) in x.iter().zip(found) {
+                            let off = (f64::from(*x) - y).abs();
+                            prop_assert!(off <= step * 0.7, "{x} {y} {step}");
+                        }
+                    }
+                }
+            }
+        }
+
+        /// Numbers that are on a grid of 16 steps are kept.
+        #[test]
+        fn a_grid_of_sixteen_is_exact(
+            codes in prop::collection::vec(0u8..16, GROUP),
+            scale in 1u8..100,
+            offset in -100i8..100,
+        ) {
+            let mut codes = codes;
+            (codes[3], codes[20]) = (0, 15);
+            let number = |&code: &u8| f32::from(code) * f32::from(scale) / 1024.0 + f32::from(offset) / 64.0;
+            let x: Vec<f32> = codes.iter().map(number).collect();
+            let mut packed = PackedRows::with_capacity(Codes::Int4, 1, GROUP);
+            packed.push(&x).unwrap();
+            let found: Vec<f32> = numbers(&packed).iter().map(|&x| x as f32).collect();
+            prop_assert_eq!(found, x);
+        }
+    }
+
+    #[cfg(feature = "flex")]
+    proptest! {
+        #[test]
+        fn widening_is_the_definition(
+            (columns, x) in any_rows(),
+            codes in prop::sample::select(vec![Codes::Int8, Codes::Int4]),
+            transposed in any::<bool>(),
+        ) {
+            use burn_flex::{Flex, FlexDevice};
+
+            let mut rows = PackedRows::with_capacity(codes, x.len() / columns, columns);
+            rows.push(&x).unwrap();
+            let expected = numbers(&rows);
+            let packed = Packed::<Flex>::new(rows, &FlexDevice);
+            let found = match transposed {
+                true => packed.transpose().widen(DType::F32).transpose(),
+                false => packed.widen(DType::F32),
+            };
+            prop_assert_eq!(found.dims(), [x.len() / columns, columns]);
+            for (found, expected) in found.into_data().iter::<f64>().zip(expected) {
+                prop_assert!((found - expected).abs() <= 1e-6 * expected.abs().max(1e-2), "{found} {expected}");
+            }
+        }
+    }
+}
