@@ -28,7 +28,7 @@ use std::time::Instant;
 
 use burn::tensor::backend::Backend;
 use clap::Parser;
-use fusedkv::{CacheDtype, FusedKvDecoder, Logits, TokenBatch};
+use fusedkv::{CacheDtype, FusedKvDecoder, Logits, TokenBatch, WeightFormat};
 
 use backend::{BackendName, Program, exit_code};
 use bandwidth::read_bandwidth;
@@ -62,9 +62,12 @@ struct Args {
     /// Turns each method takes
     #[arg(long, default_value_t = 3)]
     repeats: usize,
-    /// Numbers the caches keep: model, f32, f16, bf16 or int8
-    #[arg(long, default_value = "model")]
-    cache: CacheDtype,
+    /// Formats of the matrices, each with every method: model, f16, bf16, int8 or int4
+    #[arg(long, value_delimiter = ',', default_value = "model")]
+    weights: Vec<WeightFormat>,
+    /// Numbers the caches keep, with each of those: model, f32, f16, bf16 or int8
+    #[arg(long, value_delimiter = ',', default_value = "model")]
+    cache: Vec<CacheDtype>,
     /// Vocabularies to draw from, with the first method's decoder; without a number none
     #[arg(long, value_delimiter = ',', num_args = 0.., default_value = "32000,151936")]
     vocabularies: Vec<usize>,
@@ -94,28 +97,30 @@ impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
         check_place(&self.out)?;
         let positions = self.prompts.iter().max().unwrap_or(&0) + self.decode;
-        let methods = self
-            .methods
-            .iter()
-            .map(|name| {
-                Ok((
-                    name.clone(),
-                    self.shape.config(name, positions)?.init::<B>(device)?,
-                ))
-            })
-            .collect::<Result<Vec<_>, Box<dyn Error>>>()?;
+        let mut subjects = Vec::new();
+        for method in &self.methods {
+            let model = self.shape.config(method, positions)?.init::<B>(device)?;
+            for &weights in &self.weights {
+                let model = model.clone().with_weights(weights)?;
+                subjects.extend(self.cache.iter().map(|&cache| Subject {
+                    name: name(method, weights, cache),
+                    model: model.clone(),
+                    cache,
+                }));
+            }
+        }
         let mut report = Report::new(B::name(device), read_bandwidth());
         println!("{}", report.heading());
         for &batch in &self.batches {
             for &prompt in &self.prompts {
-                let mut cases: Vec<Case> = methods
+                let cases = subjects
                     .iter()
-                    .map(|(name, model)| Case::new(name, batch, prompt, model.config()))
-                    .collect::<Result<_, _>>()?;
+                    .map(|Subject { name, model, .. }| Case::new(name, batch, prompt, model));
+                let mut cases = cases.collect::<Result<Vec<Case>, _>>()?;
                 // One turn to warm up, which is not counted.
                 for turn in 0..=self.repeats {
-                    for ((_, model), case) in methods.iter().zip(&mut cases) {
-                        let run = self.measure(model, batch, prompt, device)?;
+                    for (subject, case) in subjects.iter().zip(&mut cases) {
+                        let run = self.measure(subject, batch, prompt, device)?;
                         if turn > 0 {
                             case.add(run);
                         }
@@ -125,7 +130,7 @@ impl Program for Args {
                 write_json(&self.out, &report)?;
             }
         }
-        drop(methods);
+        drop(subjects);
         if let Some(first) = self.methods.first() {
             self.draw::<B>(first, &mut report, device)?;
         }
@@ -133,6 +138,25 @@ impl Program for Args {
         report.plot(&self.out)?;
         Ok(())
     }
+}
+
+/// A method, and what numbers its weights and its cache are.
+struct Subject<B: Backend> {
+    name: String,
+    model: FusedKvDecoder<B>,
+    cache: CacheDtype,
+}
+
+/// The method, and what is not as usual.
+fn name(method: &str, weights: WeightFormat, cache: CacheDtype) -> String {
+    let mut name = method.to_owned();
+    if weights != WeightFormat::Model {
+        name += &format!(", {weights} weights");
+    }
+    if cache != CacheDtype::Model {
+        name += &format!(", {cache} cache");
+    }
+    name
 }
 
 /// What one turn measured, in seconds and bytes.
@@ -159,7 +183,7 @@ impl Args {
             let mut config = self.shape.config(method, draws::PROMPT + tokens + 1)?;
             config.vocab_size = vocab;
             let model = config.init::<B>(device)?;
-            report.add_draws(draws::measure(&model, self.cache, tokens, device)?);
+            report.add_draws(draws::measure(&model, CacheDtype::Model, tokens, device)?);
             write_json(&self.out, report)?;
         }
         Ok(())
@@ -168,7 +192,7 @@ impl Args {
     /// A prompt, then tokens one by one.
     fn measure<B: Backend>(
         &self,
-        model: &FusedKvDecoder<B>,
+        Subject { model, cache, .. }: &Subject<B>,
         batch: usize,
         prompt: usize,
         device: &B::Device,
@@ -183,7 +207,7 @@ impl Args {
             TokenBatch::<B>::from_rows(&rows, self.shape.vocab, device)
         };
         let memory = PeakMemory::start();
-        let mut cache = model.new_cache_of(self.cache, batch, prompt + self.decode)?;
+        let mut cache = model.new_cache_of(*cache, batch, prompt + self.decode)?;
         let chunk = tokens(prompt, 0)?;
         let start = Instant::now();
         // Reading a number waits for all of them.

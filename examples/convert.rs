@@ -18,6 +18,7 @@ use std::process::ExitCode;
 
 use burn::tensor::backend::Backend;
 use clap::Parser;
+use fusedkv::WeightFormat;
 use fusedkv::checkpoint::gguf::{GgufError, GgufOptions, import_gguf};
 use fusedkv::checkpoint::{
     LoadOptions, LoadedCheckpoint, SaveOptions, load_checkpoint, save_checkpoint,
@@ -61,6 +62,9 @@ struct Args {
     /// What numbers to write
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeName,
+    /// What to write the matrices as instead: f16, bf16 or int8
+    #[arg(long, default_value = "model")]
+    weights: WeightFormat,
     /// What to compute on
     #[arg(long, value_enum, default_value = "flex")]
     backend: BackendName,
@@ -75,7 +79,9 @@ fn main() -> ExitCode {
 }
 
 fn import(file: &Path, args: &Args) -> Result<(), GgufError> {
-    let options = GgufOptions::new().with_dtype(args.dtype.into());
+    let options = GgufOptions::new()
+        .with_dtype(args.dtype.into())
+        .with_weights(args.weights);
     let imported = import_gguf(file, &args.out, &options)?;
     println!(
         "{} with {} parameters in {} tensors, {}; saved to {}",
@@ -113,9 +119,14 @@ impl Program for Args {
         print_fits(&fits);
 
         let costs = model.config().costs()?;
-        let mut options = SaveOptions::new()
-            .with_dtype(self.dtype.into())
-            .with_eos(loaded.eos);
+        let mut options = SaveOptions::new().with_eos(loaded.eos);
+        let model = match self.weights {
+            WeightFormat::Model => {
+                options = options.with_dtype(self.dtype.into());
+                model
+            }
+            weights => model.with_weights(weights)?,
+        };
         if let Some(tokenizer) = loaded.tokenizer {
             options = options.with_tokenizer(tokenizer);
         }

@@ -20,10 +20,11 @@ use std::time::Instant;
 
 use burn::tensor::backend::Backend;
 use clap::Parser;
-use fusedkv::CacheDtype;
+use fusedkv::checkpoint::{LoadOptions, WeightDtype};
 use fusedkv::generate::GeneratedToken;
 use fusedkv::text::{ChatMessage, Completion, Prompt, TextConfig, TextError, TextGenerator};
 use fusedkv::tokenizer::Tokenizer;
+use fusedkv::{CacheDtype, WeightFormat};
 
 use backend::{BackendName, DtypeName, Program, exit_code};
 
@@ -55,6 +56,9 @@ struct Args {
     /// What numbers to compute with
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeName,
+    /// What numbers the matrices are kept in: model, f16, bf16, int8 or int4
+    #[arg(long, default_value = "model")]
+    weights: WeightFormat,
     /// What numbers the cache keeps: model, f32, f16, bf16 or int8
     #[arg(long, default_value = "model")]
     cache_dtype: CacheDtype,
@@ -109,7 +113,10 @@ fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
 
 impl Program for Args {
     fn run<B: Backend>(mut self, device: &B::Device) -> Result<(), Box<dyn Error>> {
-        let generator = TextGenerator::<B>::load(&self.model, self.dtype.into(), device)?;
+        let generator = {
+            let options = LoadOptions::from(WeightDtype::from(self.dtype));
+            TextGenerator::<B>::load(&self.model, options.with_weights(self.weights), device)?
+        };
         let config = self.config(generator.defaults());
         for key in generator.ignored_settings() {
             eprintln!("the model's generation_config.json asks for `{key}`, which is left out");

@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::backend::Backend;
 use clap::Parser;
-use fusedkv::checkpoint::{RowWriter, load_checkpoint};
+use fusedkv::checkpoint::{LoadOptions, RowWriter, WeightDtype, load_checkpoint};
 use fusedkv::tokenizer::Tokenizer;
-use fusedkv::{CacheDtype, ScoreConfig, score_with};
+use fusedkv::{CacheDtype, ScoreConfig, WeightFormat, score_with};
 
 use backend::{BackendName, DtypeName, Program, exit_code};
 
@@ -62,6 +62,9 @@ struct Args {
     /// What numbers the cache keeps: model, f32, f16, bf16 or int8
     #[arg(long, requires = "cached", default_value = "model")]
     cache_dtype: CacheDtype,
+    /// What numbers the matrices are kept in: model, f16, bf16, int8 or int4
+    #[arg(long, default_value = "model")]
+    weights: WeightFormat,
     /// What numbers to compute with
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeName,
@@ -77,7 +80,8 @@ fn main() -> ExitCode {
 
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
-        let loaded = load_checkpoint::<B>(&self.model, self.dtype.into(), device)?;
+        let options = LoadOptions::from(WeightDtype::from(self.dtype)).with_weights(self.weights);
+        let loaded = load_checkpoint::<B>(&self.model, options, device)?;
         let model = &loaded.model;
         let (tokens, words) = self.tokens(loaded.tokenizer.as_ref())?;
 

@@ -5,7 +5,8 @@ mod plot;
 use std::error::Error;
 use std::path::Path;
 
-use fusedkv::{ConfigError, FusedKvDecoderConfig};
+use burn::tensor::backend::Backend;
+use fusedkv::{ConfigError, FusedKvDecoder};
 use serde::Serialize;
 
 use crate::Turn;
@@ -62,21 +63,24 @@ struct Figures {
 }
 
 impl Case {
-    pub fn new(
+    pub fn new<B: Backend>(
         method: &str,
         batch: usize,
         prompt: usize,
-        config: &FusedKvDecoderConfig,
+        model: &FusedKvDecoder<B>,
     ) -> Result<Self, ConfigError> {
+        let config = model.config();
         let costs = config.costs()?;
-        let embedding = config.vocab_size * config.hidden_size;
         // An untied embedding is looked up, not read.
-        let read = costs.parameters() - if config.tie_embeddings { 0 } else { embedding };
+        let not_read = match config.tie_embeddings {
+            true => 0,
+            false => model.embed_tokens.weight.bytes(),
+        };
         Ok(Self {
             method: method.to_owned(),
             batch,
             prompt,
-            weight_bytes: (read * size_of::<f32>()) as f64,
+            weight_bytes: (model.weight_bytes() - not_read) as f64,
             reads_per_cached_byte: costs.cache_bytes_read_per_token(prompt, 4) as f64
                 / (costs.cache_bytes_per_token(4) * prompt) as f64,
             prefill_flops: costs.prefill_flops(prompt) as f64 * batch as f64,
