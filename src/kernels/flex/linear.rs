@@ -2,15 +2,17 @@
 //! is; those with many rows are left to Flex, whose matrix kernels are good, weights in fewer bits
 //! being widened for them.
 
+use std::ops::Range;
+
 use burn::tensor::ops::FloatTensorOps;
 use burn::tensor::{Shape, Tensor, TensorData, backend::Backend};
 use burn_flex::{Flex, FlexTensor};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::rows::{RowStorage, Rows};
-use super::{ARCH, PARALLEL, f32_tensor, simd, tensor, typed};
-use crate::kernels::packed::Packed;
+use super::rows::{Floats, GroupStorage, Groups, Matrix, PIECE};
+use super::{ARCH, PARALLEL, f32_tensor, float_tensor, simd, tensor, typed};
+use crate::kernels::packed::{GROUP, Packed};
 
 /// Rows up to which memory is the limit.
 const FEW: usize = 16;
@@ -22,8 +24,6 @@ const PARTS: usize = 8;
 /// Weight rows added in one pass over the sums.
 const UNROLL: usize = 4;
 
-/// Columns that are widened at a time: they stay in the first-level cache.
-const PIECE: usize = 1024;
 /// Numbers that are widened at a time for products of many rows.
 const TILE: usize = 1 << 22;
 
@@ -33,18 +33,23 @@ pub(crate) fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Opt
     let [_, output] = weight.dims();
     let rows = batch * seq;
     let few = rows <= FEW && input * output >= PARALLEL;
-    if few
-        && let Some(weight) = f32_tensor(weight)
-        && let Some(weight) = weight.as_slice::<f32>()
-    {
-        let x = f32_tensor(x)?.to_contiguous();
+    let (x, weight) = (f32_tensor(x)?, float_tensor(weight)?);
+    if few && let Some(weight) = weight.as_slice::<f32>() {
+        let x = x.to_contiguous();
         let values = by_input(x.as_slice()?, weight, rows, output);
         return tensor(values, [batch, seq, output]);
     }
-    let weight = RowStorage::transposed(weight)?;
-    match few || !weight.is_f32() {
-        true => by_rows(x, &weight, output),
-        false => None,
+    // Whose rows are the outputs.
+    let weight = weight.transpose(0, 1);
+    let weight = Floats::new(&weight)?;
+    if few {
+        let x = x.to_contiguous();
+        let values = by_output(x.as_slice()?, weight, rows, output);
+        return tensor(values, [batch, seq, output]);
+    }
+    match weight.is_f32() {
+        true => None,
+        false => by_tile(&x, weight, [batch, seq, output]),
     }
 }
 
@@ -53,39 +58,35 @@ pub(crate) fn linear_packed<B: Backend>(
     x: &Tensor<B, 3>,
     weight: &Packed<B>,
 ) -> Option<Tensor<B, 3>> {
-    let [_, output] = weight.dims();
-    by_rows(x, &RowStorage::packed(weight)?, output)
-}
-
-fn by_rows<B: Backend>(
-    x: &Tensor<B, 3>,
-    weight: &RowStorage,
-    output: usize,
-) -> Option<Tensor<B, 3>> {
     let [batch, seq, _] = x.dims();
+    let [_, output] = weight.dims();
     let rows = batch * seq;
-    let x = f32_tensor(x)?.to_contiguous();
-    let weight = weight.rows()?;
-    if rows > FEW {
-        let products = by_tile(&x, weight, rows, output)?;
-        return typed(products.reshape(Shape::new([batch, seq, output])));
+    if !weight.transposed {
+        return None;
     }
-    let values = by_output(x.as_slice()?, weight, rows, output);
+    let (x, weight) = (f32_tensor(x)?, GroupStorage::new(weight)?);
+    let weight = weight.groups()?;
+    if rows > FEW {
+        return by_tile(&x, weight, [batch, seq, output]);
+    }
+    let x = x.to_contiguous();
+    let values = by_groups(x.as_slice()?, weight, rows, output);
     tensor(values, [batch, seq, output])
 }
 
 /// Products of many rows by Flex's, of a tile of the weight at a time.
-fn by_tile(x: &FlexTensor, weight: Rows<'_>, rows: usize, output: usize) -> Option<FlexTensor> {
-    let input = weight.columns();
-    let x = x.reshape(Shape::new([rows, input]));
+fn by_tile<B: Backend>(
+    x: &FlexTensor,
+    weight: impl Matrix,
+    [batch, seq, output]: [usize; 3],
+) -> Option<Tensor<B, 3>> {
+    let (input, rows) = (weight.columns(), batch * seq);
+    let x = x.to_contiguous().reshape(Shape::new([rows, input]));
     let of_tile = |first: usize, width: usize| {
         let mut numbers = vec![0.0; width * input];
         let row = |(j, to): (usize, &mut [f32])| {
-            ARCH.dispatch(Widened {
-                weight,
-                row: first + j,
-                to,
-            });
+            let row = first + j;
+            ARCH.dispatch(Widened { weight, row, to });
         };
         numbers.par_chunks_mut(input).enumerate().for_each(row);
         let tile = FlexTensor::from_data(TensorData::new(numbers, [width, input]));
@@ -93,7 +94,8 @@ fn by_tile(x: &FlexTensor, weight: Rows<'_>, rows: usize, output: usize) -> Opti
     };
     let width = (TILE / input).clamp(1, output);
     if width == output {
-        return Some(of_tile(0, output));
+        let products = of_tile(0, output);
+        return typed(products.reshape(Shape::new([batch, seq, output])));
     }
     let mut values = vec![0.0; rows * output];
     for first in (0..output).step_by(width) {
@@ -103,24 +105,22 @@ fn by_tile(x: &FlexTensor, weight: Rows<'_>, rows: usize, output: usize) -> Opti
         let to = values.par_chunks_mut(output).zip(products);
         to.for_each(|(to, products)| to[first..first + width].copy_from_slice(products));
     }
-    let values = TensorData::new(values, [rows, output]);
-    Some(FlexTensor::from_data(values))
+    tensor(values, [batch, seq, output])
 }
 
 /// A row of a weight as f32.
-struct Widened<'a> {
-    weight: Rows<'a>,
+struct Widened<'a, M> {
+    weight: M,
     row: usize,
     to: &'a mut [f32],
 }
 
-impl WithSimd for Widened<'_> {
+impl<M: Matrix> WithSimd for Widened<'_, M> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        self.weight
-            .piece(self.row, 0..self.weight.columns(), self.to);
+    fn with_simd<S: Simd>(self, simd: S) {
+        self.weight.widen(simd, self.row, self.to);
     }
 }
 
@@ -167,8 +167,8 @@ fn by_input(x: &[f32], weight: &[f32], rows: usize, output: usize) -> Vec<f32> {
 struct SumOfRows<'a> {
     x: &'a [f32],
     weight: &'a [f32],
-    inputs: std::ops::Range<usize>,
-    columns: std::ops::Range<usize>,
+    inputs: Range<usize>,
+    columns: Range<usize>,
     output: usize,
     sums: &'a mut [f32],
 }
@@ -215,20 +215,54 @@ fn add_rows<S: Simd>(simd: S, x: &[f32], weights: [&[f32]; UNROLL], sums: &mut [
 }
 
 /// `weight` is `[output, input]`, row after row, as an embedding is: one product per row.
-fn by_output(x: &[f32], weight: Rows<'_>, rows: usize, output: usize) -> Vec<f32> {
+fn by_output(x: &[f32], weight: Floats<'_>, rows: usize, output: usize) -> Vec<f32> {
+    for_blocks(rows, output, |outputs, products| {
+        ARCH.dispatch(Products {
+            x,
+            weight,
+            outputs,
+            products,
+        });
+    })
+}
+
+/// The same of a matrix in groups.
+fn by_groups(x: &[f32], weight: Groups<'_>, rows: usize, output: usize) -> Vec<f32> {
+    // The last group of a row may be wider than the row.
+    let width = weight.per_row() * GROUP;
+    let mut padded = vec![0.0; rows * width];
+    let from = x.chunks(weight.columns());
+    for (to, x) in padded.chunks_mut(width).zip(from) {
+        to[..x.len()].copy_from_slice(x);
+    }
+    let x = padded.as_chunks().0;
+    let sums = x.iter().map(|group: &[f32; GROUP]| group.iter().sum());
+    let sums: Vec<f32> = sums.collect();
+    for_blocks(rows, output, |outputs, products| {
+        ARCH.dispatch(GroupProducts {
+            x,
+            sums: &sums,
+            weight,
+            outputs,
+            products,
+        });
+    })
+}
+
+/// Products `[rows, output]` from those of blocks of outputs, `[rows, outputs]`, which threads share.
+fn for_blocks(
+    rows: usize,
+    output: usize,
+    products: impl Fn(Range<usize>, &mut [f32]) + Sync,
+) -> Vec<f32> {
     let width = COLUMNS.min(output.div_ceil(rayon::current_num_threads()));
     let blocks: Vec<Vec<f32>> = (0..output.div_ceil(width))
         .into_par_iter()
         .map(|block| {
             let outputs = block * width..((block + 1) * width).min(output);
-            let mut products = vec![0.0; rows * outputs.len()];
-            ARCH.dispatch(Products {
-                x,
-                weight,
-                outputs,
-                products: &mut products,
-            });
-            products
+            let mut of_block = vec![0.0; rows * outputs.len()];
+            products(outputs, &mut of_block);
+            of_block
         })
         .collect();
     let mut values = Vec::with_capacity(rows * output);
@@ -244,8 +278,8 @@ fn by_output(x: &[f32], weight: Rows<'_>, rows: usize, output: usize) -> Vec<f32
 /// x[row] · weight[j] for all rows and some j.
 struct Products<'a> {
     x: &'a [f32],
-    weight: Rows<'a>,
-    outputs: std::ops::Range<usize>,
+    weight: Floats<'a>,
+    outputs: Range<usize>,
     products: &'a mut [f32],
 }
 
@@ -262,6 +296,47 @@ impl WithSimd for Products<'_> {
                 let weight = self.weight.piece(output, piece.clone(), &mut scratch);
                 for (row, x) in self.x.chunks(input).enumerate() {
                     self.products[row * width + j] += simd::dot(simd, &x[piece.clone()], weight);
+                }
+            }
+        }
+    }
+}
+
+/// The same in groups: a group's scale is taken times the product of its codes, its offset times the
+/// sum of x.
+struct GroupProducts<'a> {
+    /// `[rows, groups]`.
+    x: &'a [[f32; GROUP]],
+    /// `[rows, groups]`.
+    sums: &'a [f32],
+    weight: Groups<'a>,
+    outputs: Range<usize>,
+    products: &'a mut [f32],
+}
+
+impl WithSimd for GroupProducts<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (width, per_row) = (self.outputs.len(), self.weight.per_row());
+        let mut codes = [0.0; PIECE];
+        for (j, output) in self.outputs.enumerate() {
+            for from in (0..per_row).step_by(PIECE / GROUP) {
+                let groups = from..(from + PIECE / GROUP).min(per_row);
+                self.weight.codes(output, groups.clone(), &mut codes);
+                let scales = self.weight.scales(output, groups.clone());
+                let offsets = self.weight.offsets(output, groups.clone());
+                let codes = codes.as_chunks().0;
+                let rows = self.x.chunks(per_row).zip(self.sums.chunks(per_row));
+                for (row, (x, sums)) in rows.enumerate() {
+                    let product = &mut self.products[row * width + j];
+                    let scales = &scales[..groups.len()];
+                    *product += simd::dot_groups(simd, codes, &x[groups.clone()], scales);
+                    if let Some(offsets) = &offsets {
+                        let offsets = &offsets[..groups.len()];
+                        *product += simd::dot(simd, offsets, &sums[groups.clone()]);
+                    }
                 }
             }
         }
