@@ -9,7 +9,7 @@ use fusedkv::config::{
 };
 use fusedkv::{
     CacheDtype, CacheError, FusedKvDecoder, FusedKvDecoderConfig, GenerationConfig, KvPlan, Logits,
-    TokenBatch, generate,
+    TokenBatch, WeightError, WeightFormat, generate,
 };
 
 use crate::formula::{model_on, off, plans, values};
@@ -313,6 +313,36 @@ pub fn cache_dtypes<B: Backend>(subject: &Subject<B>) {
     }
 }
 
+/// Matrices in fewer bits: what the backend has numbers for as on Flex, the rest refused.
+pub fn weight_formats<B: Backend>(subject: &Subject<B>) {
+    for (i, (format, numbers)) in [
+        (WeightFormat::F16, CacheDtype::F16),
+        (WeightFormat::Bf16, CacheDtype::Bf16),
+        (WeightFormat::Int8, CacheDtype::Int8),
+        (WeightFormat::Int4, CacheDtype::Int8),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let config = shape(i + 2, KvPlan::FusedKv { storage_layers: 2 });
+        let (model, reference) = subject.pair(&config);
+        let model = model.with_weights(format);
+        if !subject.cache_dtypes.contains(&numbers) {
+            let refused = matches!(model, Err(WeightError::Unsupported { .. }));
+            assert!(refused, "{format}");
+            continue;
+        }
+        let (model, reference) = (model.unwrap(), reference.with_weights(format).unwrap());
+        let mut steps = vec![Step::Append(rows(&[40, 33]), Logits::All)];
+        steps.extend((0..3).map(|_| Step::Append(rows(&[1, 1]), Logits::Last)));
+        let found = run(&model, CacheDtype::Model, &steps);
+        let expected = run(&reference, CacheDtype::Model, &steps);
+        for (found, expected) in found.iter().zip(&expected) {
+            subject.agree(&format!("{format} weights"), found, expected);
+        }
+    }
+}
+
 /// Tokens taken back, rows reordered, repeated and dropped, a copy that goes its own way.
 pub fn edited_caches<B: Backend>(subject: &Subject<B>) {
     for (i, plan) in [KvPlan::Standard, KvPlan::FusedKv { storage_layers: 2 }]
@@ -396,7 +426,8 @@ fn text<B: Backend>(
 macro_rules! conformance {
     ($backend:ty, $subject:expr) => {
         conformance!(@ $backend, $subject, crate::checks:
-            every_plan, every_block, every_length, ragged_batches, cache_dtypes, edited_caches, greedy_text);
+            every_plan, every_block, every_length, ragged_batches, cache_dtypes, weight_formats,
+            edited_caches, greedy_text);
     };
     (training $backend:ty, $subject:expr) => {
         conformance!(@ $backend, $subject, crate::training:
