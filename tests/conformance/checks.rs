@@ -428,6 +428,7 @@ macro_rules! conformance {
         conformance!(@ $backend, $subject, crate::checks:
             every_plan, every_block, every_length, ragged_batches, cache_dtypes, weight_formats,
             edited_caches, greedy_text);
+        conformance!(@ $backend, $subject, crate::road: whole_road);
     };
     (training $backend:ty, $subject:expr) => {
         conformance!(@ $backend, $subject, crate::training:

@@ -11,6 +11,7 @@
 mod formula;
 #[macro_use]
 mod checks;
+mod road;
 mod script;
 mod training;
 
