@@ -1,71 +1,178 @@
 #!/usr/bin/env python3
-"""Run this crate and other programs turn by turn, and print ratios of their medians.
+"""Run this crate and other programs turn by turn on one model, and print ratios of their medians.
 
-    cargo bench --bench inference --no-run
-    python3 benches/beside.py --prompt 2048 \\
-        --peer "candle=candle-qwen3-bench prompt={prompt} steps={steps}" \\
-        --peer "torch=python bench.py prompt={prompt} steps={steps}"
+    python3 benches/beside.py --setup target/peers              # once: llama.cpp, PyTorch
+    python3 benches/beside.py --peers target/peers --prompts 512,2048
+    python3 benches/beside.py --peers target/peers --model DIR --weights model,f16,int8
 
-A peer is any command that prints, as its last line, a JSON object with the numbers `ttft_s` and
-`tpot_s`. Needs Python's standard library only.
+Without --model it is a random one of shape S (16 layers of width 768), which the bench writes. Every
+program reads the same weights and tokens, and before a time is printed its logits after the prompt are
+compared with the crate's in f32. Times are of 2 turns each, the second one counted, every program in
+its turn; figures are medians over the turns. Other programs: --peer NAME=COMMAND, whose last line is a
+JSON object with `ttft_s` and `tpot_s`; {prompt} and {steps} are filled in.
 """
 
 import argparse
+import array
+import datetime
 import json
+import os
 import pathlib
+import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 
-
-def ours(methods, prompt, steps):
-    """Seconds of each method: {name: {"ttft_s": …, "tpot_s": …}}."""
-    with tempfile.TemporaryDirectory() as directory:
-        out = pathlib.Path(directory, "inference.json")
-        command = ["cargo", "bench", "--bench", "inference", "--", "--methods", ",".join(methods)]
-        command += ["--prompts", str(prompt), "--decode", str(steps), "--repeats", "1"]
-        subprocess.run([*command, "--vocabularies", "--out", str(out)], check=True, capture_output=True)
-        cases = json.loads(out.read_text())["cases"]
-    return {f"fusedkv {case['method']}": case for case in cases}
+HERE = pathlib.Path(__file__).resolve().parent
+# What llama.cpp calls a format of ours, and how far logits may be off, of their largest.
+FORMATS = {"model": ("f32", 2e-3), "f16": ("f16", 1e-2), "int8": ("q8_0", 0.1)}
+PACKAGES = ["torch", "transformers>=4.57", "numpy", "gguf", "safetensors"]
 
 
-def peer(command):
-    """Seconds of another program."""
-    run = subprocess.run(command, shell=True, check=True, capture_output=True, text=True)
+def setup(directory):
+    """An environment with PyTorch, and llama.cpp built for this processor."""
+    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+    pip = [str(directory / "bin/pip"), "install", "-q"]
+    index = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
+    subprocess.run([*pip, *index, *PACKAGES], check=True)
+    native = os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF"}
+    llama = ["--no-binary", "llama-cpp-python", "llama-cpp-python"]
+    subprocess.run([*pip, *llama], check=True, env=native)
+
+
+def last_json(command, **options):
+    run = subprocess.run(command, capture_output=True, text=True, **options)
+    if run.returncode != 0:
+        sys.exit(f"{command} failed:\n{run.stderr[-2000:]}")
     return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def ours(args, prompt, extra, directory):
+    """The crate's bench: {name: figures}, logits in `directory`."""
+    out = directory / "inference.json"
+    command = ["cargo", "bench", "--bench", "inference", "--", "--methods", args.methods]
+    command += ["--weights", args.weights, "--prompts", str(prompt), "--decode", str(args.steps)]
+    command += ["--repeats", "1", "--vocabularies", "--out", str(out), *extra]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode != 0:
+        sys.exit(run.stderr[-2000:])
+    return {f"fusedkv {case['method']}": case for case in json.loads(out.read_text())["cases"]}
+
+
+def floats(path):
+    numbers = array.array("f")
+    numbers.frombytes(pathlib.Path(path).read_bytes())
+    return numbers
+
+
+def off(found, expected):
+    """The largest difference, of the largest magnitude."""
+    scale = max(abs(x) for x in expected)
+    return max(abs(x - y) for x, y in zip(found, expected, strict=True)) / scale
+
+
+def processor():
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    told = dict(line.split(":", 1) for line in lines if ":" in line)
+    told = {key.strip(): value.strip() for key, value in told.items()}
+    flags = told.get("flags", told.get("Features", "")).split()
+    known = [flag for flag in flags if flag in ("avx2", "fma", "f16c", "asimd") or "avx512" in flag]
+    return f"{told.get('model name', platform.machine())}, {os.cpu_count()} threads: {' '.join(known)}"
+
+
+def commands(args, directory):
+    """Peers by name: a function from a prompt to a command, the file of its logits, how far they may be."""
+    peers = {}
+    if args.peers:
+        python = str(args.peers / "bin/python")
+        for weights in args.weights.split(","):
+            if weights not in FORMATS:
+                continue
+            kind, tolerance = FORMATS[weights]
+            file, logits = directory / f"{kind}.gguf", directory / f"{kind}.f32"
+            make = [python, HERE / "peers/gguf_of.py", args.model, file, kind]
+            subprocess.run(make, check=True, capture_output=True)
+            command = [python, HERE / "peers/llama.py", file]
+            peers[f"llama.cpp {kind}"] = (command, logits, tolerance)
+        command = [python, HERE / "peers/pytorch.py", args.model]
+        peers["PyTorch"] = (command, directory / "torch.f32", FORMATS["model"][1])
+    return peers
+
+
+def measure(args, prompt, peers, directory):
+    """{name: [(ttft, tpot) of every turn]}, and how far logits are off."""
+    seconds, agreement = {}, {}
+    for turn in range(args.turns):
+        extra = ["--model", str(args.model), "--logits", str(directory)]
+        figures = ours(args, prompt, extra, directory)
+        reference = floats(directory / f"{args.methods.split(',')[0]}.f32")
+        for name, (command, logits, tolerance) in peers.items():
+            figures[name] = last_json([*command, str(prompt), str(args.steps), logits])
+            agreement[name] = off(floats(logits), reference)
+            if not agreement[name] <= tolerance:
+                sys.exit(f"{name} computes something else: logits are off by {agreement[name]:.1e}")
+        for name, command in args.peer.items():
+            command = command.format(prompt=prompt, steps=args.steps)
+            figures[name] = last_json(command, shell=True)
+        for name, figure in figures.items():
+            seconds.setdefault(name, []).append((figure["ttft_s"], figure["tpot_s"]))
+        print(f"prompt {prompt}: turn {turn + 1} of {args.turns}", file=sys.stderr, flush=True)
+    return seconds, agreement
+
+
+def table(prompt, seconds, agreement):
+    medians = {
+        name: [statistics.median(column) for column in zip(*turns)]
+        for name, turns in seconds.items()
+    }
+    others = [name for name in medians if not name.startswith("fusedkv")]
+    heads = "".join(f" TTFT / {name} | TPOT / {name} |" for name in others)
+    lines = [f"| prompt {prompt} | TTFT s | TPOT ms | logits off |{heads}"]
+    lines.append("|---|---|---|---|" + "---|---|" * len(others))
+    for name, (ttft, tpot) in medians.items():
+        ratios = "".join(
+            f" {ttft / medians[other][0]:.2f} | {tpot / medians[other][1]:.2f} |" for other in others
+        )
+        agrees = f"{agreement[name]:.0e}" if name in agreement else ""
+        lines.append(f"| {name} | {ttft:.3f} | {tpot * 1e3:.1f} | {agrees} |{ratios}")
+    return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", default="standard,fused_kv", help="methods of this crate")
+    parser.add_argument("--setup", type=pathlib.Path, metavar="DIR", help="make the peers there")
+    parser.add_argument("--peers", type=pathlib.Path, metavar="DIR", help="where --setup made them")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
-    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--model", type=pathlib.Path, metavar="DIR", help="a Llama or Qwen3 model")
+    parser.add_argument("--methods", default="standard,fused_kv", help="methods of this crate")
+    parser.add_argument("--weights", default="model", help="formats: model, f16, bf16, int8, int4")
+    parser.add_argument("--prompts", default="512,2048", help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=16, help="tokens to decode")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--out", type=pathlib.Path, help="where to write every turn's figures")
     args = parser.parse_args()
-    peers = dict(peer.split("=", 1) for peer in args.peer)
-
-    seconds = {}
-    for turn in range(args.turns):
-        figures = ours(args.methods.split(","), args.prompt, args.steps)
-        for name, command in peers.items():
-            figures[name] = peer(command.format(prompt=args.prompt, steps=args.steps))
-        for name, figure in figures.items():
-            seconds.setdefault(name, []).append((figure["ttft_s"], figure["tpot_s"]))
-        print(f"turn {turn + 1} of {args.turns}", flush=True)
-
-    medians = {
-        name: tuple(statistics.median(column) for column in zip(*turns))
-        for name, turns in seconds.items()
-    }
-    heads = "".join(f" TTFT / {name} | TPOT / {name} |" for name in peers)
-    print(f"\nprompt {args.prompt}\n\n| | TTFT s | TPOT ms |{heads}")
-    print("|---|---|---|" + "---|---|" * len(peers))
-    for name, (ttft, tpot) in medians.items():
-        ratios = "".join(
-            f" {ttft / medians[other][0]:.2f} | {tpot / medians[other][1]:.2f} |" for other in peers
-        )
-        print(f"| {name} | {ttft:.3f} | {tpot * 1e3:.1f} |{ratios}")
+    args.peer = dict(peer.split("=", 1) for peer in args.peer)
+    if args.setup:
+        return setup(args.setup)
+    today = datetime.date.today().isoformat()
+    print(f"{today}, {processor()}\n")
+    with tempfile.TemporaryDirectory() as directory:
+        directory = pathlib.Path(directory)
+        if args.model is None:
+            args.model = directory / "model"
+            ours(args, 8, ["--save", str(args.model)], directory)
+        peers = commands(args, directory)
+        results = {"date": today, "processor": processor(), "prompts": {}}
+        for prompt in args.prompts.split(","):
+            seconds, agreement = measure(args, int(prompt), peers, directory)
+            results["prompts"][prompt] = {"seconds": seconds, "logits_off": agreement}
+            print(table(prompt, seconds, agreement), end="\n\n", flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

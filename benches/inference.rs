@@ -22,13 +22,16 @@ mod report;
 mod shape;
 
 use std::error::Error;
+use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use burn::tensor::backend::Backend;
+use burn::tensor::{Tensor, backend::Backend};
 use clap::Parser;
-use fusedkv::{CacheDtype, FusedKvDecoder, Logits, TokenBatch, WeightFormat};
+use fusedkv::checkpoint::{LoadOptions, SaveOptions, load_checkpoint, save_checkpoint};
+use fusedkv::convert::convert;
+use fusedkv::{CacheDtype, FusedKvDecoder, KvPlan, Logits, TokenBatch, WeightFormat};
 
 use backend::{BackendName, Program, exit_code};
 use bandwidth::read_bandwidth;
@@ -73,6 +76,16 @@ struct Args {
     vocabularies: Vec<usize>,
     #[command(flatten)]
     shape: Shape,
+    /// A standard model's directory, in place of a random one of this shape; converted to the other
+    /// methods, fusion weights those of FusedKV-Lite
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Write the first method's model there
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
+    /// Write the logits after each prompt there, as f32: NAME.f32
+    #[arg(long, value_name = "DIR")]
+    logits: Option<PathBuf>,
     /// What to compute on
     #[arg(long, value_enum, default_value = "flex")]
     backend: BackendName,
@@ -99,7 +112,10 @@ impl Program for Args {
         let positions = self.prompts.iter().max().unwrap_or(&0) + self.decode;
         let mut subjects = Vec::new();
         for method in &self.methods {
-            let model = self.shape.config(method, positions)?.init::<B>(device)?;
+            let model = self.model_of::<B>(method, positions, device)?;
+            if let (Some(path), true) = (&self.save, subjects.is_empty()) {
+                save_checkpoint(path, &model, &SaveOptions::new())?;
+            }
             for &weights in &self.weights {
                 let model = model.clone().with_weights(weights)?;
                 subjects.extend(self.cache.iter().map(|&cache| Subject {
@@ -168,6 +184,24 @@ pub struct Turn {
 }
 
 impl Args {
+    /// The decoder of a method.
+    fn model_of<B: Backend>(
+        &self,
+        method: &str,
+        positions: usize,
+        device: &B::Device,
+    ) -> Result<FusedKvDecoder<B>, Box<dyn Error>> {
+        let Some(path) = &self.model else {
+            return Ok(self.shape.config(method, positions)?.init(device)?);
+        };
+        let standard = load_checkpoint::<B>(path, LoadOptions::new(), device)?.model;
+        let plan = KvPlan::from_method(method, standard.config().n_layers)?;
+        Ok(match plan {
+            KvPlan::Standard => standard,
+            plan => convert(&standard, &plan)?,
+        })
+    }
+
     /// Adds what drawing takes at every vocabulary.
     fn draw<B: Backend>(
         &self,
@@ -192,28 +226,35 @@ impl Args {
     /// A prompt, then tokens one by one.
     fn measure<B: Backend>(
         &self,
-        Subject { model, cache, .. }: &Subject<B>,
+        Subject { name, model, cache }: &Subject<B>,
         batch: usize,
         prompt: usize,
         device: &B::Device,
     ) -> Result<Turn, Box<dyn Error>> {
+        let vocab = model.config().vocab_size;
         let tokens = |len: usize, seed: usize| {
             let row = |row: usize| -> Vec<u32> {
                 (0..len)
-                    .map(|i| ((i * 7919 + row * 104_729 + seed) % self.shape.vocab) as u32)
+                    .map(|i| ((i * 7919 + row * 104_729 + seed) % vocab) as u32)
                     .collect()
             };
             let rows: Vec<_> = (0..batch).map(row).collect();
-            TokenBatch::<B>::from_rows(&rows, self.shape.vocab, device)
+            TokenBatch::<B>::from_rows(&rows, vocab, device)
         };
         let memory = PeakMemory::start();
         let mut cache = model.new_cache_of(*cache, batch, prompt + self.decode)?;
         let chunk = tokens(prompt, 0)?;
         let start = Instant::now();
         // Reading a number waits for all of them.
-        let wait = |logits: burn::tensor::Tensor<B, 3>| logits.max().into_scalar();
-        wait(model.forward_cached(chunk, &mut cache, Logits::Last)?);
+        let wait = |logits: Tensor<B, 3>| logits.max().into_scalar();
+        let logits = model.forward_cached(chunk, &mut cache, Logits::Last)?;
+        wait(logits.clone());
         let ttft = start.elapsed().as_secs_f64();
+        if let Some(directory) = &self.logits {
+            let numbers = logits.into_data();
+            let bytes: Vec<u8> = numbers.iter::<f32>().flat_map(f32::to_le_bytes).collect();
+            fs::write(directory.join(format!("{name}.f32")), bytes)?;
+        }
         let mut steps = Vec::new();
         for step in 0..self.decode {
             let token = tokens(1, step + 1)?;
