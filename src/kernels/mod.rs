@@ -47,6 +47,10 @@ macro_rules! kernel {
         #[cfg(all(feature = "cubecl-attention", any(feature = "wgpu", feature = "cuda")))]
         let output = output
             .or_else(|| cubecl::CubeclKernels::$operation$(::<$backend>)?($($argument),*));
+        #[cfg(test)]
+        if output.is_none() {
+            work::is_done_by(concat!(stringify!($operation), ", Burn's"));
+        }
         output
     }};
 }
@@ -197,6 +201,8 @@ pub(crate) fn assign_rows<B: Backend, K: BasicOps<B> + 'static>(
         Ok(target) => return target,
         Err(pair) => pair,
     };
+    #[cfg(test)]
+    work::is_done_by("assign_rows, Burn's");
     let [batch, heads, len, width] = rows.dims();
     target.slice_assign([0..batch, 0..heads, start..start + len, 0..width], rows)
 }

@@ -1,13 +1,15 @@
-//! The multiply-adds that the products of a thread were asked for, to be compared with what they
-//! should be: a position computed for nothing changes no result.
+//! What a thread's operations were asked for and by whom they were done, to be compared with what
+//! they should be: a position computed for nothing, or by a slower operation, changes no result.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 
 use burn::tensor::{Tensor, backend::Backend};
 
 use crate::kernels::operands::{Term, Visibility};
 
 thread_local! {
+    static DONE_BY: RefCell<BTreeSet<&'static str>> = const { RefCell::new(BTreeSet::new()) };
     static MULTIPLY_ADDS: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -16,6 +18,20 @@ pub fn multiply_adds(work: impl FnOnce()) -> usize {
     MULTIPLY_ADDS.set(0);
     work();
     MULTIPLY_ADDS.get()
+}
+
+/// The kernels of ours that `work` is done by, and the operations that none was found for: their
+/// names end with `, Burn's`.
+#[cfg(feature = "flex")]
+pub fn done_by(work: impl FnOnce()) -> BTreeSet<&'static str> {
+    DONE_BY.take();
+    work();
+    DONE_BY.take()
+}
+
+/// Says who does an operation.
+pub fn is_done_by(kernel: &'static str) {
+    DONE_BY.with_borrow_mut(|kernels| kernels.insert(kernel));
 }
 
 fn add(multiply_adds: usize) {

@@ -13,6 +13,8 @@ use rayon::prelude::*;
 use super::rows::{Floats, GroupStorage, Groups, Matrix, PIECE};
 use super::{ARCH, PARALLEL, f32_tensor, float_tensor, simd, tensor, typed};
 use crate::kernels::packed::{GROUP, Packed};
+#[cfg(test)]
+use crate::kernels::work::is_done_by;
 
 /// Rows up to which memory is the limit.
 const FEW: usize = 16;
@@ -80,6 +82,8 @@ fn by_tile<B: Backend>(
     weight: impl Matrix,
     [batch, seq, output]: [usize; 3],
 ) -> Option<Tensor<B, 3>> {
+    #[cfg(test)]
+    is_done_by("by_tile");
     let (input, rows) = (weight.columns(), batch * seq);
     let x = x.to_contiguous().reshape(Shape::new([rows, input]));
     let of_tile = |first: usize, width: usize| {
@@ -128,6 +132,8 @@ impl<M: Matrix> WithSimd for Widened<'_, M> {
 /// of the rows, which are added in their order: the sum is the same for any number of threads or
 /// rows of `x`.
 fn by_input(x: &[f32], weight: &[f32], rows: usize, output: usize) -> Vec<f32> {
+    #[cfg(test)]
+    is_done_by("by_input");
     let input = weight.len() / output;
     let part = input.div_ceil(PARTS).next_multiple_of(UNROLL);
     let tasks: Vec<_> = (0..input)
@@ -216,6 +222,8 @@ fn add_rows<S: Simd>(simd: S, x: &[f32], weights: [&[f32]; UNROLL], sums: &mut [
 
 /// `weight` is `[output, input]`, row after row, as an embedding is: one product per row.
 fn by_output(x: &[f32], weight: Floats<'_>, rows: usize, output: usize) -> Vec<f32> {
+    #[cfg(test)]
+    is_done_by("by_output");
     for_blocks(rows, output, |outputs, products| {
         ARCH.dispatch(Products {
             x,
@@ -228,6 +236,8 @@ fn by_output(x: &[f32], weight: Floats<'_>, rows: usize, output: usize) -> Vec<f
 
 /// The same of a matrix in groups.
 fn by_groups(x: &[f32], weight: Groups<'_>, rows: usize, output: usize) -> Vec<f32> {
+    #[cfg(test)]
+    is_done_by("by_groups");
     // The last group of a row may be wider than the row.
     let width = weight.per_row() * GROUP;
     let mut padded = vec![0.0; rows * width];

@@ -10,6 +10,8 @@ mod assign;
 mod attention;
 #[cfg(feature = "train")]
 mod autodiff;
+#[cfg(test)]
+mod dispatch;
 mod heads;
 mod linear;
 mod pointwise;

@@ -50,6 +50,11 @@ pub(crate) fn attention<B: Backend>(
         n_keys,
         head_dim,
     };
+    #[cfg(test)]
+    crate::kernels::work::is_done_by(match n_queries <= FEW {
+        true => "few",
+        false => "many",
+    });
     let output = if n_queries <= FEW {
         few::attention(&problem)
     } else {
