@@ -22,6 +22,21 @@ impl Holes {
         &self.0
     }
 
+    /// The slots of a range that hold tokens.
+    pub fn tokens(&self, slots: Range<usize>) -> Vec<Range<usize>> {
+        let mut start = slots.start;
+        let mut runs = Vec::new();
+        let end = slots.end..slots.end;
+        for hole in self.0.iter().chain([&end]) {
+            let run = start..hole.start.min(slots.end);
+            if !run.is_empty() {
+                runs.push(run);
+            }
+            start = start.max(hole.end);
+        }
+        runs
+    }
+
     /// Adds a hole above the others.
     pub fn push(&mut self, hole: Range<usize>) {
         match self.0.last_mut() {
@@ -111,6 +126,16 @@ mod tests {
             );
         }
         assert_eq!(holes(&[]).start_of_last(3, 5), 2);
+    }
+
+    #[test]
+    fn tokens_are_between_holes() {
+        let some = holes(&[0..2, 5..8]);
+        assert_eq!(some.tokens(0..10), [2..5, 8..10]);
+        assert_eq!(some.tokens(3..8), [3..5]);
+        assert_eq!(some.tokens(6..9), [8..9]);
+        assert!(some.tokens(5..8).is_empty());
+        assert_eq!(holes(&[]).tokens(1..3), [1..3]);
     }
 
     #[test]

@@ -275,6 +275,44 @@ impl<B: Backend> FusedKvCache<B> {
         self.keep(len, holes)
     }
 
+    /// Moves every row's tokens together, so that the slots of rejected drafts and of padding that no
+    /// row needs are free again: as many slots are then in use as the longest row has tokens. Rows
+    /// that have fewer begin with padding; where all have as many, nothing needs a mask any more.
+    ///
+    /// Copies what is cached, so do it now and then rather than after every draft. What a layer with a
+    /// sliding window keeps beyond its window may become less.
+    ///
+    /// ```
+    /// # use fusedkv::backend::{Flex, FlexDevice};
+    /// # use fusedkv::{FusedKvDecoderConfig, KvPlan, Logits, TokenBatch};
+    /// # let device = FlexDevice::default();
+    /// # let config = FusedKvDecoderConfig::tiny(64, KvPlan::FusedKv { storage_layers: 3 });
+    /// # let model = config.init::<Flex>(&device)?;
+    /// let mut cache = model.new_cache(2, 8)?;
+    /// let rows = TokenBatch::from_rows(&[vec![1, 2, 3], vec![4]], 64, &device)?;
+    /// model.forward_cached(rows, &mut cache, Logits::Last)?;
+    /// cache.truncate_rows(&[1, 1])?;
+    /// assert_eq!((cache.len(), cache.row_lens()), (3, vec![1, 1]));
+    /// cache.compact();
+    /// assert_eq!((cache.len(), cache.row_lens()), (1, vec![1, 1]));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn compact(&mut self) {
+        let lens = self.row_lens();
+        let len = lens.iter().copied().max().unwrap_or(0);
+        if len == self.len {
+            return;
+        }
+        for slot in self.slots.iter_mut().flatten() {
+            slot.compact(&self.holes, &lens, self.len);
+        }
+        for (holes, row_len) in self.holes.iter_mut().zip(lens) {
+            *holes = Holes::default();
+            holes.push(0..len - row_len);
+        }
+        self.len = len;
+    }
+
     /// Forgets all tokens; the memory stays.
     pub fn reset(&mut self) {
         self.len = 0;

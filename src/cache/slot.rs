@@ -1,7 +1,10 @@
 //! The memory of one layer's keys, or of its values.
 
+use std::ops::Range;
+
 use burn::tensor::{Int, Tensor, backend::Backend};
 
+use crate::holes::Holes;
 use crate::kernels::stored::Stored;
 use crate::plan::HISTORY;
 
@@ -90,6 +93,27 @@ impl<B: Backend> Slot<B> {
         if self.rows() > self.tokens && kept <= self.tokens {
             self.keep(len, needed, self.tokens);
         }
+    }
+
+    /// Moves the tokens of the cache's first `len` slots together, so that those of each row end where
+    /// the longest of `lens` does.
+    pub fn compact(&mut self, holes: &[Holes], lens: &[usize], len: usize) {
+        let longest = lens.iter().copied().max().unwrap_or(0);
+        let runs: Vec<_> = holes
+            .iter()
+            .map(|holes| holes.tokens(self.first..len))
+            .collect();
+        // From a token on that every row has which has forgotten any.
+        let kept = runs.iter().map(|runs| runs.iter().map(Range::len).sum());
+        let forgotten = (lens.iter().zip(kept)).filter(|&(&len, kept): &(_, usize)| kept < len);
+        let first = forgotten.map(|(_, kept)| longest - kept).max().unwrap_or(0);
+        let of_slot = |run: Range<usize>| run.start - self.first..run.end - self.first;
+        let runs: Vec<Vec<_>> = (runs.into_iter())
+            .map(|runs| runs.into_iter().map(of_slot).collect())
+            .collect();
+        let rows = self.tokens.max(longest - first);
+        self.replace(|stored| stored.gathered(&runs, longest - first, rows));
+        self.first = first;
     }
 
     /// Forgets all tokens.

@@ -1,5 +1,7 @@
 //! Keys and values as they are stored.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Int, IntDType, Numeric, Tensor, backend::Backend};
 
 use super::assign_rows;
@@ -131,6 +133,55 @@ impl<B: Backend> Stored<B> {
             Self::Int8 { codes, scales } => Self::Int8 {
                 codes: moved(codes, start, len, rows),
                 scales: moved(scales, start, len, rows),
+            },
+        }
+    }
+
+    /// The last of the positions in each row's runs, `len` of them behind zeros where there are fewer,
+    /// at the front of memory for `rows`.
+    pub fn gathered(self, runs: &[Vec<Range<usize>>], len: usize, rows: usize) -> Self {
+        fn gathered<B: Backend, K: Numeric<B> + 'static>(
+            from: Tensor<B, 4, K>,
+            runs: &[Vec<Range<usize>>],
+            len: usize,
+            rows: usize,
+        ) -> Tensor<B, 4, K> {
+            let [batch, heads, _, width] = from.dims();
+            let options = (from.device(), from.dtype());
+            let zeros = |batch, len| {
+                Tensor::<B, 4, K>::zeros([batch, heads, len, width], (&options.0, options.1))
+            };
+            let row = |(row, runs): (usize, &Vec<Range<usize>>)| {
+                let of_row = from.clone().narrow(0, row, 1);
+                let mut left = len;
+                let mut parts = Vec::new();
+                for run in runs.iter().rev() {
+                    let taken = run.len().min(left);
+                    left -= taken;
+                    if taken > 0 {
+                        parts.push(of_row.clone().narrow(2, run.end - taken, taken));
+                    }
+                }
+                if left > 0 {
+                    parts.push(zeros(1, left));
+                }
+                parts.reverse();
+                Tensor::cat(parts, 2)
+            };
+            let to = zeros(batch, rows);
+            match len {
+                0 => to,
+                _ => {
+                    let all = runs.iter().enumerate().map(row).collect();
+                    assign_rows(to, 0, Tensor::cat(all, 0))
+                }
+            }
+        }
+        match self {
+            Self::Float(x) => Self::Float(gathered(x, runs, len, rows)),
+            Self::Int8 { codes, scales } => Self::Int8 {
+                codes: gathered(codes, runs, len, rows),
+                scales: gathered(scales, runs, len, rows),
             },
         }
     }

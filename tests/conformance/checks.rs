@@ -343,7 +343,7 @@ pub fn weight_formats<B: Backend>(subject: &Subject<B>) {
     }
 }
 
-/// Tokens taken back, rows reordered, repeated and dropped, a copy that goes its own way.
+/// Tokens taken back, rows moved together, reordered, repeated and dropped, a copy that goes its own way.
 pub fn edited_caches<B: Backend>(subject: &Subject<B>) {
     for (i, plan) in [KvPlan::Standard, KvPlan::FusedKv { storage_layers: 2 }]
         .into_iter()
@@ -361,6 +361,8 @@ pub fn edited_caches<B: Backend>(subject: &Subject<B>) {
             one(4),
             Step::TruncateRows(vec![30, 10, 21]),
             one(5),
+            Step::Compact,
+            one(8),
             Step::SelectRows(vec![2, 0, 0]),
             one(6),
             Step::Append(rows(&[4, 4, 4]), Logits::All),

@@ -12,6 +12,8 @@ pub enum Step {
     Truncate(usize),
     TruncateRows(Vec<usize>),
     SelectRows(Vec<usize>),
+    /// Moves every row's tokens together.
+    Compact,
     /// Goes on with a copy.
     Fork,
     /// Goes on with what the last copy was made of.
@@ -46,6 +48,7 @@ pub fn run<B: Backend>(
             Step::Truncate(len) => cache.truncate(*len).unwrap(),
             Step::TruncateRows(lens) => cache.truncate_rows(lens).unwrap(),
             Step::SelectRows(rows) => cache.select_rows(rows).unwrap(),
+            Step::Compact => cache.compact(),
             Step::Fork => kept.push(cache.clone()),
             Step::Return => cache = kept.pop().unwrap(),
         }

@@ -218,6 +218,7 @@ proptest! {
         case in any_case(2..8),
         drafts in prop::collection::vec(0usize..4, 3),
         uniform in any::<bool>(),
+        compact in any::<bool>(),
     ) {
         let model = case.model::<F64>();
         let rows = case.tokens.len();
@@ -234,6 +235,10 @@ proptest! {
             let lens: Vec<usize> = kept.iter().map(|kept| seq + kept).collect();
             cache.truncate_rows(&lens).unwrap();
             prop_assert_eq!(cache.row_lens(), lens);
+        }
+        if compact {
+            cache.compact();
+            prop_assert_eq!(cache.len(), seq + kept.iter().max().unwrap());
         }
         prop_assert_eq!(fork.len(), seq);
         let next = logits(&model, &mut cache, &vec![vec![5]; rows]);

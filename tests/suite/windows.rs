@@ -135,6 +135,7 @@ proptest! {
         window in 1usize..12,
         lens in prop::collection::vec(1usize..40, 2..4),
         drafts in prop::collection::vec((1usize..6, prop::collection::vec(0usize..6, 3)), 1..30),
+        compactions in prop::collection::vec(any::<bool>(), 30),
         seed in any::<u64>(),
     ) {
         let model = model::<F64>(&local_and_global(plan, window), seed);
@@ -145,7 +146,7 @@ proptest! {
         read(&model, &mut together, &rows);
         // Tokens of each row that count.
         let mut kept = rows;
-        for (draft, accepted) in drafts {
+        for ((draft, accepted), compact) in drafts.into_iter().zip(compactions) {
             let tokens: Vec<_> = kept.iter().map(|row| text(draft, row.len() as u64)).collect();
             let logits = read(&model, &mut together, &tokens);
             let lens: Vec<_> = (kept.iter_mut().zip(&tokens).zip(&accepted))
@@ -166,6 +167,10 @@ proptest! {
                 prop_assert!(error < 1e-6, "row {row} after {}: {error}", kept.len());
             }
             together.truncate_rows(&lens).unwrap();
+            if compact {
+                together.compact();
+                prop_assert_eq!(together.len(), *lens.iter().max().unwrap());
+            }
             prop_assert_eq!(together.row_lens(), lens);
         }
     }
