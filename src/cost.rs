@@ -107,8 +107,14 @@ impl DecoderCosts {
             let pairs: usize = (last - queries + 1..=last)
                 .map(|keys| spec.visible(keys))
                 .sum();
-            let kv = stored.iter().sum::<usize>() * c.hidden_size * spec.kv.width();
-            let trunk = c.hidden_size * (2 * spec.q_width() + 3 * spec.ffn_size);
+            let projected = match spec.kind.k_eq_v {
+                true => stored.iter().copied().max().unwrap_or(0),
+                false => stored.iter().sum(),
+            };
+            let kv = projected * c.hidden_size * spec.kv.width();
+            // What a layer is given of the tokens is a product, its gate another, its output a third.
+            let input = c.block.layer_input_size.unwrap_or(0);
+            let trunk = c.hidden_size * (2 * spec.q_width() + 3 * (spec.ffn_size + input));
             kv + queries * trunk + pairs * spec.q_width() * self.layout.n_reads(layer)
         });
         2 * (layers + head)
@@ -196,7 +202,7 @@ mod tests {
                 .with_ffn_size(10);
             let kind = |window: &Option<usize>| LayerKind {
                 window: if same { windows[0] } else { *window },
-                rope: None,
+                ..LayerKind::default()
             };
             config.block.layers = windows.iter().map(kind).collect();
             let Ok(costs) = config.costs() else {

@@ -5,6 +5,7 @@ mod attention;
 mod error;
 mod feed_forward;
 mod layer;
+mod layer_input;
 mod norm;
 mod projection;
 mod record;
@@ -29,7 +30,7 @@ use crate::attention::FusionForm;
 use crate::cache::{
     CacheDtype, CacheError, CacheShape, FusedKvCache, KvStore, SlotShape, Uncached,
 };
-use crate::config::{ConfigError, FusedKvDecoderConfig, LayerKind};
+use crate::config::{ConfigError, FusedKvDecoderConfig, LayerSpec};
 use crate::holes::Holes;
 use crate::kernels::operands::Visibility;
 use crate::kernels::{self, tied_head};
@@ -71,6 +72,13 @@ pub struct FusedKvDecoder<B: Backend> {
     plan: PlanModule<B>,
     /// `[vocab_size, hidden_size]`.
     pub embed_tokens: Embedding<B>,
+    /// What layers are given of the tokens themselves, in blocks that have it, one layer beside the
+    /// other: `[vocab_size, n_layers · layer_input_size]`.
+    pub embed_tokens_per_layer: Option<Embedding<B>>,
+    /// `[hidden_size, n_layers · layer_input_size]`.
+    pub per_layer_model_projection: Option<Projection<B>>,
+    /// Over layer_input_size.
+    pub per_layer_projection_norm: Option<Norm<B>>,
     /// The layers, bottom first.
     pub layers: Vec<DecoderLayer<B>>,
     /// Over hidden_size, before the head.
@@ -121,11 +129,22 @@ impl FusedKvDecoderConfig {
         let plan = PlanModule::new(self.validate()?);
         let layout = &plan.layout;
         let (kinds, _) = self.kinds();
-        let rope = |kind: &LayerKind| kind.rope.clone().map(|rope| Rope::new(self.head_dim, rope));
-        Ok(FusedKvDecoder {
-            embed_tokens: EmbeddingConfig::new(self.vocab_size, self.hidden_size)
+        let rope = |spec: &LayerSpec| Some(Rope::new(spec.kv.head_dim, spec.kind.rope.clone()?));
+        let embedding = |width| {
+            EmbeddingConfig::new(self.vocab_size, width)
                 .with_initializer(self.initializer())
-                .init(device),
+                .init(device)
+        };
+        let input = self.block.layer_input_size;
+        let inputs = input.map(|input| self.n_layers * input);
+        Ok(FusedKvDecoder {
+            embed_tokens: embedding(self.hidden_size),
+            embed_tokens_per_layer: inputs.map(embedding),
+            per_layer_model_projection: inputs.map(|inputs| {
+                let shape = [self.hidden_size, inputs];
+                Projection::new(shape, false, &self.initializer(), device)
+            }),
+            per_layer_projection_norm: input.map(|input| Norm::new(input, self, device)),
             layers: (0..self.n_layers)
                 .map(|index| DecoderLayer::new(self, layout, index, device))
                 .collect(),
@@ -136,7 +155,7 @@ impl FusedKvDecoderConfig {
             }),
             dropout: DropoutConfig::new(self.dropout).init(),
             ropes: Arc::new(kinds.iter().map(rope).collect()),
-            windows: Arc::new(kinds.iter().map(|kind| kind.window).collect()),
+            windows: Arc::new(kinds.iter().map(|spec| spec.kind.window).collect()),
             cache_shape: Arc::new(self.cache_shape(layout)),
             config: Arc::new(self.clone()),
             prefill_chunk: kernels::tokens_per_pass::<B>(),
@@ -363,7 +382,8 @@ impl<B: Backend> FusedKvDecoder<B> {
         let [_, seq] = tokens.dims();
         // A row with few tokens among others' many still sees those before this pass.
         let ragged = tokens.padding().iter().any(|&padding| padding > 0);
-        let mut x = self.embed_tokens.forward(tokens.into_tensor());
+        let tokens = tokens.into_tensor();
+        let mut x = self.embed_tokens.forward(tokens.clone());
         if let Some(scale) = self.config.block.embedding_scale {
             x = x * scale;
         }
@@ -375,6 +395,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         };
         let window = |layer| self.windows[layout.kind(layer)].filter(|_| !ragged);
         let reach = Reach::of_layers(layout, window, seq, wanted);
+        let mut inputs = self.layer_inputs(tokens, &x, &reach).into_iter();
         for (i, (layer, reach)) in self.layers.iter().zip(&reach).enumerate() {
             let span = &spans[layout.kind(i)];
             let input = layer.attention_input(&x);
@@ -388,6 +409,7 @@ impl<B: Backend> FusedKvDecoder<B> {
             let attended = layer.self_attn.forward(form, layout, i, input, span, store);
             x = layer.add_attention(x, attended, &self.dropout);
             x = layer.add_feed_forward(x, &self.dropout);
+            x = layer.add_input(x, inputs.next());
         }
         x
     }

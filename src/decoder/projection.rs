@@ -1,5 +1,7 @@
 //! A linear layer.
 
+use std::ops::Range;
+
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
@@ -36,6 +38,23 @@ impl<B: Backend> Projection<B> {
         let product = linear(x, self.weight.val());
         match &self.bias {
             Some(bias) => product + bias.val().unsqueeze(),
+            None => product,
+        }
+    }
+
+    /// Some columns of what [`forward`](Self::forward) gives, and the product of no others.
+    pub(super) fn forward_to(&self, columns: Range<usize>, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        let [_, output] = self.weight.dims();
+        if columns == (0..output) {
+            return self.forward(x);
+        }
+        let weight = self.weight.val();
+        let product = linear(x, weight.narrow(1, columns.start, columns.len()));
+        match &self.bias {
+            Some(bias) => {
+                let bias = bias.val().narrow(0, columns.start, columns.len());
+                product + bias.unsqueeze()
+            }
             None => product,
         }
     }
