@@ -72,8 +72,10 @@ pub(super) fn read(
             }
         }
     }
-    for name in overrides.iter().flat_map(Keys::names) {
-        let overrides = overrides.as_ref().expect("it has the name");
+    for (overrides, name) in overrides
+        .iter()
+        .flat_map(|o| o.names().map(move |name| (o, name)))
+    {
         let index = name.parse().ok().filter(|&index: &usize| index < n_layers);
         let index = index.ok_or_else(|| {
             let expected = format!("the numbers of layers, below {n_layers}, alone");
@@ -83,11 +85,11 @@ pub(super) fn read(
             continue;
         };
         for key in sizes.names() {
-            let size = sizes.count(key);
+            let size = || sizes.count(key);
             match key {
-                HEAD_DIM => kinds[index].head_dim = Some(size?),
-                KV_HEADS => kinds[index].n_kv_heads = Some(size?),
-                FFN_SIZE => ffn_sizes[index] = size?,
+                HEAD_DIM => kinds[index].head_dim = Some(size()?),
+                KV_HEADS => kinds[index].n_kv_heads = Some(size()?),
+                FFN_SIZE => ffn_sizes[index] = size()?,
                 _ => {
                     let known = [HEAD_DIM, KV_HEADS, FFN_SIZE].join(", ");
                     return Err(sizes.wrong(key, format!("none but {known}")));
@@ -134,7 +136,8 @@ fn input_size(
 /// Whether the family's own files can say a decoder's plan and its layers' widths.
 pub(super) fn is_own(format: &Format, config: &FusedKvDecoderConfig) -> bool {
     let ffn_sizes = |times: &dyn Fn(usize) -> usize| {
-        let is = |layer| config.layer(layer).ffn_size == times(layer) * config.ffn_size;
+        let is =
+            |layer| config.layer(layer).ffn_size == config.ffn_size.saturating_mul(times(layer));
         (0..config.n_layers).all(is)
     };
     let alike = ffn_sizes(&|_| 1);
