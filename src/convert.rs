@@ -119,6 +119,9 @@ pub fn convert<B: Backend>(
     model.visit(&mut Draw);
     let mut converted = config.init::<B>(&model.device())?;
     converted.embed_tokens = model.embed_tokens.clone();
+    converted.embed_tokens_per_layer = model.embed_tokens_per_layer.clone();
+    converted.per_layer_model_projection = model.per_layer_model_projection.clone();
+    converted.per_layer_projection_norm = model.per_layer_projection_norm.clone();
     converted.norm = model.norm.clone();
     converted.lm_head = model.lm_head.clone();
     for (to, from) in converted.layers.iter_mut().zip(&model.layers) {
@@ -126,17 +129,15 @@ pub fn convert<B: Backend>(
             to.self_attn.kv_fusion.take(),
             to.self_attn.kv_residual.take(),
         );
-        let stores_keys = to.self_attn.k_proj.is_some();
-        let stores_values = to.self_attn.v_proj.is_some();
+        let keeps_k_proj = to.self_attn.k_proj.is_some();
+        let keeps_k_norm = to.self_attn.k_norm.is_some();
+        let keeps_v_proj = to.self_attn.v_proj.is_some();
         // Everything but what the plan decides is the standard decoder's.
         *to = from.clone();
         let to = &mut to.self_attn;
-        if !stores_keys {
-            (to.k_proj, to.k_norm) = (None, None);
-        }
-        if !stores_values {
-            to.v_proj = None;
-        }
+        to.k_proj = to.k_proj.take().filter(|_| keeps_k_proj);
+        to.k_norm = to.k_norm.take().filter(|_| keeps_k_norm);
+        to.v_proj = to.v_proj.take().filter(|_| keeps_v_proj);
         let dtype = model.dtype();
         to.kv_fusion = fusion.map(|fusion| cast(fusion, dtype));
         to.kv_residual = residual.map(|residual| cast(residual, dtype));

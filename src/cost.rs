@@ -107,8 +107,14 @@ impl DecoderCosts {
             let pairs: usize = (last - queries + 1..=last)
                 .map(|keys| spec.visible(keys))
                 .sum();
-            let kv = stored.iter().sum::<usize>() * c.hidden_size * spec.kv.width();
-            let trunk = c.hidden_size * (2 * spec.q_width() + 3 * spec.ffn_size);
+            let projected = match spec.kind.k_eq_v {
+                true => stored.iter().copied().max().unwrap_or(0),
+                false => stored.iter().sum(),
+            };
+            let kv = projected * c.hidden_size * spec.kv.width();
+            // What a layer is given of the tokens is a product, its gate another, its output a third.
+            let input = c.block.layer_input_size.unwrap_or(0);
+            let trunk = c.hidden_size * (2 * spec.q_width() + 3 * (spec.ffn_size + input));
             kv + queries * trunk + pairs * spec.q_width() * self.layout.n_reads(layer)
         });
         2 * (layers + head)
@@ -158,14 +164,16 @@ mod tests {
             prompt in 1usize..40,
             chunk in 1usize..50,
             group in 1usize..3,
+            input in prop::option::of(1usize..4),
         ) {
-            let config = FusedKvDecoderConfig::new(13, plan)
+            let mut config = FusedKvDecoderConfig::new(13, plan)
                 .with_hidden_size(12)
                 .with_n_layers(5)
                 .with_n_heads(2 * group)
                 .with_n_kv_heads(2)
                 .with_head_dim(6)
                 .with_ffn_size(10);
+            config.block.layer_input_size = input;
             let costs = config.costs().unwrap();
             let model = config.init::<Flex>(&FlexDevice).unwrap().with_prefill_chunk(chunk);
             let mut cache = model.new_cache(1, prompt + 1).unwrap();
@@ -186,6 +194,9 @@ mod tests {
             method in prop::sample::select(KvPlan::methods().collect::<Vec<_>>()),
             windows in prop::collection::vec(prop::option::of(1usize..8), 5),
             same in any::<bool>(),
+            global in (prop::option::of(1usize..5), prop::option::of(1usize..3), any::<bool>()),
+            ffn_sizes in prop::collection::vec(1usize..20, 5),
+            input in prop::option::of(1usize..4),
             prompt in 1usize..150,
         ) {
             let plan = KvPlan::from_method(method, 5).unwrap();
@@ -194,11 +205,19 @@ mod tests {
                 .with_n_layers(5)
                 .with_head_dim(6)
                 .with_ffn_size(10);
-            let kind = |window: &Option<usize>| LayerKind {
-                window: if same { windows[0] } else { *window },
-                rope: None,
+            let (pairs, n_kv_heads, k_eq_v) = global;
+            let kind = |window: &Option<usize>| match if same { windows[0] } else { *window } {
+                None => LayerKind {
+                    head_dim: pairs.map(|pairs| 2 * pairs),
+                    n_kv_heads,
+                    k_eq_v,
+                    ..LayerKind::default()
+                },
+                window => LayerKind { window, ..LayerKind::default() },
             };
             config.block.layers = windows.iter().map(kind).collect();
+            config.block.ffn_sizes = ffn_sizes;
+            config.block.layer_input_size = input;
             let Ok(costs) = config.costs() else {
                 // The method has a layer read of a kind that is not stored.
                 return Ok(());

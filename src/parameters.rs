@@ -5,6 +5,10 @@ use crate::config::{FusedKvDecoderConfig, NormPlacement};
 use crate::plan::{KvLayout, KvPart, LayerKv};
 
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+/// Of blocks whose layers are given something of the tokens themselves: embeddings for all layers side
+/// by side, and the projection of a token's own.
+pub(crate) const LAYER_EMBEDDING: &str = "model.embed_tokens_per_layer.weight";
+pub(crate) const LAYER_INPUT: &str = "model.per_layer_model_projection.weight";
 pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// A tensor as files have it: projections are [out, in].
@@ -54,10 +58,11 @@ pub(crate) fn layer_tensors(
         push("input_layernorm.weight".to_owned(), &[hidden]);
     }
     projection!("self_attn.q_proj", [q, hidden], block.qkv_bias);
-    if stores(KvPart::Key) {
+    let [k_proj, v_proj] = spec.kind.projects(KvPart::BOTH.map(stores));
+    if k_proj {
         projection!("self_attn.k_proj", [kv, hidden], block.qkv_bias);
     }
-    if stores(KvPart::Value) {
+    if v_proj {
         projection!("self_attn.v_proj", [kv, hidden], block.qkv_bias);
     }
     projection!("self_attn.o_proj", [hidden, q], block.output_bias);
@@ -89,6 +94,14 @@ pub(crate) fn layer_tensors(
     if block.norm_placement.is_after() {
         push("post_feedforward_layernorm.weight".to_owned(), &[hidden]);
     }
+    if let Some(width) = block.layer_input_size {
+        projection!("per_layer_input_gate", [width, hidden], false);
+        projection!("per_layer_projection", [hidden, width], false);
+        push("post_per_layer_input_norm.weight".to_owned(), &[hidden]);
+    }
+    if block.layer_scalar {
+        push("layer_scalar".to_owned(), &[1]);
+    }
     tensors
 }
 
@@ -96,6 +109,16 @@ pub(crate) fn layer_tensors(
 pub(crate) fn tensors(config: &FusedKvDecoderConfig, layout: &KvLayout) -> Vec<TensorSpec> {
     let embedding = [config.vocab_size, config.hidden_size];
     let mut tensors = vec![TensorSpec::new(EMBEDDING.to_owned(), embedding)];
+    if let Some(width) = config.block.layer_input_size {
+        // A configuration that is not checked may say anything.
+        let widths = width.saturating_mul(config.n_layers);
+        let mut push = |name: &str, shape: &[usize]| {
+            tensors.push(TensorSpec::new(name.to_owned(), shape));
+        };
+        push(LAYER_EMBEDDING, &[config.vocab_size, widths]);
+        push(LAYER_INPUT, &[widths, config.hidden_size]);
+        push("model.per_layer_projection_norm.weight", &[width]);
+    }
     for (index, layer) in layout.layers().iter().enumerate() {
         tensors.extend(layer_tensors(config, layer, index));
     }

@@ -59,6 +59,12 @@ impl Keys {
         self.map.is_empty()
     }
 
+    /// The keys that say something.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        let said = self.map.iter().filter(|(_, value)| !value.is_null());
+        said.map(|(key, _)| key.as_str())
+    }
+
     /// What the object itself is called.
     pub fn name(&self) -> &str {
         self.prefix.trim_end_matches('.')

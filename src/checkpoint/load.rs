@@ -10,6 +10,7 @@ use burn::tensor::{Tensor, TensorData, backend::Backend, bf16, f16};
 use super::TOKENIZER;
 use super::config::{self, ModelConfig};
 use super::error::CheckpointError;
+use super::families;
 use super::names::ModulePath;
 use super::numbers::{Number, WeightDtype};
 use super::tensors::{FileTensor, file_tensors};
@@ -217,6 +218,7 @@ fn check(config: &ModelConfig, weights: &mut Weights) -> Result<Vec<FileTensor>,
     let layout = decoder.validate();
     let layout = layout.map_err(|source| in_config(config, source))?;
     let expected = file_tensors(decoder, &layout);
+    weights.forget(|tensor| families::is_unread(decoder, tensor));
     weights.check_all(&expected)?;
     Ok(expected)
 }

@@ -58,10 +58,8 @@ pub fn plan_of_config(path: &str, config: &Value) -> Result<Option<KvPlan>, Chec
     ] {
         if let Some(shared) = keys.optional_count(key)?.filter(|&shared| shared > 0) {
             let n_layers = n_layers(&keys, ending("block_count"))?;
-            let fewer = format!("fewer than the {n_layers} layers");
-            let storage_layers = n_layers.checked_sub(shared).filter(|&n| n > 0);
-            let storage_layers = storage_layers.ok_or_else(|| keys.wrong(key, fewer))?;
-            plans.push((key, KvPlan::Yoco { storage_layers }));
+            let (plan, _) = of_upper_layers(&keys, key, shared, n_layers)?;
+            plans.push((key, plan));
         }
     }
     let factor = keys.optional_count("cla_share_factor")?;
@@ -83,6 +81,20 @@ pub fn plan_of_config(path: &str, config: &Value) -> Result<Option<KvPlan>, Chec
         None => Ok(Some(plan)),
         Some((key, _)) => Err(keys.wrong(key, format!("what `{first}` says, {KEYS}"))),
     }
+}
+
+/// The plan of which the upper `shared` layers, told by `key`, read the last store of their own kind,
+/// and the number of the others.
+pub(super) fn of_upper_layers(
+    keys: &Keys,
+    key: &str,
+    shared: usize,
+    n_layers: usize,
+) -> Result<(KvPlan, usize), CheckpointError> {
+    let fewer = || keys.wrong(key, format!("fewer than the {n_layers} layers"));
+    let storage_layers = n_layers.checked_sub(shared).filter(|&n| n > 0);
+    let storage_layers = storage_layers.ok_or_else(fewer)?;
+    Ok((KvPlan::Yoco { storage_layers }, storage_layers))
 }
 
 fn n_layers(keys: &Keys, in_gguf: Option<&str>) -> Result<usize, CheckpointError> {

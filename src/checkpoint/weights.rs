@@ -138,6 +138,11 @@ impl Weights {
         self.tensors.contains_key(tensor)
     }
 
+    /// Has the files be without some tensors.
+    pub fn forget(&mut self, unread: impl Fn(&str) -> bool) {
+        self.tensors.retain(|tensor, _| !unread(tensor));
+    }
+
     /// The error for a tensor that is not there.
     pub fn missing(&self, spec: &TensorSpec) -> CheckpointError {
         CheckpointError::MissingTensor {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::error::{ConfigError, positive};
-use super::layer::LayerKind;
+use super::layer::{LayerKind, is_false};
 use super::rope::RopeScaling;
 
 /// What the layers of a decoder compute, beyond its sizes. The default is Qwen3's: RMSNorm before
@@ -53,8 +53,25 @@ pub struct BlockConfig {
     pub rope_scaling: RopeScaling,
     /// Channels of a head that RoPE rotates, the first ones, in such layers; none: all.
     pub rotary_dim: Option<usize>,
-    /// Window and RoPE of each layer, bottom first; empty: full attention with RoPE in all.
+    /// Window, RoPE and widths of each layer, bottom first; empty: full attention with RoPE and the
+    /// decoder's widths in all.
     pub layers: Vec<LayerKind>,
+    /// Inner width of each layer's feed-forward block, bottom first; empty: the decoder's in all.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ffn_sizes: Vec<usize>,
+    /// RMSNorm of every head's values, without a weight (Gemma 4).
+    #[serde(skip_serializing_if = "is_false")]
+    pub value_norm: bool,
+    /// Width P of what every layer is given of the tokens themselves, beside the residual stream; none:
+    /// nothing. In layer i, behind the feed-forward block,
+    /// `x + norm(down(f(gate(x)) ⊙ (norm(W_i x_0 / √hidden_size) + √P · t_i) / √2))`, where f is the
+    /// activation, x_0 the scaled embedding and t an embedding of the token for each layer (Gemma 3n
+    /// and 4).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layer_input_size: Option<usize>,
+    /// Whether a layer's output is multiplied with a learned scalar (Gemma 4).
+    #[serde(skip_serializing_if = "is_false")]
+    pub layer_scalar: bool,
 }
 
 /// Families of models that files are of. They differ in what their files call things, and in the
@@ -84,6 +101,9 @@ pub enum Family {
     /// Gemma 3, text alone (arXiv 2503.19786).
     #[serde(rename = "gemma3_text")]
     Gemma3Text,
+    /// Gemma 4, text alone.
+    #[serde(rename = "gemma4_text")]
+    Gemma4Text,
 }
 
 /// Where a layer's norms stand.
@@ -152,7 +172,12 @@ impl BlockConfig {
                 positive(field, value)?;
             }
         }
-        Ok(())
+        match self.layer_input_size {
+            Some(0) => Err(ConfigError::Zero {
+                field: "block.layer_input_size",
+            }),
+            _ => Ok(()),
+        }
     }
 }
 

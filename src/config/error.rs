@@ -47,8 +47,10 @@ pub enum ConfigError {
         expected: usize,
     },
     /// Not one description per layer.
-    #[error("block.layers describes {found} layers, expected {n_layers} or none")]
-    LayerKinds {
+    #[error("{field} describes {found} layers, expected {n_layers} or none")]
+    LayerCount {
+        /// The field's name.
+        field: &'static str,
         /// Layers described.
         found: usize,
         /// Layers of the decoder.

@@ -3,14 +3,14 @@
 use serde::{Deserialize, Serialize};
 
 use super::rope::RopeConfig;
-use super::{ConfigError, FusedKvDecoderConfig, QkNorm};
+use super::{BlockConfig, ConfigError, FusedKvDecoderConfig, QkNorm};
 use crate::plan::KvShape;
 
-/// Window and RoPE of a layer whose decoder has layers of several kinds.
+/// What the keys and values of a layer are like whose decoder has layers of several kinds.
 ///
 /// Layers are of one kind where all of this is equal; a layer reads keys and values of layers of its
-/// own kind alone, whatever the plan.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// own kind alone, whatever the plan. The default is full attention without RoPE.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerKind {
     /// Tokens that a query sees, itself included: the last ones; none: all.
@@ -18,6 +18,29 @@ pub struct LayerKind {
     pub window: Option<usize>,
     /// The rotation of queries and keys; none: they are not rotated (NoPE, arXiv 2305.19466).
     pub rope: Option<RopeConfig>,
+    /// Channels per head; none: the decoder's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
+    /// Key/value heads; none: the decoder's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_kv_heads: Option<usize>,
+    /// Whether values have no projection of their own: they are what that of keys gives, before norm
+    /// and RoPE (Gemma 4).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub k_eq_v: bool,
+}
+
+impl LayerKind {
+    /// Whether a layer that stores keys, or values, or both, has a projection of keys, and one of
+    /// values.
+    pub(crate) fn projects(&self, [keys, values]: [bool; 2]) -> [bool; 2] {
+        [keys || (values && self.k_eq_v), values && !self.k_eq_v]
+    }
+}
+
+/// Whether a setting is left out of what is written, as it was before there was one.
+pub(super) fn is_false(setting: &bool) -> bool {
+    !setting
 }
 
 /// What one layer is, told by its decoder's configuration alone: what it reads and stores is the
@@ -25,7 +48,7 @@ pub struct LayerKind {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct LayerSpec {
-    /// Window and RoPE.
+    /// Its kind, with the decoder's sizes where it has none of its own: equal in layers of one kind.
     pub kind: LayerKind,
     /// Query heads.
     pub n_heads: usize,
@@ -62,26 +85,26 @@ impl LayerSpec {
 impl FusedKvDecoderConfig {
     /// What layer `index`, counted from 0, is.
     pub fn layer(&self, index: usize) -> LayerSpec {
-        let kind = match self.block.layers.get(index) {
+        let mut kind = match self.block.layers.get(index) {
             Some(kind) => kind.clone(),
             None => LayerKind {
-                window: None,
                 rope: Some(self.rope()),
+                ..LayerKind::default()
             },
         };
-        let rotary_dim = kind
-            .rope
-            .as_ref()
-            .map_or(0, |rope| rope.rotary_dim(self.head_dim));
+        let head_dim = *kind.head_dim.get_or_insert(self.head_dim);
+        let n_kv_heads = *kind.n_kv_heads.get_or_insert(self.n_kv_heads);
+        let rotary_dim = |rope: &RopeConfig| rope.rotary_dim(head_dim);
+        let ffn_size = self.block.ffn_sizes.get(index);
         LayerSpec {
-            kind,
             n_heads: self.n_heads,
             kv: KvShape {
-                n_kv_heads: self.n_kv_heads,
-                head_dim: self.head_dim,
-                rotary_dim,
+                n_kv_heads,
+                head_dim,
+                rotary_dim: kind.rope.as_ref().map_or(0, rotary_dim),
             },
-            ffn_size: self.ffn_size,
+            ffn_size: ffn_size.copied().unwrap_or(self.ffn_size),
+            kind,
         }
     }
 
@@ -94,15 +117,15 @@ impl FusedKvDecoderConfig {
         }
     }
 
-    /// The kinds that layers are of, each once, and the kind of every layer.
-    pub(crate) fn kinds(&self) -> (Vec<LayerKind>, Vec<usize>) {
-        let mut kinds: Vec<LayerKind> = Vec::new();
+    /// A layer of each kind that there is, and the kind of every layer.
+    pub(crate) fn kinds(&self) -> (Vec<LayerSpec>, Vec<usize>) {
+        let mut kinds: Vec<LayerSpec> = Vec::new();
         let of = |index| {
-            let kind = self.layer(index).kind;
-            match kinds.iter().position(|known| *known == kind) {
+            let spec = self.layer(index);
+            match kinds.iter().position(|known| known.kind == spec.kind) {
                 Some(known) => known,
                 None => {
-                    kinds.push(kind);
+                    kinds.push(spec);
                     kinds.len() - 1
                 }
             }
@@ -112,24 +135,63 @@ impl FusedKvDecoderConfig {
     }
 
     pub(super) fn validate_kinds(&self) -> Result<(), ConfigError> {
-        let found = self.block.layers.len();
-        if found != 0 && found != self.n_layers {
-            return Err(ConfigError::LayerKinds {
-                found,
-                n_layers: self.n_layers,
-            });
-        }
-        self.rope().validate(self.head_dim)?;
-        for kind in &self.block.layers {
-            if kind.window == Some(0) {
-                return Err(ConfigError::Zero {
-                    field: "block.layers.window",
+        let BlockConfig {
+            layers, ffn_sizes, ..
+        } = &self.block;
+        for (field, found) in [
+            ("block.layers", layers.len()),
+            ("block.ffn_sizes", ffn_sizes.len()),
+        ] {
+            if found != 0 && found != self.n_layers {
+                return Err(ConfigError::LayerCount {
+                    field,
+                    found,
+                    n_layers: self.n_layers,
                 });
             }
+        }
+        if ffn_sizes.contains(&0) {
+            return Err(ConfigError::Zero {
+                field: "block.ffn_sizes",
+            });
+        }
+        if layers.is_empty() {
+            self.rope().validate(self.head_dim)?;
+        }
+        for kind in layers {
+            for (field, size) in [
+                ("block.layers.window", kind.window),
+                ("block.layers.head_dim", kind.head_dim),
+                ("block.layers.n_kv_heads", kind.n_kv_heads),
+            ] {
+                if size == Some(0) {
+                    return Err(ConfigError::Zero { field });
+                }
+            }
+            let head_dim = kind.head_dim.unwrap_or(self.head_dim);
+            self.validate_heads(head_dim, kind.n_kv_heads.unwrap_or(self.n_kv_heads))?;
             if let Some(rope) = &kind.rope {
-                rope.validate(self.head_dim)?;
+                rope.validate(head_dim)?;
             }
         }
         Ok(())
+    }
+
+    /// Whether there is a decoder with such heads of keys and values.
+    pub(super) fn validate_heads(
+        &self,
+        head_dim: usize,
+        n_kv_heads: usize,
+    ) -> Result<(), ConfigError> {
+        if !self.n_heads.is_multiple_of(n_kv_heads) {
+            return Err(ConfigError::HeadGroups {
+                n_heads: self.n_heads,
+                n_kv_heads,
+            });
+        }
+        match head_dim.is_multiple_of(2) {
+            true => Ok(()),
+            false => Err(ConfigError::OddHeadDim(head_dim)),
+        }
     }
 }

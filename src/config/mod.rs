@@ -204,15 +204,7 @@ impl FusedKvDecoderConfig {
                 return Err(ConfigError::Zero { field });
             }
         }
-        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
-            return Err(ConfigError::HeadGroups {
-                n_heads: self.n_heads,
-                n_kv_heads: self.n_kv_heads,
-            });
-        }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(ConfigError::OddHeadDim(self.head_dim));
-        }
+        self.validate_heads(self.head_dim, self.n_kv_heads)?;
         positive("rope_theta", self.rope_theta)?;
         positive("rms_norm_eps", self.rms_norm_eps)?;
         let below_one = (0.0..1.0).contains(&self.dropout);

@@ -45,6 +45,13 @@ pub enum RopeScaling {
         /// Positions of the first training.
         positions: usize,
     },
+    /// θ_j / factor of the first pairs of channels; the others are not rotated (Gemma 4).
+    Proportional {
+        /// The share of the pairs that is, rounded down.
+        rotated: f64,
+        /// How much longer texts are.
+        factor: f64,
+    },
     /// Low frequencies divided by the factor, high ones as they are, and a blend between
     /// (Llama 3.1, arXiv 2407.21783).
     Llama3 {
@@ -126,6 +133,11 @@ impl RopeConfig {
                 let grown = (factor * longer - (factor - 1.0)).powf(dim / (dim - 2.0));
                 pairs.map(|j| power(self.theta * grown, j)).collect()
             }
+            RopeScaling::Proportional { rotated, factor } => {
+                let rotated = (rotated * dim / 2.0).floor() as usize;
+                let scaled = |(j, f)| if j < rotated { f / factor } else { 0.0 };
+                plain.enumerate().map(scaled).collect()
+            }
             RopeScaling::Llama3 {
                 factor,
                 low_freq_factor: low,
@@ -196,6 +208,11 @@ impl RopeScaling {
         let positions = match self {
             Self::Default => return Ok(()),
             Self::Linear { factor } => return positive("rope factor", *factor),
+            Self::Proportional { rotated, factor } => {
+                let share = (0.0..=1.0).contains(rotated);
+                range("rope rotated", *rotated, share, "a share, 0 to 1")?;
+                return positive("rope factor", *factor);
+            }
             Self::Dynamic { factor, positions } => {
                 positive("rope factor", *factor)?;
                 // Its base is taken to the power of dim / (dim − 2).

@@ -10,7 +10,7 @@ use crate::attention::{FusionForm, KvFusion, KvFusionConfig, KvResidual, attend,
 use crate::cache::KvStore;
 use crate::config::{FusedKvDecoderConfig, QkNorm};
 use crate::kernels::operands::Term;
-use crate::kernels::{same_for_all_tokens, swap_heads};
+use crate::kernels::{rms_norm, same_for_all_tokens, swap_heads};
 use crate::plan::{KvLayout, KvPart, KvSource, Reach};
 
 /// Grouped-query attention whose keys and values are its own or other layers'.
@@ -21,9 +21,11 @@ use crate::plan::{KvLayout, KvPart, KvSource, Reach};
 pub struct Attention<B: Backend> {
     /// `[hidden_size, n_heads · head_dim]`.
     pub q_proj: Projection<B>,
-    /// `[hidden_size, n_kv_heads · head_dim]`, in layers that store keys.
+    /// `[hidden_size, n_kv_heads · head_dim]`, in layers that store keys, or values without a
+    /// projection of their own.
     pub k_proj: Option<Projection<B>>,
-    /// `[hidden_size, n_kv_heads · head_dim]`, in layers that store values.
+    /// `[hidden_size, n_kv_heads · head_dim]`, in layers that store values; none where they are what
+    /// `k_proj` gives.
     pub v_proj: Option<Projection<B>>,
     /// `[n_heads · head_dim, hidden_size]`.
     pub o_proj: Projection<B>,
@@ -38,6 +40,9 @@ pub struct Attention<B: Backend> {
     head_dim: usize,
     #[module(skip)]
     qk_norm: QkNorm,
+    /// ε of the RMSNorm of values, in blocks that have it.
+    #[module(skip)]
+    value_norm: Option<f64>,
     /// What queries are multiplied with beyond 1/√head_dim.
     query_scale: Option<f64>,
     softcap: Option<f64>,
@@ -58,7 +63,8 @@ impl<B: Backend> Attention<B> {
         let norm = |width: Option<usize>| width.map(|width| Norm::new(width, config, device));
         let [q_norm, k_norm] = spec.qk_norm_widths(block.qk_norm);
         let stores = |part| layout.stores(part, index);
-        let own = |part| stores(part).then(|| projection([hidden, kv_width], block.qkv_bias));
+        let [k_proj, v_proj] = spec.kind.projects(KvPart::BOTH.map(stores));
+        let own = || projection([hidden, kv_width], block.qkv_bias);
         let layer = layout.layer(index);
         let fusion = KvFusionConfig {
             kv: spec.kv,
@@ -69,8 +75,8 @@ impl<B: Backend> Attention<B> {
         let usual_scale = (spec.kv.head_dim as f64).sqrt().recip();
         Self {
             q_proj: projection([hidden, q_width], block.qkv_bias),
-            k_proj: own(KvPart::Key),
-            v_proj: own(KvPart::Value),
+            k_proj: k_proj.then(own),
+            v_proj: v_proj.then(own),
             o_proj: projection([q_width, hidden], block.output_bias),
             q_norm: norm(q_norm),
             k_norm: norm(k_norm.filter(|_| stores(KvPart::Key))),
@@ -78,6 +84,7 @@ impl<B: Backend> Attention<B> {
             kv_residual: KvResidual::new(layer, config.fusion_init.residual, device),
             head_dim: spec.kv.head_dim,
             qk_norm: block.qk_norm,
+            value_norm: block.value_norm.then_some(config.rms_norm_eps),
             query_scale: (block.attention_scale)
                 .map(|scale| scale / usual_scale)
                 .filter(|&scale| scale != 1.0),
@@ -99,11 +106,23 @@ impl<B: Backend> Attention<B> {
         reach: &Reach,
         store: &mut impl KvStore<B>,
     ) {
-        for part in KvPart::BOTH {
+        let stored = &reach.stored;
+        let project = |projection: &Projection<B>, len| projection.forward(last(x.clone(), len));
+        let keys = self.k_proj.as_ref().map(|k_proj| match &self.v_proj {
+            Some(_) => project(k_proj, stored[KvPart::Key]),
+            // Of values as well, or of keys alone.
+            None => project(k_proj, stored[KvPart::Key].max(stored[KvPart::Value])),
+        });
+        let values = match &self.v_proj {
+            Some(v_proj) => Some(project(v_proj, stored[KvPart::Value])),
+            None => keys.clone(),
+        };
+        for (part, projected) in [(KvPart::Key, keys), (KvPart::Value, values)] {
             if !layout.stores(part, index) {
                 continue;
             }
-            let own = self.own(part, last(x.clone(), reach.stored[part]), span);
+            let projected = projected.expect("a layer has projections of what it stores");
+            let own = self.own(part, last(projected, stored[part]), span);
             let own = match layout.layer(index).part(part).residual() {
                 None => own,
                 Some(lower) => {
@@ -118,22 +137,21 @@ impl<B: Backend> Attention<B> {
         }
     }
 
-    /// The layer's own post-RoPE keys, or its values, `[batch, n_kv_heads, seq, head_dim]`.
-    fn own(&self, part: KvPart, x: Tensor<B, 3>, span: &Span<B>) -> Tensor<B, 4> {
+    /// The layer's own post-RoPE keys, or its values, `[batch, n_kv_heads, seq, head_dim]`, of what
+    /// their projection gives.
+    fn own(&self, part: KvPart, projected: Tensor<B, 3>, span: &Span<B>) -> Tensor<B, 4> {
         match part {
-            KvPart::Key => {
-                let k_proj = self
-                    .k_proj
-                    .as_ref()
-                    .expect("a layer that stores keys has them");
-                self.rotated(k_proj.forward(x), self.k_norm.as_ref(), span)
-            }
+            KvPart::Key => self.rotated(projected, self.k_norm.as_ref(), span),
             KvPart::Value => {
-                let v_proj = self
-                    .v_proj
-                    .as_ref()
-                    .expect("a layer that stores values has them");
-                swap_heads(self.split_heads(v_proj.forward(x)))
+                let values = self.split_heads(projected);
+                swap_heads(match self.value_norm {
+                    Some(epsilon) => {
+                        let numbers = (&values.device(), values.dtype());
+                        let gain = Tensor::ones([self.head_dim], numbers);
+                        rms_norm(values, gain, epsilon)
+                    }
+                    None => values,
+                })
             }
         }
     }

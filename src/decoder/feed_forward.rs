@@ -42,10 +42,19 @@ impl<B: Backend> FeedForward<B> {
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         let gate = self.gate_proj.forward(x.clone());
         let up = self.up_proj.forward(x);
-        self.down_proj.forward(match self.activation {
-            Activation::Silu => swiglu(gate, up),
-            Activation::Gelu => gelu(gate) * up,
-            Activation::GeluTanh => gelu_approximate(gate) * up,
-        })
+        self.down_proj.forward(gated(self.activation, gate, up))
+    }
+}
+
+/// `f(gate) ⊙ up`.
+pub(super) fn gated<B: Backend>(
+    activation: Activation,
+    gate: Tensor<B, 3>,
+    up: Tensor<B, 3>,
+) -> Tensor<B, 3> {
+    match activation {
+        Activation::Silu => swiglu(gate, up),
+        Activation::Gelu => gelu(gate) * up,
+        Activation::GeluTanh => gelu_approximate(gate) * up,
     }
 }

@@ -1,14 +1,15 @@
 //! One layer: attention and feed-forward, each beside a residual connection, with norms where its
 //! family has them.
 
-use burn::module::Module;
+use burn::module::{Initializer, Module, Param};
 use burn::nn::Dropout;
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::Norm;
 use super::attention::Attention;
-use super::feed_forward::FeedForward;
-use crate::config::{FusedKvDecoderConfig, NormPlacement};
+use super::feed_forward::{FeedForward, gated};
+use super::projection::{Projection, projections};
+use crate::config::{Activation, FusedKvDecoderConfig, NormPlacement};
 use crate::plan::KvLayout;
 
 /// The parameters of one layer; the decoder walks through them. Field names are Hugging Face's.
@@ -26,9 +27,22 @@ pub struct DecoderLayer<B: Backend> {
     pub mlp: FeedForward<B>,
     /// Over hidden_size, after feed-forward; none with [`NormPlacement::Pre`].
     pub post_feedforward_layernorm: Option<Norm<B>>,
+    /// What it is given of the tokens themselves, in blocks that have it:
+    /// `[hidden_size, layer_input_size]`.
+    pub per_layer_input_gate: Option<Projection<B>>,
+    /// `[layer_input_size, hidden_size]`.
+    pub per_layer_projection: Option<Projection<B>>,
+    /// Over hidden_size.
+    pub post_per_layer_input_norm: Option<Norm<B>>,
+    /// `[1]`: what the layer's output is multiplied with, in blocks that have it.
+    pub layer_scalar: Option<Param<Tensor<B, 1>>>,
+    #[module(skip)]
+    activation: Activation,
     #[module(skip)]
     norm_placement: NormPlacement,
 }
+
+projections!(DecoderLayer: ; per_layer_input_gate, per_layer_projection);
 
 impl<B: Backend> DecoderLayer<B> {
     pub(super) fn new(
@@ -41,6 +55,8 @@ impl<B: Backend> DecoderLayer<B> {
         let placement = config.block.norm_placement;
         let sandwich = placement == NormPlacement::Sandwich;
         let ffn_size = config.layer(index).ffn_size;
+        let (hidden, input) = (config.hidden_size, config.block.layer_input_size);
+        let projection = |shape| Projection::new(shape, false, &config.initializer(), device);
         Self {
             input_layernorm: placement.is_before().then(norm),
             self_attn: Attention::new(config, layout, index, device),
@@ -48,6 +64,11 @@ impl<B: Backend> DecoderLayer<B> {
             pre_feedforward_layernorm: sandwich.then(norm),
             mlp: FeedForward::new(config, ffn_size, device),
             post_feedforward_layernorm: placement.is_after().then(norm),
+            per_layer_input_gate: input.map(|input| projection([hidden, input])),
+            per_layer_projection: input.map(|input| projection([input, hidden])),
+            post_per_layer_input_norm: input.map(|_| norm()),
+            layer_scalar: (config.block.layer_scalar).then(|| Initializer::Ones.init([1], device)),
+            activation: config.block.activation,
             norm_placement: placement,
         }
     }
@@ -79,6 +100,29 @@ impl<B: Backend> DecoderLayer<B> {
         let output = self.mlp.forward(normed(before, x.clone()));
         let after = self.post_feedforward_layernorm.as_ref();
         x + dropout.forward(normed(after, output))
+    }
+
+    /// The residual stream after what the layer is given of the tokens themselves, if anything.
+    ///
+    /// # Shapes
+    /// - input: `[batch, seq, layer_input_size]`
+    pub(super) fn add_input(&self, x: Tensor<B, 3>, input: Option<Tensor<B, 3>>) -> Tensor<B, 3> {
+        let modules = (
+            &self.per_layer_input_gate,
+            &self.per_layer_projection,
+            &self.post_per_layer_input_norm,
+        );
+        let x = match (input, modules) {
+            (Some(input), (Some(gate), Some(projection), Some(norm))) => {
+                let gated = gated(self.activation, gate.forward(x.clone()), input);
+                x + norm.forward(projection.forward(gated))
+            }
+            _ => x,
+        };
+        match &self.layer_scalar {
+            Some(scalar) => x * scalar.val().unsqueeze(),
+            None => x,
+        }
     }
 }
 

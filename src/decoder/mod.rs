@@ -6,6 +6,7 @@ mod embedding;
 mod error;
 mod feed_forward;
 mod layer;
+mod layer_input;
 mod norm;
 mod projection;
 mod record;
@@ -33,11 +34,11 @@ use crate::attention::FusionForm;
 use crate::cache::{
     CacheDtype, CacheError, CacheShape, FusedKvCache, KvStore, SlotShape, Uncached,
 };
-use crate::config::{ConfigError, FusedKvDecoderConfig, LayerKind};
+use crate::config::{ConfigError, FusedKvDecoderConfig, LayerSpec};
 use crate::holes::Holes;
 use crate::kernels;
 use crate::kernels::operands::Visibility;
-use crate::parameters::{EMBEDDING, HEAD};
+use crate::parameters::{EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT};
 #[cfg(feature = "convert")]
 use crate::plan::KvPart;
 use crate::plan::{KvLayout, Reach};
@@ -76,6 +77,13 @@ pub struct FusedKvDecoder<B: Backend> {
     plan: PlanModule<B>,
     /// `[vocab_size, hidden_size]`.
     pub embed_tokens: Embedding<B>,
+    /// What layers are given of the tokens themselves, in blocks that have it, one layer beside the
+    /// other: `[vocab_size, n_layers · layer_input_size]`.
+    pub embed_tokens_per_layer: Option<Embedding<B>>,
+    /// `[hidden_size, n_layers · layer_input_size]`.
+    pub per_layer_model_projection: Option<Projection<B>>,
+    /// Over layer_input_size.
+    pub per_layer_projection_norm: Option<Norm<B>>,
     /// The layers, bottom first.
     pub layers: Vec<DecoderLayer<B>>,
     /// Over hidden_size, before the head.
@@ -126,12 +134,19 @@ impl FusedKvDecoderConfig {
         let plan = PlanModule::new(self.validate()?);
         let layout = &plan.layout;
         let (kinds, _) = self.kinds();
-        let rope = |kind: &LayerKind| kind.rope.clone().map(|rope| Rope::new(self.head_dim, rope));
+        let rope = |spec: &LayerSpec| Some(Rope::new(spec.kv.head_dim, spec.kind.rope.clone()?));
+        let embedding =
+            |width| Embedding::new([self.vocab_size, width], &self.initializer(), device);
+        let input = self.block.layer_input_size;
+        let inputs = input.map(|input| self.n_layers * input);
         Ok(FusedKvDecoder {
-            embed_tokens: {
-                let shape = [self.vocab_size, self.hidden_size];
-                Embedding::new(shape, &self.initializer(), device)
-            },
+            embed_tokens: embedding(self.hidden_size),
+            embed_tokens_per_layer: inputs.map(embedding),
+            per_layer_model_projection: inputs.map(|inputs| {
+                let shape = [self.hidden_size, inputs];
+                Projection::new(shape, false, &self.initializer(), device)
+            }),
+            per_layer_projection_norm: input.map(|input| Norm::new(input, self, device)),
             layers: (0..self.n_layers)
                 .map(|index| DecoderLayer::new(self, layout, index, device))
                 .collect(),
@@ -142,7 +157,7 @@ impl FusedKvDecoderConfig {
             }),
             dropout: DropoutConfig::new(self.dropout).init(),
             ropes: Arc::new(kinds.iter().map(rope).collect()),
-            windows: Arc::new(kinds.iter().map(|kind| kind.window).collect()),
+            windows: Arc::new(kinds.iter().map(|spec| spec.kind.window).collect()),
             cache_shape: Arc::new(self.cache_shape(layout)),
             config: Arc::new(self.clone()),
             prefill_chunk: kernels::tokens_per_pass::<B>(),
@@ -236,15 +251,24 @@ impl<B: Backend> FusedKvDecoder<B> {
     /// Every matrix, by its name in files.
     pub(crate) fn weights(&self) -> Vec<(String, &Weight<B>)> {
         let mut all = vec![(EMBEDDING.to_owned(), &self.embed_tokens.weight)];
+        if let Some(embedding) = &self.embed_tokens_per_layer {
+            all.push((LAYER_EMBEDDING.to_owned(), &embedding.weight));
+        }
+        if let Some(projection) = &self.per_layer_model_projection {
+            all.push((LAYER_INPUT.to_owned(), &projection.weight));
+        }
         for (i, layer) in self.layers.iter().enumerate() {
-            let attention = layer.self_attn.projections().into_iter();
-            let attention = attention.map(|(name, projection)| ("self_attn", name, projection));
-            let feed_forward = layer.mlp.projections().into_iter();
-            let feed_forward = feed_forward.map(|(name, projection)| ("mlp", name, projection));
-            all.extend(attention.chain(feed_forward).map(|(of, name, projection)| {
-                let name = format!("model.layers.{i}.{of}.{name}.weight");
-                (name, &projection.weight)
-            }));
+            for (of, projections) in [
+                ("self_attn.", layer.self_attn.projections()),
+                ("mlp.", layer.mlp.projections()),
+                ("", layer.projections()),
+            ] {
+                let of_module = projections.into_iter().map(|(name, projection)| {
+                    let name = format!("model.layers.{i}.{of}{name}.weight");
+                    (name, &projection.weight)
+                });
+                all.extend(of_module);
+            }
         }
         all.extend((self.lm_head.iter()).map(|head| (HEAD.to_owned(), &head.weight)));
         all
@@ -257,15 +281,22 @@ impl<B: Backend> FusedKvDecoder<B> {
     ) -> Result<(), E> {
         // An embedding is a projection's transpose.
         f(EMBEDDING, &mut self.embed_tokens.weight, 0)?;
+        if let Some(embedding) = &mut self.embed_tokens_per_layer {
+            f(LAYER_EMBEDDING, &mut embedding.weight, 0)?;
+        }
+        if let Some(projection) = &mut self.per_layer_model_projection {
+            f(LAYER_INPUT, &mut projection.weight, 1)?;
+        }
         for (i, layer) in self.layers.iter_mut().enumerate() {
-            for (name, projection) in layer.self_attn.projections_mut() {
-                let name = format!("model.layers.{i}.self_attn.{name}.weight");
-                f(&name, &mut projection.weight, 1)?;
-            }
-            for (name, projection) in layer.mlp.projections_mut() {
-                let name = format!("model.layers.{i}.mlp.{name}.weight");
-                f(&name, &mut projection.weight, 1)?;
-            }
+            let mut of_module = |of: &str, projections: Vec<(&str, &mut Projection<B>)>| {
+                projections.into_iter().try_for_each(|(name, projection)| {
+                    let name = format!("model.layers.{i}.{of}{name}.weight");
+                    f(&name, &mut projection.weight, 1)
+                })
+            };
+            of_module("self_attn.", layer.self_attn.projections_mut())?;
+            of_module("mlp.", layer.mlp.projections_mut())?;
+            of_module("", layer.projections_mut())?;
         }
         match &mut self.lm_head {
             Some(head) => f(HEAD, &mut head.weight, 1),
@@ -457,7 +488,9 @@ impl<B: Backend> FusedKvDecoder<B> {
         let [_, seq] = tokens.dims();
         // A row with few tokens among others' many still sees those before this pass.
         let ragged = tokens.padding().iter().any(|&padding| padding > 0);
-        let mut x = (self.embed_tokens).forward(tokens.into_tensor(), self.dtype());
+        let tokens = tokens.into_tensor();
+        let dtype = self.dtype();
+        let mut x = self.embed_tokens.forward(tokens.clone(), dtype);
         if let Some(scale) = self.config.block.embedding_scale {
             x = x * scale;
         }
@@ -469,6 +502,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         };
         let window = |layer| self.windows[layout.kind(layer)].filter(|_| !ragged);
         let reach = Reach::of_layers(layout, window, seq, wanted);
+        let mut inputs = self.layer_inputs(tokens, &x, &reach).into_iter();
         for (i, (layer, reach)) in self.layers.iter().zip(&reach).enumerate() {
             let span = &spans[layout.kind(i)];
             let input = layer.attention_input(&x);
@@ -482,6 +516,7 @@ impl<B: Backend> FusedKvDecoder<B> {
             let attended = layer.self_attn.forward(form, layout, i, input, span, store);
             x = layer.add_attention(x, attended, &self.dropout);
             x = layer.add_feed_forward(x, &self.dropout);
+            x = layer.add_input(x, inputs.next());
         }
         x
     }

@@ -1,5 +1,7 @@
 //! A linear layer.
 
+use std::ops::Range;
+
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
@@ -39,23 +41,39 @@ impl<B: Backend> Projection<B> {
             None => product,
         }
     }
+
+    /// Some columns of what [`forward`](Self::forward) gives, and the product of no others.
+    pub(super) fn forward_to(&self, columns: Range<usize>, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        let [_, output] = self.weight.dims();
+        if columns == (0..output) {
+            return self.forward(x);
+        }
+        let product = self.weight.product_to(columns.clone(), x);
+        match &self.bias {
+            Some(bias) => {
+                let bias = bias.val().narrow(0, columns.start, columns.len());
+                product + bias.unsqueeze()
+            }
+            None => product,
+        }
+    }
 }
 
 /// The projections that a module has, by the names of its fields; the ones after the semicolon are
 /// optional.
 macro_rules! projections {
-    ($module:ident: $($field:ident),+ $(; $($optional:ident),+)?) => {
+    ($module:ident: $($field:ident),* $(; $($optional:ident),+)?) => {
         impl<B: Backend> $module<B> {
             pub(super) fn projections(&self) -> Vec<(&'static str, &Projection<B>)> {
                 #[allow(unused_mut)]
-                let mut all = vec![$((stringify!($field), &self.$field)),+];
+                let mut all = vec![$((stringify!($field), &self.$field)),*];
                 $($(all.extend(self.$optional.as_ref().map(|p| (stringify!($optional), p)));)+)?
                 all
             }
 
             pub(super) fn projections_mut(&mut self) -> Vec<(&'static str, &mut Projection<B>)> {
                 #[allow(unused_mut)]
-                let mut all = vec![$((stringify!($field), &mut self.$field)),+];
+                let mut all = vec![$((stringify!($field), &mut self.$field)),*];
                 $($(all.extend(self.$optional.as_mut().map(|p| (stringify!($optional), p)));)+)?
                 all
             }

@@ -89,7 +89,17 @@ impl<B: Backend> FusedKvDecoder<B> {
                 in_record,
             })
         };
-        check("lm_head", self.lm_head.is_some(), record.lm_head.is_some())?;
+        macro_rules! check_own {
+            ($($module:ident),+) => {
+                $(check(stringify!($module), self.$module.is_some(), record.$module.is_some())?;)+
+            };
+        }
+        check_own!(
+            lm_head,
+            embed_tokens_per_layer,
+            per_layer_model_projection,
+            per_layer_projection_norm
+        );
         for (i, (own, record)) in self.layers.iter().zip(&record.layers).enumerate() {
             // Whether one of them has what the other may lack.
             macro_rules! has {
@@ -109,6 +119,10 @@ impl<B: Backend> FusedKvDecoder<B> {
             check!(input_layernorm =>);
             check!(pre_feedforward_layernorm =>);
             check!(post_feedforward_layernorm =>);
+            check!(per_layer_input_gate =>);
+            check!(per_layer_projection =>);
+            check!(post_per_layer_input_norm =>);
+            check!(layer_scalar =>);
             check!(self_attn.q_proj.bias =>);
             check!(self_attn.k_proj =>);
             check!(self_attn.k_proj => bias);

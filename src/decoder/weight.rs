@@ -1,6 +1,7 @@
 //! The matrices of a decoder, and what they are made of.
 
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 use burn::module::{
@@ -252,6 +253,17 @@ impl<B: Backend> Weight<B> {
         match self {
             Self::Float(param) => linear(x, param.val()),
             Self::Packed(packed) => linear_packed(x, &packed.matrix),
+        }
+    }
+
+    /// Some columns of [`product`](Self::product), and the product of no others.
+    pub(super) fn product_to(&self, columns: Range<usize>, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        match self {
+            Self::Float(param) => linear(x, param.val().narrow(1, columns.start, columns.len())),
+            Self::Packed(packed) => {
+                let rows = packed.matrix.clone().transpose();
+                linear_packed(x, &rows.narrow(columns).transpose())
+            }
         }
     }
 

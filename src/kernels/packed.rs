@@ -1,5 +1,7 @@
 //! Matrices in fewer bits than a float has.
 
+use std::ops::Range;
+
 use burn::tensor::{
     DType, ElementConversion, Int, IntDType, Tensor, TensorData, backend::Backend, f16,
 };
@@ -255,7 +257,16 @@ impl<B: Backend> Packed<B> {
         }
     }
 
-    /// Rows of what is not transposed.
+    /// Some rows of what is not transposed.
+    pub fn narrow(self, rows: Range<usize>) -> Self {
+        let (start, len) = (rows.start, rows.len());
+        self.map(
+            |codes| codes.narrow(0, start, len),
+            |floats| floats.narrow(0, start, len),
+        )
+    }
+
+    /// Rows of what is not transposed, by their numbers.
     pub fn select(self, rows: Tensor<B, 1, Int>) -> Self {
         let codes = |codes: Tensor<B, 2, Int>| codes.select(0, rows.clone());
         self.map(codes, |floats| floats.select(0, rows.clone()))

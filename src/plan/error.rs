@@ -102,10 +102,10 @@ pub enum PlanError {
         /// What it reads.
         layer: usize,
     },
-    /// A source whose window or RoPE is another than its reader's.
+    /// A source whose window, RoPE or widths are others than its reader's.
     #[error(
-        "layer {reader} reads the {part} of layer {layer}, whose window or RoPE is another, expected \
-         a layer of its own kind"
+        "layer {reader} reads the {part} of layer {layer}, whose window, RoPE or widths are others, \
+         expected a layer of its own kind"
     )]
     SourceOfAnotherKind {
         /// Keys or values.
@@ -118,7 +118,7 @@ pub enum PlanError {
     /// A layer that reuses, of a kind that no storing layer is of.
     #[error(
         "`{method}` with {storage_layers} storage layers has layer {layer} read layers with its own \
-         window and RoPE, and none of them stores, expected more storage layers"
+         window, RoPE and widths, and none of them stores, expected more storage layers"
     )]
     NoStoreOfKind {
         /// The method asked for.

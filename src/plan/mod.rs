@@ -213,8 +213,8 @@ impl KvPlan {
     }
 
     /// Spells the plan out for a decoder whose layers are of several kinds, and validates it. Kinds
-    /// are told by numbers, one per layer; layers differ in kind where their windows or their RoPE
-    /// do.
+    /// are told by numbers, one per layer; layers differ in kind where their windows, their RoPE or the
+    /// widths of their keys and values do.
     ///
     /// A layer reads layers of its own kind alone. Of a method, "the bottom layer" and "layer n" are
     /// thus the lowest and the highest storing layer of the reader's kind, and CLA counts every kind

@@ -7,8 +7,8 @@ use burn::tensor::{Tensor, backend::Backend};
 
 /// The modules of a decoder whose parameters weigh other layers' keys and values.
 const FUSION: [&str; 2] = ["kv_fusion", "kv_residual"];
-/// What Burn's modules name parameters that are added or multiplied element by element.
-const GAINS: [&str; 3] = ["gamma", "beta", "bias"];
+/// The names of parameters that are added or multiplied element by element.
+const GAINS: [&str; 4] = ["gamma", "beta", "bias", "layer_scalar"];
 
 /// What a parameter is, as far as its learning rate and decay depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -209,7 +209,11 @@ pub fn ragged_batches<B: Backend>(subject: &Subject<B>) {
 /// without, norms in all places, biases, soft caps, partial rotation. Rows of different lengths,
 /// through a cache that forgets, with tokens taken back.
 pub fn every_block<B: Backend>(subject: &Subject<B>) {
-    let kind = |window, rope| LayerKind { window, rope };
+    let kind = |window, rope| LayerKind {
+        window,
+        rope,
+        ..LayerKind::default()
+    };
     let rope = |rotary_dim, scaling| RopeConfig {
         theta: 1e4,
         rotary_dim,
@@ -229,6 +233,24 @@ pub fn every_block<B: Backend>(subject: &Subject<B>) {
     );
     let global = kind(None, Some(rope(None, RopeScaling::Default)));
     gemma.layers = vec![local.clone(), global.clone(), local, global];
+    let mut gemma4 = gemma.clone();
+    gemma4.norm_unit_offset = false;
+    gemma4.attention_scale = Some(1.0);
+    gemma4.attention_softcap = None;
+    (gemma4.value_norm, gemma4.layer_scalar) = (true, true);
+    gemma4.layer_input_size = Some(24);
+    gemma4.ffn_sizes = vec![48, 48, 96, 96];
+    for global in [1, 3] {
+        let rotated = 0.25;
+        let factor = 1.0;
+        gemma4.layers[global] = LayerKind {
+            rope: Some(rope(None, RopeScaling::Proportional { rotated, factor })),
+            head_dim: Some(96),
+            n_kv_heads: Some(1),
+            k_eq_v: true,
+            ..LayerKind::default()
+        };
+    }
     let mut olmo = BlockConfig::default();
     olmo.norm_placement = NormPlacement::Post;
     olmo.qk_norm = QkNorm::AllHeads;
@@ -251,6 +273,8 @@ pub fn every_block<B: Backend>(subject: &Subject<B>) {
     for (i, (block, plan)) in [
         (gemma.clone(), KvPlan::Yoco { storage_layers: 2 }),
         (gemma, KvPlan::Standard),
+        (gemma4.clone(), KvPlan::Yoco { storage_layers: 2 }),
+        (gemma4, KvPlan::FusedKv { storage_layers: 3 }),
         (olmo, KvPlan::FusedKv { storage_layers: 2 }),
         (phi, KvPlan::FusedKv { storage_layers: 2 }),
         (no_rope, KvPlan::FusedKvLiteLearnable { storage_layers: 3 }),

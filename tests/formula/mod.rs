@@ -134,7 +134,9 @@ impl<B: Backend> ModuleMapper<B> for ByName {
         let name = self.name();
         param.map(|old| {
             let dims = old.dims();
-            let linear = name.contains("_proj") || name.starts_with("lm_head");
+            let linear = ["_proj", "_gate.", "lm_head."]
+                .iter()
+                .any(|part| name.contains(part));
             // Burn keeps Linear weights [in, out]; checkpoints, and the formula, [out, in].
             let element = |i: usize| match linear {
                 true => (i % dims[D - 1]) * dims[0] + i / dims[D - 1],
@@ -143,7 +145,7 @@ impl<B: Backend> ModuleMapper<B> for ByName {
             let values: Vec<f64> = (0..old.shape().num_elements())
                 .map(|i| {
                     let v = uniform(&name, self.seed, element(i));
-                    if name.contains("norm") {
+                    if name.contains("norm") || name.ends_with("layer_scalar") {
                         1.0 + 0.3 * v
                     } else if name.contains("kv_fusion") || name.contains("kv_residual") {
                         0.5 + 0.5 * v

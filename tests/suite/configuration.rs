@@ -4,11 +4,13 @@
 use burn::config::Config;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
+use fusedkv::config::{LayerKind, RopeScaling};
 use fusedkv::{
-    BlendWeights, ConfigError, FusedKvDecoderConfig, FusionInit, FusionStart, KvPart, KvPlan,
-    KvSource, LayerKv, Logits, PlanError, TokenBatch,
+    BlendWeights, BlockConfig, ConfigError, FusedKvDecoderConfig, FusionInit, FusionStart, KvPart,
+    KvPlan, KvSource, LayerKv, Logits, PlanError, TokenBatch,
 };
 use proptest::prelude::*;
+use serde_json::json;
 
 use crate::models::{F64, VOCAB, any_case, plans, small, values};
 
@@ -155,6 +157,13 @@ fn plans_nobody_can_follow_are_refused() {
     assert_eq!(unknown, Err(PlanError::UnknownMethod("mla".into())));
 }
 
+/// Four layers, of which `change` makes the third another.
+fn kinds(change: fn(&mut LayerKind)) -> Vec<LayerKind> {
+    let mut kinds = vec![LayerKind::default(); 4];
+    change(&mut kinds[2]);
+    kinds
+}
+
 #[test]
 fn configurations_nobody_can_build_are_refused() {
     let good = small(KvPlan::Standard);
@@ -208,6 +217,73 @@ fn configurations_nobody_can_build_are_refused() {
         range(refused(|c| c.fusion_init.residual = f64::INFINITY)),
         "fusion_init.residual"
     );
+    for (field, change) in [
+        (
+            "block.layers.head_dim",
+            (|c| c.block.layers = kinds(|kind| kind.head_dim = Some(0)))
+                as fn(&mut FusedKvDecoderConfig),
+        ),
+        ("block.layers.n_kv_heads", |c| {
+            c.block.layers = kinds(|kind| kind.n_kv_heads = Some(0));
+        }),
+        ("block.layer_input_size", |c| {
+            c.block.layer_input_size = Some(0);
+        }),
+        ("block.ffn_sizes", |c| {
+            c.block.ffn_sizes = vec![10, 10, 0, 10]
+        }),
+    ] {
+        assert_eq!(refused(change), ConfigError::Zero { field });
+    }
+    assert_eq!(
+        refused(|c| c.block.layers = kinds(|kind| kind.n_kv_heads = Some(3))),
+        ConfigError::HeadGroups {
+            n_heads: 4,
+            n_kv_heads: 3
+        }
+    );
+    assert_eq!(
+        refused(|c| c.block.layers = kinds(|kind| kind.head_dim = Some(7))),
+        ConfigError::OddHeadDim(7)
+    );
+    let found = 3;
+    let count = |field| ConfigError::LayerCount {
+        field,
+        found,
+        n_layers: 4,
+    };
+    let found_layers = refused(|c| c.block.layers = vec![LayerKind::default(); 3]);
+    assert_eq!(found_layers, count("block.layers"));
+    let found_sizes = refused(|c| c.block.ffn_sizes = vec![10; 3]);
+    assert_eq!(found_sizes, count("block.ffn_sizes"));
+    assert_eq!(
+        range(refused(|c| c.block.rope_scaling =
+            RopeScaling::Proportional {
+                rotated: 1.5,
+                factor: 1.0
+            })),
+        "rope rotated"
+    );
+    // The lowest layer alone is of another kind, and the second reads it.
+    for change in [
+        |kind: &mut LayerKind| kind.head_dim = Some(6),
+        |kind: &mut LayerKind| kind.n_kv_heads = Some(1),
+        |kind: &mut LayerKind| kind.k_eq_v = true,
+    ] {
+        let mut config = good.clone();
+        config.block.layers = vec![LayerKind::default(); 4];
+        change(&mut config.block.layers[0]);
+        let read = KvSource::AsIs(0);
+        let mut layers = vec![LayerKv::OWN; 4];
+        layers[1] = layer(read.clone(), read);
+        config.plan = KvPlan::Custom { layers };
+        let another = PlanError::SourceOfAnotherKind {
+            part: KvPart::Key,
+            reader: 1,
+            layer: 0,
+        };
+        assert_eq!(config.validate().unwrap_err(), another.into());
+    }
     let plan = refused(|c| c.plan = KvPlan::Cla { factor: 0 });
     assert_eq!(
         plan,
@@ -334,6 +410,25 @@ fn configuration_survives_json() {
     config.save(file.path()).unwrap();
     assert_eq!(FusedKvDecoderConfig::load(file.path()).unwrap(), config);
 
+    // A block is written as it was before layers had widths of their own, and values norms.
+    let mut block = BlockConfig::default();
+    assert_eq!(serde_json::to_string(&block).unwrap(), "null");
+    block.qkv_bias = true;
+    block.layers = vec![LayerKind {
+        window: Some(3),
+        ..LayerKind::default()
+    }];
+    let json = serde_json::to_value(&block).unwrap();
+    assert_eq!(json.as_object().unwrap().len(), 15);
+    assert_eq!(json["layers"], json!([{ "window": 3, "rope": null }]));
+    block.ffn_sizes = vec![5];
+    block.layer_input_size = Some(2);
+    (block.value_norm, block.layer_scalar) = (true, true);
+    block.layers[0].k_eq_v = true;
+    block.layers[0].head_dim = Some(6);
+    let json = serde_json::to_value(&block).unwrap();
+    assert_eq!(serde_json::from_value::<BlockConfig>(json).unwrap(), block);
+
     // As it was written before α had a start, and still is where that is 0.
     let init = r#"{"start":"Equal","noise":0.125}"#;
     let read: FusionInit = serde_json::from_str(init).unwrap();
@@ -412,6 +507,8 @@ fn n_sources(source: &KvSource) -> usize {
 struct Matrices {
     path: Vec<String>,
     parameters: usize,
+    /// Elements of the projection that gives layers something of the tokens.
+    inputs: usize,
     /// Per layer, elements of k and v projections, and of the other projections.
     layers: Vec<(usize, usize)>,
 }
@@ -426,10 +523,14 @@ impl ModuleVisitor<F64> for Matrices {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<F64, D>>) {
         let n = param.val().shape().num_elements();
         self.parameters += n;
+        if self.path[0] == "per_layer_model_projection" {
+            self.inputs = n;
+        }
         let [first, layer, .., projection, _] = self.path.as_slice() else {
             return;
         };
-        if first != "layers" || !projection.ends_with("_proj") || D != 2 {
+        // In layers, all matrices are projections.
+        if first != "layers" || D != 2 {
             return;
         }
         let layer: usize = layer.parse().unwrap();
@@ -480,6 +581,7 @@ proptest! {
         let mut prefill = 2 * head;
         let mut decode = 2 * head;
         for (layer, &(kv, other)) in built.layers.iter().enumerate() {
+            let other = other + built.inputs / config.n_layers;
             let visible: usize = match layer < top {
                 true => (1..=seq).sum(),
                 false => seq,

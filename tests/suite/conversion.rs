@@ -104,7 +104,7 @@ proptest! {
         let context = context.max(tokens.len()); // one window, so that one pass gives all
         let (fitted, fits) = convert_fitted(&standard, &plan, tokens, context).unwrap();
         let originals = originals(&standard, tokens);
-        let head_dim = case.config.head_dim;
+        let head_dim = case.config.layer(0).kv.head_dim; // all are of one kind
         for fit in fits {
             let layer = fit.layer;
             prop_assert!(*fitted.layout().layer(layer) != LayerKv::OWN);

@@ -34,9 +34,14 @@ impl Case {
 
     /// With all layers of the first one's kind, so that every plan fits.
     pub fn of_one_kind(mut self) -> Self {
-        let layers = &mut self.config.block.layers;
+        let BlockConfig {
+            layers, ffn_sizes, ..
+        } = &mut self.config.block;
         if let Some(first) = layers.first().cloned() {
             *layers = vec![first; self.config.n_layers];
+        }
+        if let Some(&first) = ffn_sizes.first() {
+            ffn_sizes.resize(self.config.n_layers, first);
         }
         self
     }
@@ -85,7 +90,7 @@ prop_compose! {
         plan in prop::sample::select(plans(n_layers)),
         tokens in rows(seq.clone()),
         seed in any::<u64>(),
-        block in any_block(n_layers, 2 * pairs),
+        block in any_block(n_layers, n_kv_heads * group, 2 * pairs),
         shape in Just((n_layers, n_kv_heads, group, 2 * pairs, tie)),
     ) -> Case {
         let (n_layers, n_kv_heads, group, head_dim, tie) = shape;
@@ -108,7 +113,11 @@ prop_compose! {
 }
 
 /// A block of any kind; every second one is Qwen3's.
-fn any_block(n_layers: usize, head_dim: usize) -> impl Strategy<Value = BlockConfig> {
+fn any_block(
+    n_layers: usize,
+    n_heads: usize,
+    head_dim: usize,
+) -> impl Strategy<Value = BlockConfig> {
     let norms = (
         prop::sample::select(vec![
             NormPlacement::Pre,
@@ -126,31 +135,66 @@ fn any_block(n_layers: usize, head_dim: usize) -> impl Strategy<Value = BlockCon
         prop::sample::select(activations),
         numbers,
         any_rope(head_dim),
-        any_layers(n_layers, head_dim),
+        any_layers(n_layers, n_heads, head_dim),
+        (
+            any::<[bool; 2]>(),
+            prop::option::of(1usize..5),
+            prop_oneof![
+                Just(Vec::new()),
+                prop::collection::vec(1usize..12, n_layers)
+            ],
+        ),
     );
-    let block = block.prop_map(|(norms, biases, activation, numbers, rope, layers)| {
-        let mut block = BlockConfig::default();
-        (block.norm_placement, block.qk_norm, block.norm_unit_offset) = norms;
-        [block.qkv_bias, block.output_bias, block.mlp_bias] = biases;
-        block.activation = activation;
-        block.embedding_scale = numbers[0];
-        block.attention_scale = numbers[1];
-        // Scores and logits within reach of the bend.
-        block.attention_softcap = numbers[2].map(|cap| 2.0 * cap);
-        block.logit_softcap = numbers[3].map(|cap| 4.0 * cap);
-        block.rotary_dim = rope.rotary_dim;
-        block.rope_scaling = rope.scaling;
-        block.layers = layers;
-        block
-    });
+    let block = block.prop_map(
+        |(norms, biases, activation, numbers, rope, layers, gemma4)| {
+            let mut block = BlockConfig::default();
+            (block.norm_placement, block.qk_norm, block.norm_unit_offset) = norms;
+            [block.qkv_bias, block.output_bias, block.mlp_bias] = biases;
+            block.activation = activation;
+            block.embedding_scale = numbers[0];
+            block.attention_scale = numbers[1];
+            // Scores and logits within reach of the bend.
+            block.attention_softcap = numbers[2].map(|cap| 2.0 * cap);
+            block.logit_softcap = numbers[3].map(|cap| 4.0 * cap);
+            block.rotary_dim = rope.rotary_dim;
+            block.rope_scaling = rope.scaling;
+            block.layers = layers;
+            (
+                [block.value_norm, block.layer_scalar],
+                block.layer_input_size,
+                block.ffn_sizes,
+            ) = gemma4;
+            block
+        },
+    );
     prop_oneof![Just(BlockConfig::default()), block]
 }
 
-/// Window and RoPE of every layer, of two kinds in any order; or nothing.
-fn any_layers(n_layers: usize, head_dim: usize) -> impl Strategy<Value = Vec<LayerKind>> {
-    let kind = || {
-        let rope = prop::option::weighted(0.8, any_rope(head_dim));
-        (prop::option::of(1usize..7), rope).prop_map(|(window, rope)| LayerKind { window, rope })
+/// Window, RoPE and widths of every layer, of two kinds in any order; or nothing.
+fn any_layers(
+    n_layers: usize,
+    n_heads: usize,
+    head_dim: usize,
+) -> impl Strategy<Value = Vec<LayerKind>> {
+    let shares = (1..=n_heads).filter(|&n| n_heads.is_multiple_of(n));
+    let shares: Vec<usize> = shares.collect();
+    let kind = move || {
+        let kind = (
+            prop::option::of(1usize..7),
+            prop::option::of((1usize..4).prop_map(|pairs| 2 * pairs)),
+            prop::option::of(prop::sample::select(shares.clone())),
+            any::<bool>(),
+        );
+        kind.prop_flat_map(move |(window, own_dim, n_kv_heads, k_eq_v)| {
+            let rope = prop::option::weighted(0.8, any_rope(own_dim.unwrap_or(head_dim)));
+            rope.prop_map(move |rope| LayerKind {
+                window,
+                rope,
+                head_dim: own_dim,
+                n_kv_heads,
+                k_eq_v,
+            })
+        })
     };
     let layers = (
         kind(),
@@ -169,6 +213,8 @@ fn any_rope(head_dim: usize) -> impl Strategy<Value = RopeConfig> {
     let scaling = prop_oneof![
         Just(RopeScaling::Default),
         (1.0f64..4.0).prop_map(|factor| RopeScaling::Linear { factor }),
+        (0.0f64..1.0, 1.0f64..4.0)
+            .prop_map(|(rotated, factor)| RopeScaling::Proportional { rotated, factor }),
         (1.0f64..4.0).prop_map(|factor| RopeScaling::Llama3 {
             factor,
             low_freq_factor: 0.5,

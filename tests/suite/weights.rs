@@ -139,3 +139,35 @@ fn what_a_format_cannot_hold_is_refused() {
         "{error}"
     );
 }
+
+/// Every matrix is packed: of what is left as floats, vectors and the weights of blends.
+#[test]
+fn no_matrix_is_left_out() {
+    use burn::module::{ModuleMapper, Param};
+    use burn::tensor::Tensor;
+
+    /// Counts matrices, and makes every one of them a number larger.
+    struct Matrices(usize);
+    impl ModuleMapper<Flex> for Matrices {
+        fn map_float<const D: usize>(
+            &mut self,
+            param: Param<Tensor<Flex, D>>,
+        ) -> Param<Tensor<Flex, D>> {
+            self.0 += usize::from(D == 2) * param.shape().num_elements();
+            param
+        }
+    }
+    let mut blocks = vec![fusedkv::BlockConfig::default(); 2];
+    blocks[1].layer_input_size = Some(32);
+    for block in blocks {
+        let plan = KvPlan::FusedKv { storage_layers: 3 };
+        let config = FusedKvDecoderConfig::tiny(256, plan)
+            .with_tie_embeddings(false)
+            .with_block(block);
+        let model = config.init::<Flex>(&FlexDevice).unwrap();
+        let mut matrices = Matrices(0);
+        let model = model.map(&mut matrices);
+        let packed = model.with_weights(WeightFormat::Int8).unwrap();
+        assert_eq!(packed.weight_bytes() * 32, matrices.0 * 34);
+    }
+}

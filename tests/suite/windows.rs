@@ -15,16 +15,20 @@ const WINDOW: usize = 5;
 /// Tokens beyond the window that are kept for certain.
 const HISTORY: usize = 32;
 
-/// A decoder of six layers, of which every third is global with a RoPE of its own.
+/// A decoder of six layers, of which every third is global, with a RoPE and widths of its own.
 fn local_and_global(plan: KvPlan, window: usize) -> FusedKvDecoderConfig {
     let kind = |layer: usize| match layer % 3 {
         2 => LayerKind {
-            window: None,
             rope: Some(RopeConfig::new(1e4)),
+            head_dim: Some(6),
+            n_kv_heads: Some(1),
+            k_eq_v: true,
+            ..LayerKind::default()
         },
         _ => LayerKind {
             window: Some(window),
             rope: Some(RopeConfig::new(100.0)),
+            ..LayerKind::default()
         },
     };
     let mut config = small(plan).with_n_layers(6).with_max_positions(4096);
@@ -180,14 +184,17 @@ proptest! {
 /// window but at least 32, however long the text.
 #[test]
 fn windows_bound_the_cache() {
-    let row = 4 * 2 * 4;
+    // Two heads of 4 channels in local layers, one of 6 in global ones.
     for (window, slack) in [(5, 32), (512, 64), (8192, 512)] {
         let config = local_and_global(KvPlan::Standard, window);
         let model = config.init::<Flex>(&FlexDevice).unwrap();
-        for (dtype, row) in [(CacheDtype::F32, row), (CacheDtype::Int8, 2 * (4 + 4))] {
+        for (dtype, row, global_row) in [
+            (CacheDtype::F32, 4 * 2 * 4, 4 * 6),
+            (CacheDtype::Int8, 2 * (4 + 4), 6 + 4),
+        ] {
             let mut cache = model.new_cache_of(dtype, 1, 4096).unwrap();
             let local = (window + HISTORY + slack).min(4096);
-            let expected = 2 * row * (4 * local + 2 * 4096);
+            let expected = 2 * (row * 4 * local + global_row * 2 * 4096);
             assert_eq!(cache.bytes_allocated(), expected);
             for _ in 0..6 {
                 let tokens = batch(&[text(300, 3)]);

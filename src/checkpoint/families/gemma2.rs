@@ -16,7 +16,12 @@ pub(super) const FORMAT: Format = Format {
     },
     mlp_bias: Told::Always(false),
     activation: ("hidden_activation", "gelu_pytorch_tanh"),
-    windows: Windows::AllButEvery { nth: 2, key: None },
+    windows: Windows::AllButEvery {
+        nth: 2,
+        key: None,
+        default: 4096,
+        last_is_full: false,
+    },
     head_dim: HeadDim::Of(256),
     query_scalar: Some(256.0),
     attention_softcap: Some(Some(50.0)),

@@ -17,8 +17,13 @@ pub(super) const FORMAT: Format = Format {
     windows: Windows::AllButEvery {
         nth: 6,
         key: Some("sliding_window_pattern"),
+        default: 4096,
+        last_is_full: false,
     },
-    rope: RopeKeys::ByLayerType { sliding_theta: 1e4 },
+    rope: RopeKeys::ByLayerType {
+        sliding_theta: 1e4,
+        rotated: None,
+    },
     // Its files have a soft cap of scores, which nothing applies.
     attention_softcap: None,
     logit_softcap: Some(None),

@@ -6,6 +6,8 @@
 
 mod gemma2;
 mod gemma3;
+mod gemma4;
+mod layers;
 mod llama;
 mod mistral;
 mod olmo2;
@@ -23,12 +25,13 @@ use serde_json::{Map, Value, json};
 use super::CONFIG;
 use super::error::CheckpointError;
 use super::keys::Keys;
-use crate::config::{Activation, BlockConfig, Family, FusedKvDecoderConfig};
+use crate::config::{Activation, BlockConfig, Family, FusedKvDecoderConfig, LayerSpec};
 use crate::plan::KvPlan;
+use layers::LayerKeys;
 use rope::RopeKeys;
 use windows::Windows;
 
-/// What `config.json` calls a decoder whose plan is not the standard one.
+/// What `config.json` calls a decoder whose plan is not one of its family's own files.
 const FUSED: &str = "fusedkv";
 
 /// More than any model reads: a larger number is a mistake.
@@ -51,6 +54,7 @@ struct Format {
     activation: (&'static str, &'static str),
     windows: Windows,
     rope: RopeKeys,
+    layers: Option<LayerKeys>,
     head_dim: HeadDim,
     /// Gemma's scale of scores, `query_pre_attn_scalar` to the power of −½: that number where files
     /// leave it out.
@@ -60,7 +64,7 @@ struct Format {
     logit_softcap: Option<Option<f64>>,
     /// Whether embeddings are multiplied with √hidden_size.
     scales_embedding: bool,
-    /// Whether q, k and v are one tensor under the standard plan, and gate and up another.
+    /// Whether q, k and v are one tensor in its own files, and gate and up another.
     fused_projections: bool,
     defaults: Defaults,
 }
@@ -105,6 +109,7 @@ const LLAMA: Format = Format {
     activation: ("hidden_act", "silu"),
     windows: Windows::None,
     rope: RopeKeys::Flat,
+    layers: None,
     head_dim: HeadDim::OfHidden,
     query_scalar: None,
     attention_softcap: None,
@@ -120,7 +125,7 @@ const LLAMA: Format = Format {
 };
 
 /// Every family's.
-static FORMATS: [&Format; 9] = [
+static FORMATS: [&Format; 10] = [
     &qwen3::FORMAT,
     &llama::FORMAT,
     &mistral::FORMAT,
@@ -130,6 +135,7 @@ static FORMATS: [&Format; 9] = [
     &phi3::FORMAT,
     &gemma2::FORMAT,
     &gemma3::FORMAT,
+    &gemma4::FORMAT,
 ];
 
 /// Activations by the names files have; the first of each is written.
@@ -150,14 +156,23 @@ impl Format {
 
 /// Whether files of a decoder have several projections in one tensor.
 pub(super) fn fuses_projections(config: &FusedKvDecoderConfig) -> bool {
-    config.plan == KvPlan::Standard && Format::of(config.block.family).fused_projections
+    let format = Format::of(config.block.family);
+    format.fused_projections && layers::is_own(format, config)
+}
+
+/// Whether a tensor that a decoder does not have may stand in its family's own files.
+pub(super) fn is_unread(config: &FusedKvDecoderConfig, tensor: &str) -> bool {
+    layers::is_unread(Format::of(config.block.family), config, tensor)
 }
 
 /// What `config.json` says.
 pub(super) fn read(keys: &Keys) -> Result<FusedKvDecoderConfig, CheckpointError> {
     let (format, plan) = format_and_plan(keys)?;
     keys.absent("quantization_config")?;
-    keys.only("use_bidirectional_attention", &json!(false))?;
+    // "vision" is of images alone.
+    if keys.get("use_bidirectional_attention") != Some(&json!("vision")) {
+        keys.only("use_bidirectional_attention", &json!(false))?;
+    }
     let defaults = &format.defaults;
     let n_heads = keys.count("num_attention_heads")?;
     let hidden_size = keys.count("hidden_size")?;
@@ -194,7 +209,9 @@ pub(super) fn read(keys: &Keys) -> Result<FusedKvDecoderConfig, CheckpointError>
     let tie = keys.flag("tie_word_embeddings")?;
     let eps = keys.number("rms_norm_eps")?;
     let init_std = keys.number("initializer_range")?;
-    Ok(FusedKvDecoderConfig::new(keys.count("vocab_size")?, plan)
+    let vocab_size = keys.count("vocab_size")?;
+    let own = plan.is_none();
+    let mut config = FusedKvDecoderConfig::new(vocab_size, plan.unwrap_or(KvPlan::Standard))
         .with_hidden_size(hidden_size)
         .with_n_layers(n_layers)
         .with_n_heads(n_heads)
@@ -209,7 +226,9 @@ pub(super) fn read(keys: &Keys) -> Result<FusedKvDecoderConfig, CheckpointError>
         .with_tie_embeddings(tie.unwrap_or(defaults.tie_embeddings))
         .with_max_positions(max_positions)
         .with_init_std(init_std.unwrap_or(DEFAULT_INIT_STD))
-        .with_block(block))
+        .with_block(block);
+    layers::read(keys, format, own, &mut config)?;
+    Ok(config)
 }
 
 /// The `config.json` of a decoder, but for what is not of the decoder.
@@ -219,16 +238,16 @@ pub(super) fn read(keys: &Keys) -> Result<FusedKvDecoderConfig, CheckpointError>
 pub(super) fn write(config: &FusedKvDecoderConfig) -> Result<Value, CheckpointError> {
     let block = &config.block;
     let format = Format::of(block.family);
-    let standard = config.plan == KvPlan::Standard;
+    let own = layers::is_own(format, config);
     let mut json = json!({
-        "architectures": [if standard { format.architecture } else { "FusedKvForCausalLM" }],
+        "architectures": [if own { format.architecture } else { "FusedKvForCausalLM" }],
         "attention_dropout": 0.0,
         "head_dim": config.head_dim,
         "hidden_size": config.hidden_size,
         "initializer_range": config.init_std,
         "intermediate_size": config.ffn_size,
         "max_position_embeddings": config.max_positions,
-        "model_type": if standard { format.model_type } else { FUSED },
+        "model_type": if own { format.model_type } else { FUSED },
         "num_attention_heads": config.n_heads,
         "num_hidden_layers": config.n_layers,
         "num_key_value_heads": config.n_kv_heads,
@@ -239,7 +258,7 @@ pub(super) fn write(config: &FusedKvDecoderConfig) -> Result<Value, CheckpointEr
         "use_cache": true,
         "vocab_size": config.vocab_size,
     });
-    if !standard {
+    if !own {
         json["kv_plan"] = json!(config.plan);
         if block.family != Family::default() {
             json["base_model_type"] = json!(format.model_type);
@@ -275,6 +294,7 @@ pub(super) fn write(config: &FusedKvDecoderConfig) -> Result<Value, CheckpointEr
     }
     rope::write(&mut json, config, format);
     format.windows.write(&mut json, config);
+    layers::write(&mut json, config, format);
     check_written(&json, config)?;
     Ok(json)
 }
@@ -288,10 +308,12 @@ fn check_written(json: &Value, config: &FusedKvDecoderConfig) -> Result<(), Chec
         (Some(a), Some(b)) => (a - b).abs() <= 1e-12 * b.abs(),
         (a, b) => a == b,
     };
-    let layers = |config: &FusedKvDecoderConfig| {
-        let kinds = (0..config.n_layers).map(|layer| config.layer(layer).kind);
-        kinds.collect::<Vec<_>>()
-    };
+    fn layers<T>(config: &FusedKvDecoderConfig, of: fn(LayerSpec) -> T) -> Vec<T> {
+        let layers = (0..config.n_layers).map(|layer| of(config.layer(layer)));
+        layers.collect()
+    }
+    let kinds = |config| layers(config, |layer| layer.kind);
+    let ffn_sizes = |config| layers(config, |layer| layer.ffn_size);
     for (field, same) in [
         ("norm_placement", said.norm_placement == is.norm_placement),
         (
@@ -318,8 +340,15 @@ fn check_written(json: &Value, config: &FusedKvDecoderConfig) -> Result<(), Chec
         ("logit_softcap", close(said.logit_softcap, is.logit_softcap)),
         (
             "layers, rope_scaling or rotary_dim",
-            layers(&read) == layers(config),
+            kinds(&read) == kinds(config),
         ),
+        ("ffn_sizes", ffn_sizes(&read) == ffn_sizes(config)),
+        ("value_norm", said.value_norm == is.value_norm),
+        (
+            "layer_input_size",
+            said.layer_input_size == is.layer_input_size,
+        ),
+        ("layer_scalar", said.layer_scalar == is.layer_scalar),
     ] {
         if !same {
             return Err(CheckpointError::Family {
@@ -331,7 +360,8 @@ fn check_written(json: &Value, config: &FusedKvDecoderConfig) -> Result<(), Chec
     Ok(())
 }
 
-fn format_and_plan(keys: &Keys) -> Result<(&'static Format, KvPlan), CheckpointError> {
+/// A file's family, and its plan; none where that is the family's own.
+fn format_and_plan(keys: &Keys) -> Result<(&'static Format, Option<KvPlan>), CheckpointError> {
     let plan = keys.get("kv_plan").map(|value| {
         serde_json::from_value::<KvPlan>(value.clone())
             .map_err(|error| keys.wrong("kv_plan", format!("a plan ({error})")))
@@ -354,12 +384,10 @@ fn format_and_plan(keys: &Keys) -> Result<(&'static Format, KvPlan), CheckpointE
         (FUSED, Some(plan)) => {
             let base = keys.text("base_model_type")?;
             let base = base.unwrap_or_else(|| Format::of(Family::default()).model_type.to_owned());
-            Ok((format("base_model_type", &base)?, plan))
+            Ok((format("base_model_type", &base)?, Some(plan)))
         }
         (FUSED, None) => Err(keys.wrong("kv_plan", "a plan, for the model_type \"fusedkv\"")),
-        (name, None | Some(KvPlan::Standard)) => {
-            Ok((format("model_type", name)?, KvPlan::Standard))
-        }
+        (name, None | Some(KvPlan::Standard)) => Ok((format("model_type", name)?, None)),
         (name, Some(_)) => {
             format("model_type", name)?;
             Err(keys.wrong("kv_plan", format!("none, for the model_type \"{name}\"")))

@@ -17,7 +17,12 @@ pub(super) enum RopeKeys {
     Phi3,
     /// One for full attention, and one for layers with a window, which is never scaled in older files
     /// and has this base where they do not say.
-    ByLayerType { sliding_theta: f64 },
+    ByLayerType {
+        sliding_theta: f64,
+        /// The share of channels that full attention rotates where files do not say; none: all. A
+        /// family that has one has no older files.
+        rotated: Option<f64>,
+    },
 }
 
 /// Of layers with full attention, and of those with a window where theirs is another.
@@ -28,8 +33,11 @@ pub(super) struct Ropes {
 
 const FULL: &str = "full_attention";
 const SLIDING: &str = "sliding_attention";
+const PROPORTIONAL: &str = "proportional";
 const POSITIONS: &str = "original_max_position_embeddings";
-const TYPES: &str = "\"default\", \"linear\", \"dynamic\", \"llama3\", \"yarn\" or \"longrope\"";
+const TYPES: &str = "\"default\", \"linear\", \"dynamic\", \"proportional\", \"llama3\", \"yarn\" or \
+                     \"longrope\"";
+const ROTATED: &str = "partial_rotary_factor";
 
 impl Ropes {
     pub fn of(&self, sliding: bool) -> &RopeConfig {
@@ -71,7 +79,11 @@ pub(super) fn read(
     };
     let theta = keys.number("rope_theta")?;
     let default = format.defaults.rope_theta;
-    let RopeKeys::ByLayerType { sliding_theta } = format.rope else {
+    let RopeKeys::ByLayerType {
+        sliding_theta,
+        rotated,
+    } = format.rope
+    else {
         let rope = scaling.as_ref().or(parameters.as_ref());
         // The base may be told twice, but not in two ways.
         for rope in [&scaling, &parameters].into_iter().flatten() {
@@ -97,8 +109,18 @@ pub(super) fn read(
     };
     let full = scaling.or(by_type(FULL)?);
     let local = keys.number("rope_local_base_freq")?;
+    let theta = theta.unwrap_or(default);
     Ok(Ropes {
-        full: read(theta.unwrap_or(default), full.as_ref())?,
+        full: match (&full, rotated) {
+            (None, Some(rotated)) => RopeConfig {
+                scaling: RopeScaling::Proportional {
+                    rotated,
+                    factor: 1.0,
+                },
+                ..RopeConfig::new(theta)
+            },
+            _ => read(theta, full.as_ref())?,
+        },
         sliding: Some(read(
             local.unwrap_or(sliding_theta),
             by_type(SLIDING)?.as_ref(),
@@ -131,19 +153,23 @@ impl Reader<'_> {
         })
     }
 
-    /// Channels that are rotated: `partial_rotary_factor`, beside the other keys or among RoPE's.
+    /// The share of channels that are rotated, beside the other keys or among RoPE's.
+    fn rotated<'k>(&'k self, rope: Option<&'k Keys>) -> Result<(&'k Keys, f64), CheckpointError> {
+        let rope = rope.filter(|rope| rope.get(ROTATED).is_some());
+        let keys = rope.unwrap_or(self.keys);
+        Ok((keys, keys.number(ROTATED)?.unwrap_or(1.0)))
+    }
+
+    /// Channels that are rotated, the first ones; none: all.
     fn rotary_dim(&self, rope: Option<&Keys>) -> Result<Option<usize>, CheckpointError> {
-        let key = "partial_rotary_factor";
-        let (keys, factor) = match rope.filter(|rope| rope.get(key).is_some()) {
-            Some(rope) => (rope, rope.number(key)?),
-            None => (self.keys, self.keys.number(key)?),
-        };
-        match factor {
-            None | Some(1.0) => Ok(None),
-            Some(factor) if matches!(self.format.rope, RopeKeys::Phi3) => {
-                Ok(Some((self.head_dim as f64 * factor) as usize))
+        match self.rotated(rope)? {
+            (_, 1.0) => Ok(None),
+            (_, rotated) if matches!(self.format.rope, RopeKeys::Phi3) => {
+                Ok(Some((self.head_dim as f64 * rotated) as usize))
             }
-            Some(_) => Err(keys.wrong(key, "1")),
+            // Its own channels, which are not the first ones.
+            _ if rope.is_some_and(is_proportional) => Ok(None),
+            (keys, _) => Err(keys.wrong(ROTATED, "1")),
         }
     }
 
@@ -198,6 +224,10 @@ impl Reader<'_> {
             ("linear", _) => Ok(RopeScaling::Linear {
                 factor: needed("factor")?,
             }),
+            (PROPORTIONAL, _) => Ok(RopeScaling::Proportional {
+                rotated: self.rotated(Some(rope))?.1,
+                factor: number("factor", 1.0)?,
+            }),
             ("dynamic", _) => Ok(RopeScaling::Dynamic {
                 factor: needed("factor")?,
                 positions: self.max_positions,
@@ -230,6 +260,11 @@ impl Reader<'_> {
     }
 }
 
+fn is_proportional(rope: &Keys) -> bool {
+    let kind = rope.get("rope_type").or_else(|| rope.get("type"));
+    kind.and_then(Value::as_str) == Some(PROPORTIONAL)
+}
+
 /// √(1 + ln s / ln L), for texts s times as long as the L positions of training (arXiv 2402.13753).
 fn long_rope_factor(longer: f64, positions: usize) -> f64 {
     match longer > 1.0 {
@@ -250,10 +285,19 @@ fn yarn_factor(longer: f64, scale: f64) -> f64 {
 /// scaling.
 pub(super) fn write(json: &mut Value, config: &FusedKvDecoderConfig, format: &Format) {
     let full = config.rope();
-    json["rope_theta"] = json!(full.theta);
     let object = object(&full, config, format);
-    if full.scaling != RopeScaling::Default {
-        json["rope_scaling"] = object.clone();
+    let has_older_files = !matches!(
+        format.rope,
+        RopeKeys::ByLayerType {
+            rotated: Some(_),
+            ..
+        }
+    );
+    if has_older_files {
+        json["rope_theta"] = json!(full.theta);
+        if full.scaling != RopeScaling::Default {
+            json["rope_scaling"] = object.clone();
+        }
     }
     if let RopeScaling::Dynamic { positions, .. } = full.scaling {
         json["max_position_embeddings"] = json!(positions);
@@ -264,12 +308,14 @@ pub(super) fn write(json: &mut Value, config: &FusedKvDecoderConfig, format: &Fo
     }
     match format.rope {
         RopeKeys::Flat | RopeKeys::Phi3 => json["rope_parameters"] = object,
-        RopeKeys::ByLayerType { sliding_theta } => {
+        RopeKeys::ByLayerType { sliding_theta, .. } => {
             let slides = |kind: &&crate::config::LayerKind| kind.window.is_some();
             let sliding = config.block.layers.iter().find(slides);
             let sliding = sliding.and_then(|kind| kind.rope.clone());
             let sliding = sliding.unwrap_or_else(|| RopeConfig::new(sliding_theta));
-            json["rope_local_base_freq"] = json!(sliding.theta);
+            if has_older_files {
+                json["rope_local_base_freq"] = json!(sliding.theta);
+            }
             let sliding = self::object(&sliding, config, format);
             json["rope_parameters"] = json!({ FULL: object, SLIDING: sliding });
         }
@@ -284,7 +330,7 @@ fn object(rope: &RopeConfig, config: &FusedKvDecoderConfig, format: &Format) -> 
     set("rope_theta", json!(rope.theta));
     if let (RopeKeys::Phi3, Some(rotary_dim)) = (format.rope, rope.rotary_dim) {
         let factor = rotary_dim as f64 / config.head_dim as f64;
-        set("partial_rotary_factor", json!(factor));
+        set(ROTATED, json!(factor));
     }
     let name = match &rope.scaling {
         RopeScaling::Default => "default",
@@ -295,6 +341,13 @@ fn object(rope: &RopeConfig, config: &FusedKvDecoderConfig, format: &Format) -> 
         RopeScaling::Dynamic { factor, .. } => {
             set("factor", json!(factor));
             "dynamic"
+        }
+        RopeScaling::Proportional { rotated, factor } => {
+            set(ROTATED, json!(rotated));
+            if *factor != 1.0 {
+                set("factor", json!(factor));
+            }
+            PROPORTIONAL
         }
         RopeScaling::Llama3 {
             factor,

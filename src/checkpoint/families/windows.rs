@@ -8,7 +8,7 @@ use super::rope::Ropes;
 use crate::config::{FusedKvDecoderConfig, LayerKind};
 
 /// More than any model has: a larger number is a mistake.
-const MAX_LAYERS: usize = 1 << 16;
+pub(super) const MAX_LAYERS: usize = 1 << 16;
 
 /// How a family's files tell windows. `layer_types`, where a file has it, says it for all families
 /// that may have any.
@@ -23,10 +23,13 @@ pub(super) enum Windows {
     /// `sliding_window` in layers without RoPE, if `use_sliding_window`: those that `no_rope_layers`
     /// says, or else every `no_rope_layer_interval`-th.
     NoRopeLayers,
-    /// `sliding_window` in all but every `nth` layer; some files say by a key which.
+    /// `sliding_window`, or else `default`, in all but every `nth` layer, of which some files say by a
+    /// key which it is, and but for the last where that is always full.
     AllButEvery {
         nth: usize,
         key: Option<&'static str>,
+        default: usize,
+        last_is_full: bool,
     },
 }
 
@@ -52,8 +55,9 @@ impl Windows {
         let default = match self {
             Self::AllLayers(default) => default.filter(|_| !keys.is_null("sliding_window")),
             Self::None | Self::NoRopeLayers => None,
-            Self::UpperLayers | Self::AllButEvery { .. } => {
-                Some(DEFAULT_WINDOW).filter(|_| !keys.is_null("sliding_window"))
+            Self::UpperLayers => Some(DEFAULT_WINDOW).filter(|_| !keys.is_null("sliding_window")),
+            Self::AllButEvery { default, .. } => {
+                Some(default).filter(|_| !keys.is_null("sliding_window"))
             }
         };
         let window = keys.optional_count("sliding_window")?.or(default);
@@ -67,18 +71,20 @@ impl Windows {
             return Ok(Vec::new());
         }
         if n_layers > MAX_LAYERS {
-            return Err(keys.wrong("num_hidden_layers", format!("at most {MAX_LAYERS}")));
+            return Err(too_many_layers(keys));
         }
         let rotates = |layer: usize| no_rope.as_ref().is_none_or(|no_rope| !no_rope[layer]);
         let slides = self.slides(keys)?;
         let kind = |layer: usize| {
             let slides = match &types {
+                _ if self.is_full(layer, n_layers) => false,
                 Some(types) => types[layer],
                 None => slides(layer, rotates(layer)),
             };
             LayerKind {
                 window: window.filter(|_| slides),
                 rope: rotates(layer).then(|| ropes.of(slides).clone()),
+                ..LayerKind::default()
             }
         };
         let kinds: Vec<_> = (0..n_layers).map(kind).collect();
@@ -90,12 +96,24 @@ impl Windows {
         })
     }
 
+    /// Whether a layer sees everything, whatever files say.
+    fn is_full(self, layer: usize, n_layers: usize) -> bool {
+        let last_is_full = matches!(
+            self,
+            Self::AllButEvery {
+                last_is_full: true,
+                ..
+            }
+        );
+        last_is_full && layer + 1 == n_layers
+    }
+
     /// Which layers slide in files without `layer_types`, told by their number and whether they have
     /// RoPE.
     fn slides(self, keys: &Keys) -> Result<impl Fn(usize, bool) -> bool, CheckpointError> {
         let from = keys.optional_count("max_window_layers")?.unwrap_or(28);
         let nth = match self {
-            Self::AllButEvery { nth, key } => {
+            Self::AllButEvery { nth, key, .. } => {
                 let told = key
                     .map(|key| keys.optional_count(key))
                     .transpose()?
@@ -197,4 +215,9 @@ impl Windows {
             json["max_window_layers"] = json!(config.n_layers);
         }
     }
+}
+
+/// The error for a configuration of more layers than any model has.
+pub(super) fn too_many_layers(keys: &Keys) -> CheckpointError {
+    keys.wrong("num_hidden_layers", format!("at most {MAX_LAYERS}"))
 }
