@@ -419,7 +419,7 @@ fn configuration_survives_json() {
         ..LayerKind::default()
     }];
     let json = serde_json::to_value(&block).unwrap();
-    assert_eq!(json.as_object().unwrap().len(), 16);
+    assert_eq!(json.as_object().unwrap().len(), 15);
     assert_eq!(json["layers"], json!([{ "window": 3, "rope": null }]));
     block.ffn_sizes = vec![5];
     block.layer_input_size = Some(2);

@@ -169,7 +169,7 @@ mod tests {
                 "a whole number",
             ),
             (
-                json!({ "num_hidden_layers": 1 << 40 }),
+                json!({ "num_hidden_layers": 1_u64 << 40 }),
                 "num_hidden_layers",
                 "at most",
             ),
