@@ -235,7 +235,6 @@ pub fn every_block<B: Backend>(subject: &Subject<B>) {
     gemma.layers = vec![local.clone(), global.clone(), local, global];
     let mut gemma4 = gemma.clone();
     gemma4.norm_unit_offset = false;
-    gemma4.attention_scale = Some(1.0);
     gemma4.attention_softcap = None;
     (gemma4.value_norm, gemma4.layer_scalar) = (true, true);
     gemma4.layer_input_size = Some(24);
