@@ -9,6 +9,8 @@ mod norm;
 mod projection;
 mod record;
 mod rope;
+#[cfg(feature = "convert")]
+mod stream;
 
 use std::sync::Arc;
 
@@ -24,6 +26,8 @@ pub use norm::Norm;
 pub use projection::Projection;
 pub use record::{DecoderRecord, PlanModule, PlanRecord, RecordError};
 pub use rope::{Rope, RopeAngles, RopeError};
+#[cfg(feature = "convert")]
+pub(crate) use stream::{Half, Stream};
 
 use crate::attention::FusionForm;
 use crate::cache::{
@@ -33,8 +37,6 @@ use crate::config::{ConfigError, FusedKvDecoderConfig, LayerKind};
 use crate::holes::Holes;
 use crate::kernels::operands::Visibility;
 use crate::kernels::{self, tied_head};
-#[cfg(feature = "convert")]
-use crate::plan::KvPart;
 use crate::plan::{KvLayout, Reach};
 use crate::tokens::TokenBatch;
 
@@ -261,41 +263,14 @@ impl<B: Backend> FusedKvDecoder<B> {
         tokens: TokenBatch<B>,
         form: Option<FusionForm>,
     ) -> Result<Tensor<B, 3>, ForwardError> {
-        let mut store = Uncached::new();
-        let x = self.uncached_walk(tokens, &mut store, form)?;
-        Ok(self.head(x))
-    }
-
-    /// The keys and the values, `[batch, n_kv_heads, seq, head_dim]`, that a layer stores of tokens
-    /// without a past, by part and layer.
-    ///
-    /// # Errors
-    /// As [`forward`](Self::forward).
-    #[cfg(feature = "convert")]
-    pub(crate) fn keys_and_values(
-        &self,
-        tokens: TokenBatch<B>,
-    ) -> Result<impl Fn(KvPart, usize) -> Tensor<B, 4>, ForwardError> {
-        let mut store = Uncached::new();
-        self.uncached_walk(tokens, &mut store, None)?;
-        let dtype = self.embed_tokens.weight.val().dtype();
-        Ok(move |part, layer| store.get(part, layer).float(dtype))
-    }
-
-    /// What the last layer gives for all positions of tokens without a past, and in `store` the keys
-    /// and values that were stored.
-    fn uncached_walk(
-        &self,
-        tokens: TokenBatch<B>,
-        store: &mut Uncached<B>,
-        form: Option<FusionForm>,
-    ) -> Result<Tensor<B, 3>, ForwardError> {
         tokens.check()?;
         let [batch, _] = tokens.dims();
         let past = vec![0; batch];
         self.check_positions(&tokens, &past)?;
         let spans = self.spans(&tokens, &past, 0, &[]);
-        Ok(self.walk(tokens, spans, store, form, Some(Logits::All)))
+        let mut store = Uncached::new();
+        let x = self.walk(tokens, spans, &mut store, form, Some(Logits::All));
+        Ok(self.head(x))
     }
 
     /// Appends a chunk of tokens to the cache and returns logits: prefill in chunks of any size,
@@ -363,10 +338,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         let [_, seq] = tokens.dims();
         // A row with few tokens among others' many still sees those before this pass.
         let ragged = tokens.padding().iter().any(|&padding| padding > 0);
-        let mut x = self.embed_tokens.forward(tokens.into_tensor());
-        if let Some(scale) = self.config.block.embedding_scale {
-            x = x * scale;
-        }
+        let mut x = self.embed(tokens);
         let layout = self.layout();
         let wanted = match logits {
             None => 0,
@@ -387,9 +359,19 @@ impl<B: Backend> FusedKvDecoder<B> {
             let input = last(input, reach.queries);
             let attended = layer.self_attn.forward(form, layout, i, input, span, store);
             x = layer.add_attention(x, attended, &self.dropout);
-            x = layer.add_feed_forward(x, &self.dropout);
+            let output = layer.mlp.forward(layer.feed_forward_input(&x));
+            x = layer.add_feed_forward(x, output, &self.dropout);
         }
         x
+    }
+
+    /// What the bottom layer reads.
+    fn embed(&self, tokens: TokenBatch<B>) -> Tensor<B, 3> {
+        let x = self.embed_tokens.forward(tokens.into_tensor());
+        match self.config.block.embedding_scale {
+            Some(scale) => x * scale,
+            None => x,
+        }
     }
 
     /// Logits of the last layer's output.
