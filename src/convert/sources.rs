@@ -9,16 +9,13 @@ use super::{ConvertError, TOKENS_PER_PASS, convert, windows};
 use crate::decoder::{FusedKvDecoder, Half};
 use crate::plan::{BlendWeights, KvPlan, KvSource, LayerKv};
 
-/// Layers that a reusing layer blends at most: what FusedKV does.
-const SOURCES: usize = 2;
-
 /// A plan for a standard decoder, and what it was chosen by.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct PlanChoice {
     /// The plan of the lowest perplexity among those tried.
     pub plan: KvPlan,
-    /// The plan found by the errors, and FusedKV at the same cache.
+    /// The plans found by the errors, and FusedKV at the same cache.
     pub tried: Vec<TriedPlan>,
     /// What each layer loses by reading each layer below alone.
     pub errors: Vec<SourceError>,
@@ -53,9 +50,10 @@ pub struct SourceError {
 /// 2. From all layers storing, the one goes whose going adds least to the sum of the errors of those
 ///    that do not store, each by the best of those that do; again until few enough store. Of equals
 ///    the highest goes.
-/// 3. Layers that do not store blend the two that are best for them.
-/// 4. This plan and FusedKV of as many layers are converted to on the text's first three quarters; the
-///    one that predicts the last quarter better is chosen.
+/// 3. Layers that do not store read, per channel weighted, the one that is best for them, or blend the
+///    best two: two plans.
+/// 4. These and FusedKV of as many layers are converted to on the text's first three quarters; the one
+///    that predicts the last quarter best is chosen.
 ///
 /// # Errors
 /// [`ConvertError::Setting`] if `cache` is not below 1 or too small for a layer of every kind, and as
@@ -78,15 +76,14 @@ pub fn choose_plan<B: Backend>(
     }
     let (calibration, held_out) = tokens.split_at(tokens.len() / 4 * 3);
     let errors = errors(model, &of, calibration, config)?;
-    let found = plan(&of, &errors, stored);
+    let stores = stores(&of, &errors, stored);
+    let found = [1, 2].map(|most| plan(&of, &errors, &stores, most));
+    let fused = KvPlan::FusedKv {
+        storage_layers: stored,
+    };
     let mut tried = Vec::new();
     let settings = config.with_blends(false).with_layers(true);
-    for plan in [
-        found,
-        KvPlan::FusedKv {
-            storage_layers: stored,
-        },
-    ] {
+    for plan in found.into_iter().chain([fused]) {
         // FusedKV asks for more than there may be: two layers, one of every kind at the bottom.
         if plan.resolve_kinds(&of).is_err() {
             continue;
@@ -174,16 +171,13 @@ fn blend(sources: Vec<usize>) -> LayerKv {
     }
 }
 
-/// Rules 2 and 3 of [`choose_plan`].
-fn plan(kinds: &[usize], errors: &[SourceError], stored: usize) -> KvPlan {
+/// Rule 2 of [`choose_plan`].
+fn stores(kinds: &[usize], errors: &[SourceError], stored: usize) -> Vec<usize> {
     let mut stores: Vec<usize> = (0..kinds.len()).collect();
     while stores.len() > stored {
         let without = |going: usize| -> Vec<usize> {
-            stores
-                .iter()
-                .copied()
-                .filter(|&store| store != going)
-                .collect()
+            let left = stores.iter().copied().filter(|&store| store != going);
+            left.collect()
         };
         let costs = stores.iter().rev().map(|&going| {
             let left = without(going);
@@ -196,11 +190,16 @@ fn plan(kinds: &[usize], errors: &[SourceError], stored: usize) -> KvPlan {
         let (going, _) = going.expect("more store than shall");
         stores = without(going);
     }
+    stores
+}
+
+/// Rule 3 of [`choose_plan`], of `most` sources.
+fn plan(kinds: &[usize], errors: &[SourceError], stores: &[usize], most: usize) -> KvPlan {
     let layer = |layer| match stores.contains(&layer) {
         true => LayerKv::OWN,
         false => {
-            let best = best(errors, layer, &stores);
-            let mut sources: Vec<_> = best.iter().take(SOURCES).map(|e| e.source).collect();
+            let best = best(errors, layer, stores);
+            let mut sources: Vec<_> = best.iter().take(most).map(|e| e.source).collect();
             sources.sort_unstable();
             blend(sources)
         }
