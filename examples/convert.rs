@@ -266,11 +266,9 @@ fn print_stage(report: &StageReport) {
     for fit in &report.layers {
         print_errors(fit.layer, [fit.attention, fit.feed_forward]);
     }
-    let stage = report.stage;
-    print!("{stage}: {:.0} s", report.seconds);
-    match report.perplexity {
-        Some(perplexity) => println!(", perplexity {perplexity:.2}"),
-        None => println!(),
+    if let Some(perplexity) = report.perplexity {
+        let (stage, seconds) = (report.stage, report.seconds);
+        println!("{stage}: {seconds:.0} s, perplexity {perplexity:.2}");
     }
 }
 
