@@ -86,14 +86,10 @@ pub(super) fn goals<B: Backend>(
     standard: &FusedKvDecoder<B>,
     pairs: &[Pair<B>],
 ) -> Vec<Tensor<B, 3>> {
-    let goals = pairs.iter().map(
-        |Pair {
-             standard: stream, ..
-         }| {
-            let inputs = standard.inputs(half, index, stream);
-            standard.after(half, index, stream.x.clone(), inputs)
-        },
-    );
+    let goals = pairs.iter().map(|pair| {
+        let inputs = standard.inputs(half, index, &pair.standard);
+        standard.after(half, index, pair.standard.x.clone(), inputs)
+    });
     goals.collect()
 }
 
