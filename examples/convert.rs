@@ -1,12 +1,17 @@
-//! Converts a standard Qwen3 model to another plan, ready for further training; or writes a GGUF file as
-//! a directory, its model as it is.
+//! Converts a standard model to another plan in stages, each scored on a held-out text; or writes a
+//! GGUF file as a directory, its model as it is.
 //!
 //! ```sh
 //! cargo run --release --example train_tiny -- --method standard --out target/standard
-//! cargo run --release --example convert -- --model target/standard --out target/fused --text README.md
+//! cargo run --release --example convert -- --model target/standard --out target/fused \
+//!     --text README.md --held-out CHANGELOG.md
+//! cargo run --release --example convert -- --model target/standard --out target/half \
+//!     --plan auto --cache 0.5 --text README.md
 //! cargo run --release --example train_tiny -- --init target/fused --out target/recovered --steps 100
 //! cargo run --release --example convert -- --from model.gguf --out target/model
 //! ```
+//!
+//! docs/conversion.md says what to expect.
 
 mod backend;
 mod plan;
@@ -17,13 +22,15 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use burn::tensor::backend::Backend;
-use clap::Parser;
-use fusedkv::WeightFormat;
+use clap::{Parser, ValueEnum};
 use fusedkv::checkpoint::gguf::{GgufError, GgufOptions, import_gguf};
 use fusedkv::checkpoint::{
     LoadOptions, LoadedCheckpoint, SaveOptions, load_checkpoint, save_checkpoint,
 };
-use fusedkv::convert::{LayerFit, convert, convert_fitted};
+use fusedkv::convert::{
+    ConversionConfig, FitError, PlanChoice, StageReport, choose_plan, convert_in_stages,
+};
+use fusedkv::{KvPlan, WeightFormat};
 
 use backend::{BackendName, DtypeName, Program, exit_code};
 use plan::PlanArgs;
@@ -32,7 +39,7 @@ use plan::PlanArgs;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Convert a standard Qwen3 model to another plan, or a GGUF file to a directory.
+/// Convert a standard model to another plan, or a GGUF file to a directory.
 #[derive(Parser)]
 struct Args {
     /// Directory of the standard model
@@ -42,7 +49,10 @@ struct Args {
     #[arg(
         long,
         value_name = "FILE",
-        conflicts_with_all = ["model", "method", "storage_layers", "factor", "text", "tokens", "context"],
+        conflicts_with_all = [
+            "model", "method", "storage_layers", "factor", "plan_file", "cache", "text", "tokens",
+            "context", "stages", "ridge", "held_out", "held_out_tokens", "report",
+        ],
     )]
     from: Option<PathBuf>,
     /// Directory to write
@@ -50,7 +60,18 @@ struct Args {
     out: PathBuf,
     #[command(flatten)]
     plan: PlanArgs,
-    /// Text to fit the fusion weights on; they start as FusedKV-Lite's if not given
+    /// `auto`: chosen by what the layers of the model lose; or a JSON file with a plan
+    #[arg(
+        id = "plan_file",
+        long = "plan",
+        value_name = "auto|FILE",
+        conflicts_with_all = ["method", "storage_layers", "factor"],
+    )]
+    plan_file: Option<PathBuf>,
+    /// Share of the layers that store keys and values, with `--plan auto`
+    #[arg(long, default_value_t = 0.5)]
+    cache: f64,
+    /// Text to fit on; without one, weights are taken as they are
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Tokens of the text to read at most
@@ -59,6 +80,26 @@ struct Args {
     /// Tokens per window [default: 512, or as many as the model can read]
     #[arg(long)]
     context: Option<usize>,
+    /// What to fit: fusion weights by themselves, last projections layer by layer
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "blends,layers"
+    )]
+    stages: Vec<Fit>,
+    /// Tokens' weight of what pulls fitted projections to where they were [default: 1024]
+    #[arg(long)]
+    ridge: Option<f64>,
+    /// Text to score before the first stage and after each
+    #[arg(long, value_name = "FILE")]
+    held_out: Option<PathBuf>,
+    /// Tokens of that text to read at most
+    #[arg(long, default_value_t = 16384)]
+    held_out_tokens: usize,
+    /// File to write the report to, as JSON
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// What numbers to write
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeName,
@@ -68,6 +109,13 @@ struct Args {
     /// What to compute on
     #[arg(long, value_enum, default_value = "flex")]
     backend: BackendName,
+}
+
+/// A stage that reads a text.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Fit {
+    Blends,
+    Layers,
 }
 
 fn main() -> ExitCode {
@@ -102,21 +150,53 @@ impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
         let model = self.model.as_ref().ok_or("--model is missing")?;
         let loaded = load_checkpoint::<B>(model, LoadOptions::new(), device)?;
-        let plan = self.plan.plan(loaded.model.config().n_layers)?;
-        let (model, fits) = match &self.text {
-            Some(path) => {
-                let text = fs::read_to_string(path)
-                    .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
-                let mut tokens = tokenizer(&loaded)?.encode(&text)?;
-                tokens.truncate(self.tokens);
-                let longest = loaded.model.config().max_positions;
-                let context = self.context.unwrap_or(longest.min(512));
-                println!("{} tokens to fit on, {context} at a time", tokens.len());
-                convert_fitted(&loaded.model, &plan, &tokens, context)?
-            }
-            None => (convert(&loaded.model, &plan)?, Vec::new()),
+        let standard = &loaded.model;
+        let read = |path: &Option<PathBuf>, most| match path {
+            Some(path) => tokens(&loaded, path, most),
+            None => Ok(Vec::new()),
         };
-        print_fits(&fits);
+        let calibration = read(&self.text, self.tokens)?;
+        let held_out = read(&self.held_out, self.held_out_tokens)?;
+        let context = self
+            .context
+            .unwrap_or(standard.config().max_positions.min(512));
+        let fits = |fit| self.text.is_some() && self.stages.contains(&fit);
+        let mut config = ConversionConfig::new(context)
+            .with_blends(fits(Fit::Blends))
+            .with_layers(fits(Fit::Layers));
+        config.ridge = self.ridge.unwrap_or(config.ridge);
+        let plan = match &self.plan_file {
+            None => self.plan.plan(standard.config().n_layers)?,
+            Some(auto) if auto.as_os_str() == "auto" => {
+                let choice = choose_plan(standard, self.cache, &calibration, &config)?;
+                print_choice(&choice);
+                choice.plan
+            }
+            Some(path) => serde_json::from_str(&text(path)?)
+                .map_err(|error| format!("no plan in {}: {error}", path.display()))?,
+        };
+        if self.text.is_some() {
+            let tokens = calibration.len();
+            println!("{tokens} tokens to fit on, {context} at a time");
+        }
+        let (model, report) = convert_in_stages(
+            standard,
+            &plan,
+            &calibration,
+            &held_out,
+            &config,
+            print_stage,
+        )?;
+        if let Some(perplexity) = report.standard_perplexity {
+            println!(
+                "perplexity of the standard model, of {} tokens: {perplexity:.2}",
+                held_out.len()
+            );
+        }
+        if let Some(path) = &self.report {
+            fs::write(path, serde_json::to_string_pretty(&report)? + "\n")
+                .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+        }
 
         let costs = model.config().costs()?;
         let mut options = SaveOptions::new().with_eos(loaded.eos);
@@ -142,28 +222,75 @@ impl Program for Args {
     }
 }
 
-fn tokenizer<B: Backend>(
-    loaded: &LoadedCheckpoint<B>,
-) -> Result<&fusedkv::tokenizer::Tokenizer, &'static str> {
-    let tokenizer = loaded.tokenizer.as_ref();
-    tokenizer.ok_or("the model has no tokenizer.json, which --text needs")
+fn text(path: &Path) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|error| format!("cannot read {}: {error}", path.display()))
 }
 
-/// Shares of the original keys' and values' energy; layers count from 1, as in papers.
-fn print_fits(fits: &[LayerFit]) {
-    if fits.is_empty() {
-        return;
-    }
-    println!("relative squared error         keys                values");
-    println!("                         before    fitted    before    fitted");
-    for LayerFit { layer, key, value } in fits {
+/// The first tokens of a file.
+fn tokens<B: Backend>(
+    loaded: &LoadedCheckpoint<B>,
+    path: &Path,
+    most: usize,
+) -> Result<Vec<u32>, Box<dyn Error>> {
+    let tokenizer = loaded.tokenizer.as_ref();
+    let tokenizer = tokenizer.ok_or("the model has no tokenizer.json, which a text needs")?;
+    let mut tokens = tokenizer.encode(&text(path)?)?;
+    tokens.truncate(most);
+    Ok(tokens)
+}
+
+fn print_choice(choice: &PlanChoice) {
+    for tried in &choice.tried {
         println!(
-            "layer {:<18} {:>6.3}    {:>6.3}    {:>6.3}    {:>6.3}",
-            layer + 1,
-            key.before,
-            key.after,
-            value.before,
-            value.after,
+            "perplexity {:.2} of {}",
+            tried.perplexity,
+            written(&tried.plan)
         );
     }
+}
+
+/// A custom plan's layers that store, counted from 1, and what the others read.
+fn written(plan: &KvPlan) -> String {
+    match plan {
+        KvPlan::Custom { layers } => {
+            let layers = layers.iter().enumerate();
+            let layers = layers.map(|(layer, kv)| format!("\n  layer {}: {kv}", layer + 1));
+            layers.collect()
+        }
+        plan => plan.method().to_owned(),
+    }
+}
+
+/// Shares of the original keys' and values' energy, and of the residual stream's; layers count from 1,
+/// as in papers.
+fn print_stage(report: &StageReport) {
+    if !report.blends.is_empty() {
+        println!("relative squared error         keys                values");
+        println!("                         before    fitted    before    fitted");
+    }
+    for fit in &report.blends {
+        print_errors(fit.layer, [fit.key, fit.value]);
+    }
+    if !report.layers.is_empty() {
+        println!("relative squared error   after attention    after feed-forward");
+        println!("of the residual stream   before    fitted    before    fitted");
+    }
+    for fit in &report.layers {
+        print_errors(fit.layer, [fit.attention, fit.feed_forward]);
+    }
+    if let Some(perplexity) = report.perplexity {
+        let (stage, seconds) = (report.stage, report.seconds);
+        println!("{stage}: {seconds:.0} s, perplexity {perplexity:.2}");
+    }
+}
+
+fn print_errors(layer: usize, [a, b]: [FitError; 2]) {
+    println!(
+        "layer {:<18} {:>6.3}    {:>6.3}    {:>6.3}    {:>6.3}",
+        layer + 1,
+        a.before,
+        a.after,
+        b.before,
+        b.after,
+    );
 }

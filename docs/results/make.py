@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every table and figure of docs/results.md, made from the runs beside this file.
+"""Every table and figure of docs/results.md and docs/conversion.md, made from what lies beside this file.
 
     python3 docs/results/make.py            # write the tables and the figures
     python3 docs/results/make.py --check    # fail if they are not what the runs give
@@ -22,7 +22,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs"
+CONVERSION = HERE / "conversion"
 PAGE = HERE.parent / "results.md"
+CONVERSION_PAGE = HERE.parent / "conversion.md"
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
@@ -480,17 +482,67 @@ def made():
     return blocks, figures
 
 
+# ---- conversion ------------------------------------------------------------------------------------
+
+
+def stored(report):
+    """Layers that keep keys and values, of how many."""
+    layers = 1 + max(fit["layer"] for stage in report["stages"] for fit in stage.get("layers", []))
+    return round(report["cache"] * layers), layers
+
+
+def conversion_table(reports):
+    """Perplexity after each stage; the fewer layers store, the higher."""
+    found = sorted(reports.items(), key=lambda item: (stored(item[1]), item[0]))
+    rows = []
+    for name, report in found:
+        after = {stage["stage"]: stage["perplexity"] for stage in report["stages"]}
+        kept, layers = stored(report)
+        cells = [f"{after[s]:.1f}" if s in after else "–" for s in ("weights", "blends", "layers")]
+        rows.append([name.rsplit("-", 1)[0], f"{kept} of {layers}", *cells])
+    heading = ["plan", "layers that store", "weights", "blends", "layers"]
+    return table(heading, rows)
+
+
+def layers_table(report):
+    """What each layer's two fits did to the residual stream."""
+    fits = next(stage["layers"] for stage in report["stages"] if stage["stage"] == "layers")
+    rows = [
+        [fit["layer"] + 1]
+        + [f"{fit[half][when]:.3f}" for half in ("attention", "feed_forward") for when in ("before", "after")]
+        for fit in fits
+    ]
+    heading = ["layer", "after attention", "fitted", "after feed-forward", "fitted"]
+    return table(heading, rows)
+
+
+def made_conversion():
+    """What stands between the marks of the page on conversion. Reports of one table are of one text."""
+    paths = sorted(CONVERSION.glob("*.json"))
+    reports = {path.stem: json.loads(path.read_text()) for path in paths}
+    texts = {
+        tuple(r[k] for k in ("context", "calibration_tokens", "held_out_tokens", "standard_perplexity"))
+        for r in reports.values()
+    }
+    if len(texts) > 1:
+        raise SystemExit(f"reports in {CONVERSION} are of different texts: {texts}")
+    return {
+        "stages": conversion_table(reports) or NOTHING,
+        "layers": layers_table(reports["fused_kv-15"]) if "fused_kv-15" in reports else NOTHING,
+    }
+
+
 # ---- files -----------------------------------------------------------------------------------------
 
 BLOCK = re.compile(r"<!-- made: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def page(blocks):
-    """The page with its tables made anew."""
-    text = PAGE.read_text()
+def page(path, blocks):
+    """A page with its tables made anew."""
+    text = path.read_text()
     named = [match[1] for match in BLOCK.finditer(text)]
     if sorted(named) != sorted(blocks):
-        raise SystemExit(f"{PAGE} has the tables {named}; expected {list(blocks)}, each once")
+        raise SystemExit(f"{path} has the tables {named}; expected {list(blocks)}, each once")
     block = lambda match: f"<!-- made: {match[1]} -->\n\n{blocks[match[1]]}\n\n<!-- end -->"
     return BLOCK.sub(block, text)
 
@@ -524,7 +576,8 @@ def main():
         add(args.add[0], Path(args.add[1]))
         return
     blocks, figures = made()
-    files = {PAGE: page(blocks)}
+    files = {PAGE: page(PAGE, blocks)}
+    files[CONVERSION_PAGE] = page(CONVERSION_PAGE, made_conversion())
     files |= {HERE / f"{name}.svg": text for name, text in figures.items()}
     differing = [p for p, text in files.items() if not p.exists() or p.read_text() != text]
     unmade = sorted(set(HERE.glob("*.svg")) - set(files))

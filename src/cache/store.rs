@@ -18,12 +18,18 @@ pub(crate) trait KvStore<B: Backend> {
 }
 
 /// Keys and values of a pass without a cache: the new positions are all there is.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Uncached<B: Backend>(HashMap<(KvPart, usize), Tensor<B, 4>>);
 
 impl<B: Backend> Uncached<B> {
     pub fn new() -> Self {
         Self(HashMap::new())
+    }
+
+    /// Drops the keys and values that `wanted` does not name by part and layer.
+    #[cfg(feature = "convert")]
+    pub fn retain(&mut self, wanted: impl Fn(KvPart, usize) -> bool) {
+        self.0.retain(|&(part, layer), _| wanted(part, layer));
     }
 }
 

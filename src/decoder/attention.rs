@@ -169,6 +169,20 @@ impl<B: Backend> Attention<B> {
         span: &Span<B>,
         store: &impl KvStore<B>,
     ) -> Tensor<B, 3> {
+        self.o_proj
+            .forward(self.heads(form, layout, index, x, span, store))
+    }
+
+    /// [`forward`](Self::forward) before the output projection, `[batch, queries, n_heads · head_dim]`.
+    pub(super) fn heads(
+        &self,
+        form: Option<FusionForm>,
+        layout: &KvLayout,
+        index: usize,
+        x: Tensor<B, 3>,
+        span: &Span<B>,
+        store: &impl KvStore<B>,
+    ) -> Tensor<B, 3> {
         let [batch, queries, _] = x.dims();
         let query = self.rotated(self.q_proj.forward(x), self.q_norm.as_ref(), span);
         let query = match self.query_scale {
@@ -185,8 +199,7 @@ impl<B: Backend> Attention<B> {
         let [keys, values] = terms;
         let output = attend(form, query, keys, values, &span.visibility, self.softcap);
         let [_, n_heads, _, head_dim] = output.dims();
-        let output = swap_heads(output).reshape([batch, queries, n_heads * head_dim]);
-        self.o_proj.forward(output)
+        swap_heads(output).reshape([batch, queries, n_heads * head_dim])
     }
 
     /// Queries or keys `[batch, seq, heads · head_dim]` normalised and rotated,

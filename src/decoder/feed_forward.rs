@@ -40,9 +40,14 @@ impl<B: Backend> FeedForward<B> {
     /// # Shapes
     /// - x, output: `[batch, seq, hidden_size]`
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        self.down_proj.forward(self.inner(x))
+    }
+
+    /// f(gate(x)) ⊙ up(x), `[batch, seq, ffn_size]`.
+    pub(super) fn inner(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         let gate = self.gate_proj.forward(x.clone());
         let up = self.up_proj.forward(x);
-        self.down_proj.forward(gated(self.activation, gate, up))
+        gated(self.activation, gate, up)
     }
 }
 

@@ -85,19 +85,32 @@ impl<B: Backend> DecoderLayer<B> {
         attended: Tensor<B, 3>,
         dropout: &Dropout,
     ) -> Tensor<B, 3> {
-        let after = self.norm_placement.is_after();
-        let norm = after.then_some(&self.post_attention_layernorm);
-        x + dropout.forward(normed(norm, attended))
+        x + dropout.forward(normed(self.attention_output_norm(), attended))
     }
 
-    /// The residual stream after the feed-forward block.
-    pub(super) fn add_feed_forward(&self, x: Tensor<B, 3>, dropout: &Dropout) -> Tensor<B, 3> {
-        let before = match self.norm_placement {
+    /// The norm that attention's output goes through.
+    pub(super) fn attention_output_norm(&self) -> Option<&Norm<B>> {
+        let after = self.norm_placement.is_after();
+        after.then_some(&self.post_attention_layernorm)
+    }
+
+    /// What the feed-forward block reads of the residual stream x.
+    pub(super) fn feed_forward_input(&self, x: &Tensor<B, 3>) -> Tensor<B, 3> {
+        let norm = match self.norm_placement {
             NormPlacement::Pre => Some(&self.post_attention_layernorm),
             NormPlacement::Sandwich => self.pre_feedforward_layernorm.as_ref(),
             NormPlacement::Post => None,
         };
-        let output = self.mlp.forward(normed(before, x.clone()));
+        normed(norm, x.clone())
+    }
+
+    /// The residual stream after the feed-forward block gave `output`.
+    pub(super) fn add_feed_forward(
+        &self,
+        x: Tensor<B, 3>,
+        output: Tensor<B, 3>,
+        dropout: &Dropout,
+    ) -> Tensor<B, 3> {
         let after = self.post_feedforward_layernorm.as_ref();
         x + dropout.forward(normed(after, output))
     }

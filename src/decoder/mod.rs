@@ -11,13 +11,15 @@ mod norm;
 mod projection;
 mod record;
 mod rope;
+#[cfg(feature = "convert")]
+mod stream;
 mod weight;
 
 use std::sync::Arc;
 
 use burn::module::{Initializer, Module};
 use burn::nn::{Dropout, DropoutConfig};
-use burn::tensor::{DType, Tensor, backend::Backend};
+use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
 pub use attention::Attention;
 pub use embedding::Embedding;
@@ -28,6 +30,8 @@ pub use norm::Norm;
 pub use projection::Projection;
 pub use record::{DecoderRecord, PlanModule, PlanRecord, RecordError};
 pub use rope::{Rope, RopeAngles, RopeError};
+#[cfg(feature = "convert")]
+pub(crate) use stream::{Half, Stream};
 pub use weight::{PackedWeight, Weight, WeightError, WeightFormat};
 
 use crate::attention::FusionForm;
@@ -39,8 +43,6 @@ use crate::holes::Holes;
 use crate::kernels;
 use crate::kernels::operands::Visibility;
 use crate::parameters::{EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT};
-#[cfg(feature = "convert")]
-use crate::plan::KvPart;
 use crate::plan::{KvLayout, Reach};
 use crate::tokens::TokenBatch;
 
@@ -386,41 +388,14 @@ impl<B: Backend> FusedKvDecoder<B> {
         tokens: TokenBatch<B>,
         form: Option<FusionForm>,
     ) -> Result<Tensor<B, 3>, ForwardError> {
-        let mut store = Uncached::new();
-        let x = self.uncached_walk(tokens, &mut store, form)?;
-        Ok(self.head(x))
-    }
-
-    /// The keys and the values, `[batch, n_kv_heads, seq, head_dim]`, that a layer stores of tokens
-    /// without a past, by part and layer.
-    ///
-    /// # Errors
-    /// As [`forward`](Self::forward).
-    #[cfg(feature = "convert")]
-    pub(crate) fn keys_and_values(
-        &self,
-        tokens: TokenBatch<B>,
-    ) -> Result<impl Fn(KvPart, usize) -> Tensor<B, 4>, ForwardError> {
-        let mut store = Uncached::new();
-        self.uncached_walk(tokens, &mut store, None)?;
-        let dtype = self.dtype();
-        Ok(move |part, layer| store.get(part, layer).float(dtype))
-    }
-
-    /// What the last layer gives for all positions of tokens without a past, and in `store` the keys
-    /// and values that were stored.
-    fn uncached_walk(
-        &self,
-        tokens: TokenBatch<B>,
-        store: &mut Uncached<B>,
-        form: Option<FusionForm>,
-    ) -> Result<Tensor<B, 3>, ForwardError> {
         tokens.check()?;
         let [batch, _] = tokens.dims();
         let past = vec![0; batch];
         self.check_positions(&tokens, &past)?;
         let spans = self.spans(&tokens, &past, 0, &[]);
-        Ok(self.walk(tokens, spans, store, form, Some(Logits::All)))
+        let mut store = Uncached::new();
+        let x = self.walk(tokens, spans, &mut store, form, Some(Logits::All));
+        Ok(self.head(x))
     }
 
     /// Appends a chunk of tokens to the cache and returns logits: prefill in chunks of any size,
@@ -489,11 +464,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         // A row with few tokens among others' many still sees those before this pass.
         let ragged = tokens.padding().iter().any(|&padding| padding > 0);
         let tokens = tokens.into_tensor();
-        let dtype = self.dtype();
-        let mut x = self.embed_tokens.forward(tokens.clone(), dtype);
-        if let Some(scale) = self.config.block.embedding_scale {
-            x = x * scale;
-        }
+        let mut x = self.embed(tokens.clone());
         let layout = self.layout();
         let wanted = match logits {
             None => 0,
@@ -515,10 +486,20 @@ impl<B: Backend> FusedKvDecoder<B> {
             let input = last(input, reach.queries);
             let attended = layer.self_attn.forward(form, layout, i, input, span, store);
             x = layer.add_attention(x, attended, &self.dropout);
-            x = layer.add_feed_forward(x, &self.dropout);
+            let output = layer.mlp.forward(layer.feed_forward_input(&x));
+            x = layer.add_feed_forward(x, output, &self.dropout);
             x = layer.add_input(x, inputs.next());
         }
         x
+    }
+
+    /// What the bottom layer reads.
+    fn embed(&self, tokens: Tensor<B, 2, Int>) -> Tensor<B, 3> {
+        let x = self.embed_tokens.forward(tokens, self.dtype());
+        match self.config.block.embedding_scale {
+            Some(scale) => x * scale,
+            None => x,
+        }
     }
 
     /// Logits of the last layer's output.

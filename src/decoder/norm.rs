@@ -34,11 +34,22 @@ impl<B: Backend> Norm<B> {
     /// # Shapes
     /// - x, output: `[…, width]`
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
+        rms_norm(x, self.gain(), self.epsilon)
+    }
+
+    /// g, `[width]`.
+    fn gain(&self) -> Tensor<B, 1> {
         let gamma = self.gamma.val();
-        let gamma = match self.unit_offset {
+        match self.unit_offset {
             true => gamma + 1.0,
             false => gamma,
-        };
-        rms_norm(x, gamma, self.epsilon)
+        }
+    }
+
+    /// The norm as a product, x / r ⊙ g: g, `[1, …, width]`, and r, `[…, 1]`.
+    #[cfg(feature = "convert")]
+    pub(crate) fn factors<const D: usize>(&self, x: Tensor<B, D>) -> [Tensor<B, D>; 2] {
+        let rms = (x.square().mean_dim(D - 1) + self.epsilon).sqrt();
+        [self.gain().unsqueeze(), rms]
     }
 }

@@ -1,8 +1,13 @@
-//! Conversion: what is kept, and that fits are least squares.
+//! Conversion: what is kept, that fits are least squares, and that streams come closer.
 
-use fusedkv::convert::{ConvertError, convert, convert_fitted};
+use burn::tensor::Tensor;
+use fusedkv::convert::{
+    ConversionConfig, ConversionReport, ConvertError, SourceError, Stage, choose_plan, convert,
+    convert_fitted, convert_in_stages,
+};
 use fusedkv::{
-    FusedKvDecoder, KvPart, KvPlan, KvSource, LayerKv, Logits, TokenBatch, information_flow,
+    BlendWeights, FusedKvDecoder, KvPart, KvPlan, KvSource, LayerKv, Logits, ScoreConfig,
+    ScoreError, TokenBatch, information_flow, score,
 };
 use proptest::prelude::*;
 
@@ -142,9 +147,111 @@ proptest! {
     }
 }
 
-/// A layer that is twice a stored one is fitted by weights of 2.
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whatever the plan and the block: no layer's stream ends farther from the standard decoder's than
+    /// it was, what is reported of the held-out text is its score, the report survives JSON, and the
+    /// order of windows does not matter.
+    #[test]
+    fn streams_come_closer(
+        (case, plan) in any_conversion(),
+        context in 1usize..9,
+        ridge in 0.01f64..30.0,
+        turn in 0usize..40,
+    ) {
+        let standard = case.model::<F64>();
+        let text: Vec<u32> = (case.tokens.iter().flatten().cycle()).take(40 * context).copied().collect();
+        let held_out = &case.tokens[0];
+        let settings = ConversionConfig::new(context).with_ridge(ridge);
+        let mut seen = Vec::new();
+        let (converted, report) =
+            convert_in_stages(&standard, &plan, &text, held_out, &settings, |stage| seen.push(stage.stage))
+                .unwrap();
+        prop_assert_eq!(seen, [Stage::Weights, Stage::Blends, Stage::Layers]);
+        let fitted = &report.stages[2];
+        let reused = converted.layout().layers().iter().position(|kv| *kv != LayerKv::OWN);
+        let above = reused.map_or(0, |lowest| case.config.n_layers - lowest);
+        prop_assert_eq!(fitted.layers.len(), above);
+        for layer in &fitted.layers {
+            for error in [layer.attention, layer.feed_forward] {
+                prop_assert!(error.after >= 0.0 && error.after <= error.before, "{:?}", layer);
+            }
+        }
+        let scored = score(&converted, held_out, &ScoreConfig::new(context)).unwrap().perplexity();
+        prop_assert_eq!(fitted.perplexity, Some(scored));
+        let read: ConversionReport =
+            serde_json::from_str(&serde_json::to_string(&report).unwrap()).unwrap();
+        prop_assert_eq!(read, report);
+
+        let mut turned = text.clone();
+        turned.rotate_left(turn * context);
+        let (other, _) =
+            convert_in_stages(&standard, &plan, &turned, &[], &settings, |_| ()).unwrap();
+        let batch = || TokenBatch::from_rows(&case.tokens, VOCAB, &Default::default()).unwrap();
+        let [a, b] = [&converted, &other].map(|model| model.forward(batch()).unwrap());
+        prop_assert!(difference(&a, &b) < 1e-3, "{}", difference(&a, &b));
+    }
+
+    /// Of any model a plan is chosen that stores what was asked for, the best of those tried.
+    #[test]
+    fn a_chosen_plan_stores_its_share(case in any_case(8..20), share in 0.0f64..1.0) {
+        let mut case = case;
+        case.config.plan = KvPlan::Standard;
+        let standard = case.model::<F64>();
+        let text: Vec<u32> = (case.tokens.iter().flatten().cycle()).take(200).copied().collect();
+        let stored = (share * case.config.n_layers as f64) as usize;
+        match choose_plan(&standard, share, &text, &ConversionConfig::new(10)) {
+            Ok(choice) => {
+                let converted = convert(&standard, &choice.plan).unwrap();
+                for part in KvPart::BOTH {
+                    prop_assert_eq!(converted.layout().n_stored(part), stored);
+                }
+                let chosen = choice.tried.iter().find(|tried| tried.plan == choice.plan).unwrap();
+                for tried in &choice.tried {
+                    prop_assert!(chosen.perplexity <= tried.perplexity);
+                }
+            }
+            Err(error) => {
+                let expected = ConvertError::Setting {
+                    field: "cache",
+                    value: share,
+                    expected: "below 1 and enough for a layer of every kind",
+                };
+                prop_assert_eq!(error, expected);
+                // Two kinds at most.
+                prop_assert!(stored < 2);
+            }
+        }
+    }
+}
+
+/// Windows of several passes, and a last one that is not full.
 #[test]
-fn a_blend_that_exists_is_found() {
+fn how_windows_are_batched_does_not_matter() {
+    let standard = crate::models::model::<F64>(&crate::models::fixed(KvPlan::Standard), 5);
+    let plan = KvPlan::FusedKv { storage_layers: 2 };
+    let text: Vec<u32> = (0..4600u32)
+        .map(|i| (i * i / 7 + i) % VOCAB as u32)
+        .collect();
+    let settings = ConversionConfig::new(20);
+    let fitted =
+        |text: &[u32]| convert_in_stages(&standard, &plan, text, &[], &settings, |_| ()).unwrap();
+    let (whole, report) = fitted(&text);
+    let mut turned = text.clone();
+    turned.rotate_left(17 * 20);
+    let (other, turned) = fitted(&turned);
+    let batch = || TokenBatch::from_rows(&[&text[..40]], VOCAB, &Default::default()).unwrap();
+    let [a, b] = [&whole, &other].map(|model| model.forward(batch()).unwrap());
+    assert!(difference(&a, &b) < 1e-5, "{}", difference(&a, &b));
+    for (a, b) in report.stages[2].layers.iter().zip(&turned.stages[2].layers) {
+        let (a, b) = (a.feed_forward.after, b.feed_forward.after);
+        assert!((a / b - 1.0).abs() < 1e-4, "{a} {b}");
+    }
+}
+
+/// A decoder whose layer 2 has layer 1's keys and values, each times 2.
+fn doubled() -> FusedKvDecoder<F64> {
     let mut config = crate::models::fixed(KvPlan::Standard);
     config.n_layers = 4;
     let mut standard = crate::models::model::<F64>(&config, 3);
@@ -170,6 +277,13 @@ fn a_blend_that_exists_is_found() {
         linear.weight = linear.weight.map(|weight| weight * 2.0);
         linear
     });
+    standard
+}
+
+/// A layer that is twice a stored one is fitted by weights of 2.
+#[test]
+fn a_blend_that_exists_is_found() {
+    let standard = doubled();
     let text: Vec<u32> = (0..40).map(|i| i * i % VOCAB as u32).collect();
     for plan in [
         KvPlan::FusedKv { storage_layers: 2 },
@@ -193,6 +307,90 @@ fn a_blend_that_exists_is_found() {
             assert!((layer.weights[1] - 2.0).abs() < 1e-3, "{layer:?}");
         }
     }
+}
+
+/// Layer 2 of [`doubled`] alone reads `source`.
+fn second_reads(source: KvSource) -> KvPlan {
+    let mut layers = vec![LayerKv::OWN; 4];
+    layers[2] = LayerKv {
+        key: source.clone(),
+        value: source,
+    };
+    KvPlan::Custom { layers }
+}
+
+/// Nothing is lost where a plan can give what there was: by its blends, or by what the last projection
+/// makes of values that are other combinations of the same.
+#[test]
+fn a_plan_that_loses_nothing_is_recovered() {
+    let text: Vec<u32> = (0..3000u32)
+        .map(|i| (i * i / 3 + i) % VOCAB as u32)
+        .collect();
+    let batch = || TokenBatch::from_rows(&[&text[..30]], VOCAB, &Default::default()).unwrap();
+    let mixed = {
+        let mut standard = doubled();
+        let lower = standard.layers[1].self_attn.clone();
+        let upper = &mut standard.layers[2].self_attn;
+        (upper.k_proj, upper.k_norm) = (lower.k_proj, lower.k_norm);
+        // Channels of both heads alike, so that a projection can undo it whichever head reads.
+        let mix = [[1.0, 0.5, 0.0], [-0.5, 1.0, 0.0], [0.0, 0.3, 2.0]];
+        let mix = Tensor::<F64, 2>::from_data(mix, &Default::default());
+        let mut whole = Tensor::<F64, 2>::zeros([12, 12], &Default::default());
+        for block in 0..4 {
+            let range = [3 * block..3 * block + 3, 3 * block..3 * block + 3];
+            whole = whole.slice_assign(range, mix.clone());
+        }
+        upper.v_proj = lower.v_proj.map(|mut linear| {
+            linear.weight = linear.weight.map(|weight| weight.matmul(whole));
+            linear
+        });
+        standard
+    };
+    let blend = KvSource::Blend {
+        sources: vec![0, 1],
+        weights: BlendWeights::PerChannel,
+    };
+    for (standard, source, lost) in [(doubled(), blend, 1e-4), (mixed, KvSource::AsIs(1), 1e-3)] {
+        let plan = second_reads(source);
+        let settings = ConversionConfig::new(30)
+            .with_ridge(1e-3)
+            .with_blends(false);
+        let (recovered, report) =
+            convert_in_stages(&standard, &plan, &text, &[], &settings, |_| ()).unwrap();
+        let layer = report.stages[1].layers[0];
+        assert!(layer.attention.before > 1e-3, "{layer:?}");
+        assert!(
+            layer.attention.after < 1e-6 * layer.attention.before,
+            "{layer:?}"
+        );
+        let [a, b, taken] = [&recovered, &standard, &convert(&standard, &plan).unwrap()]
+            .map(|model| model.forward(batch()).unwrap());
+        assert!(difference(&a, &b) < lost, "{}", difference(&a, &b));
+        assert!(
+            difference(&taken, &b) > 10.0 * lost,
+            "{}",
+            difference(&taken, &b)
+        );
+    }
+}
+
+/// A layer whose attention adds nothing goes first, and a layer reads what it can copy without loss.
+#[test]
+fn what_costs_least_goes_first() {
+    let text: Vec<u32> = (0..2000u32)
+        .map(|i| (i * i / 3 + i) % VOCAB as u32)
+        .collect();
+    let choice = choose_plan(&doubled(), 0.75, &text, &ConversionConfig::new(20)).unwrap();
+    let found = choice.tried[0].plan.resolve(4).unwrap();
+    let stored: Vec<_> = (0..4)
+        .filter(|&layer| found.stores(KvPart::Key, layer))
+        .collect();
+    assert_eq!(stored, [0, 2, 3], "{choice:?}");
+    let of = |source| {
+        let read = |e: &&SourceError| (e.layer, e.source) == (2, source);
+        choice.errors.iter().find(read).unwrap().error
+    };
+    assert!(of(1) < 1e-6 * of(0), "{choice:?}");
 }
 
 /// Random weights are drawn late; a conversion has the same ones all the same.
@@ -232,5 +430,37 @@ fn what_cannot_be_converted_is_said() {
     for tokens in [&[][..], &[99]] {
         let error = fails(tokens, 8);
         assert!(matches!(error, ConvertError::Forward(_)), "{error}");
+    }
+
+    let staged = |text: &[u32], held_out: &[u32], settings: &ConversionConfig| {
+        convert_in_stages(&standard, &plan, text, held_out, settings, |_| ()).unwrap_err()
+    };
+    let settings = ConversionConfig::new(8);
+    for ridge in [0.0, -1.0, f64::INFINITY] {
+        let expected = ConvertError::Setting {
+            field: "ridge",
+            value: ridge,
+            expected: "a number above 0",
+        };
+        assert_eq!(staged(&[1, 2], &[], &settings.with_ridge(ridge)), expected);
+    }
+    assert_eq!(
+        staged(&[1, 2], &[1], &settings),
+        ConvertError::Score(ScoreError::TooFewTokens(1))
+    );
+    assert!(matches!(
+        staged(&[], &[], &settings),
+        ConvertError::Forward(_)
+    ));
+    for cache in [0.2, 1.0, -1.0, f64::INFINITY] {
+        let expected = ConvertError::Setting {
+            field: "cache",
+            value: cache,
+            expected: "below 1 and enough for a layer of every kind",
+        };
+        assert_eq!(
+            choose_plan(&standard, cache, &[1, 2], &settings).unwrap_err(),
+            expected
+        );
     }
 }
