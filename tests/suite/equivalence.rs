@@ -11,8 +11,8 @@ use crate::models::{Case, F64, VOCAB, any_case, difference, small};
 
 /// What f64 leaves; see [`F64`] on what Burn's norm does to it.
 const SAME: f64 = 1e-6;
-/// What f32 leaves after a few layers.
-const SAME_F32: f64 = 2e-4;
+/// What f32 leaves after a few layers, some of whose norms are of two channels.
+const SAME_F32: f64 = 1e-3;
 
 fn batch<B: Backend>(rows: &[Vec<u32>]) -> TokenBatch<B> {
     TokenBatch::from_rows(rows, VOCAB, &Default::default()).unwrap()
