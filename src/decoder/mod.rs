@@ -112,6 +112,15 @@ pub(crate) struct Span<B: Backend> {
     pub visibility: Visibility<B>,
 }
 
+/// Where a walk through the layers begins.
+struct Start<B: Backend> {
+    layer: usize,
+    /// The residual stream below it.
+    x: Tensor<B, 3>,
+    /// Whether rows have unequal numbers of tokens.
+    ragged: bool,
+}
+
 impl FusedKvDecoderConfig {
     /// Builds a decoder with random weights.
     ///
@@ -262,8 +271,27 @@ impl<B: Backend> FusedKvDecoder<B> {
         form: Option<FusionForm>,
     ) -> Result<Tensor<B, 3>, ForwardError> {
         let mut store = Uncached::new();
-        let x = self.uncached_walk(tokens, &mut store, form)?;
-        Ok(self.head(x))
+        let x = self.uncached_walk(tokens, None, &mut store, form, &mut |_, _| {})?;
+        Ok(self.logits(self.norm.forward(x)))
+    }
+
+    /// What the head reads for all positions of tokens without a past,
+    /// `[batch, seq, hidden_size]`: the last layer's output, normalised. `watch` is shown the residual
+    /// stream below every layer, by the layer's number, and that above the last. Layers below the one of
+    /// `from` are passed over: the stream below it is given, and none above may read their keys or values.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    #[cfg(feature = "train")]
+    pub(crate) fn states(
+        &self,
+        tokens: impl Into<TokenBatch<B>>,
+        from: Option<(usize, Tensor<B, 3>)>,
+        watch: &mut dyn FnMut(usize, &Tensor<B, 3>),
+    ) -> Result<Tensor<B, 3>, ForwardError> {
+        let mut store = Uncached::new();
+        let x = self.uncached_walk(tokens.into(), from, &mut store, None, watch)?;
+        Ok(self.norm.forward(x))
     }
 
     /// The keys and the values, `[batch, n_kv_heads, seq, head_dim]`, that a layer stores of tokens
@@ -277,7 +305,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         tokens: TokenBatch<B>,
     ) -> Result<impl Fn(KvPart, usize) -> Tensor<B, 4>, ForwardError> {
         let mut store = Uncached::new();
-        self.uncached_walk(tokens, &mut store, None)?;
+        self.uncached_walk(tokens, None, &mut store, None, &mut |_, _| {})?;
         let dtype = self.embed_tokens.weight.val().dtype();
         Ok(move |part, layer| store.get(part, layer).float(dtype))
     }
@@ -287,15 +315,25 @@ impl<B: Backend> FusedKvDecoder<B> {
     fn uncached_walk(
         &self,
         tokens: TokenBatch<B>,
+        from: Option<(usize, Tensor<B, 3>)>,
         store: &mut Uncached<B>,
         form: Option<FusionForm>,
+        watch: &mut dyn FnMut(usize, &Tensor<B, 3>),
     ) -> Result<Tensor<B, 3>, ForwardError> {
         tokens.check()?;
         let [batch, _] = tokens.dims();
         let past = vec![0; batch];
         self.check_positions(&tokens, &past)?;
         let spans = self.spans(&tokens, &past, 0, &[]);
-        Ok(self.walk(tokens, spans, store, form, Some(Logits::All)))
+        let start = match from {
+            Some((layer, x)) => Start {
+                layer,
+                x,
+                ragged: is_ragged(&tokens),
+            },
+            None => self.start(tokens),
+        };
+        Ok(self.walk(start, spans, store, form, Some(Logits::All), watch))
     }
 
     /// Appends a chunk of tokens to the cache and returns logits: prefill in chunks of any size,
@@ -332,7 +370,8 @@ impl<B: Backend> FusedKvDecoder<B> {
         for tokens in first {
             self.pass(tokens, cache, None);
         }
-        Ok(self.head(self.pass(last, cache, Some(logits))))
+        let x = self.pass(last, cache, Some(logits));
+        Ok(self.logits(self.norm.forward(x)))
     }
 
     /// Appends checked tokens to the cache; [`walk`](Self::walk).
@@ -345,28 +384,43 @@ impl<B: Backend> FusedKvDecoder<B> {
         let spans = self.spans(&tokens, &cache.row_lens(), cache.len(), cache.holes());
         let padding = tokens.padding().to_vec();
         let mut append = cache.append(tokens.dims()[1]);
-        let x = self.walk(tokens, spans, &mut append, None, logits);
+        let start = self.start(tokens);
+        let x = self.walk(start, spans, &mut append, None, logits, &mut |_, _| {});
         append.commit(&padding);
         x
+    }
+
+    /// The embeddings of tokens, below the first layer.
+    fn start(&self, tokens: TokenBatch<B>) -> Start<B> {
+        let ragged = is_ragged(&tokens);
+        let mut x = self.embed_tokens.forward(tokens.into_tensor());
+        if let Some(scale) = self.config.block.embedding_scale {
+            x = x * scale;
+        }
+        Start {
+            layer: 0,
+            x,
+            ragged,
+        }
     }
 
     /// The one walk through the plan that every forward pass is: what the head needs for the logits
     /// asked for. Where none are it ends at the last keys and values, with nothing for the head.
     fn walk(
         &self,
-        tokens: TokenBatch<B>,
+        start: Start<B>,
         spans: Vec<Span<B>>,
         store: &mut impl KvStore<B>,
         form: Option<FusionForm>,
         logits: Option<Logits>,
+        watch: &mut dyn FnMut(usize, &Tensor<B, 3>),
     ) -> Tensor<B, 3> {
-        let [_, seq] = tokens.dims();
-        // A row with few tokens among others' many still sees those before this pass.
-        let ragged = tokens.padding().iter().any(|&padding| padding > 0);
-        let mut x = self.embed_tokens.forward(tokens.into_tensor());
-        if let Some(scale) = self.config.block.embedding_scale {
-            x = x * scale;
-        }
+        let Start {
+            layer: first,
+            mut x,
+            ragged,
+        } = start;
+        let [_, seq, _] = x.dims();
         let layout = self.layout();
         let wanted = match logits {
             None => 0,
@@ -375,7 +429,9 @@ impl<B: Backend> FusedKvDecoder<B> {
         };
         let window = |layer| self.windows[layout.kind(layer)].filter(|_| !ragged);
         let reach = Reach::of_layers(layout, window, seq, wanted);
-        for (i, (layer, reach)) in self.layers.iter().zip(&reach).enumerate() {
+        let layers = self.layers.iter().zip(&reach).enumerate();
+        for (i, (layer, reach)) in layers.skip(first) {
+            watch(i, &x);
             let span = &spans[layout.kind(i)];
             let input = layer.attention_input(&x);
             layer.self_attn.put(layout, i, &input, span, reach, store);
@@ -389,12 +445,12 @@ impl<B: Backend> FusedKvDecoder<B> {
             x = layer.add_attention(x, attended, &self.dropout);
             x = layer.add_feed_forward(x, &self.dropout);
         }
+        watch(self.layers.len(), &x);
         x
     }
 
-    /// Logits of the last layer's output.
-    fn head(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let x = self.norm.forward(x);
+    /// Logits of the last layer's output, normalised.
+    pub(crate) fn logits(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         let logits = match &self.lm_head {
             Some(head) => head.forward(x),
             None => tied_head(x, self.embed_tokens.weight.val()),
@@ -458,6 +514,11 @@ impl<B: Backend> FusedKvDecoder<B> {
             .map(span)
             .collect()
     }
+}
+
+/// A row with few tokens among others' many still sees those before this pass.
+fn is_ragged<B: Backend>(tokens: &TokenBatch<B>) -> bool {
+    tokens.padding().iter().any(|&padding| padding > 0)
 }
 
 /// The last `len` positions of `[batch, seq, width]`.
