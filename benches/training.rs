@@ -208,7 +208,8 @@ impl<B: AutodiffBackend> Trainee<B> {
                 tokens,
                 targets,
                 mask: None,
-            },
+            }
+            .into(),
         );
         let model = self.optimizer.step(1e-4, model, output.grads);
         // Reading a number waits for all of them.

@@ -7,7 +7,7 @@ use crate::decoder::FusedKvDecoder;
 
 /// Where a walk through a decoder's modules stands.
 #[derive(Clone, Debug, Default)]
-pub(super) struct ModulePath(Vec<(String, bool)>);
+pub(crate) struct ModulePath(Vec<(String, bool)>);
 
 impl ModulePath {
     pub fn enter(&mut self, name: &str, container: &str) {

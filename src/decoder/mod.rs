@@ -127,6 +127,18 @@ pub(crate) struct Span<B: Backend> {
     pub visibility: Visibility<B>,
 }
 
+/// Where a walk through the layers begins.
+struct Start<B: Backend> {
+    tokens: Tensor<B, 2, Int>,
+    /// Their embeddings.
+    embedded: Tensor<B, 3>,
+    layer: usize,
+    /// The residual stream below it.
+    x: Tensor<B, 3>,
+    /// Whether rows have unequal numbers of tokens.
+    ragged: bool,
+}
+
 impl FusedKvDecoderConfig {
     /// Builds a decoder with random weights.
     ///
@@ -388,14 +400,47 @@ impl<B: Backend> FusedKvDecoder<B> {
         tokens: TokenBatch<B>,
         form: Option<FusionForm>,
     ) -> Result<Tensor<B, 3>, ForwardError> {
+        let mut store = Uncached::new();
+        let x = self.uncached_walk(tokens, None, &mut store, form, &mut |_, _| {})?;
+        Ok(self.logits(self.norm.forward(x)))
+    }
+
+    /// What the head reads for all positions of tokens without a past,
+    /// `[batch, seq, hidden_size]`: the last layer's output, normalised. `watch` is shown the residual
+    /// stream below every layer, by the layer's number, and that above the last. Layers below the one of
+    /// `from` are passed over: the stream below it is given, and none above may read their keys or values.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    #[cfg(feature = "train")]
+    pub(crate) fn states(
+        &self,
+        tokens: impl Into<TokenBatch<B>>,
+        from: Option<(usize, Tensor<B, 3>)>,
+        watch: &mut dyn FnMut(usize, &Tensor<B, 3>),
+    ) -> Result<Tensor<B, 3>, ForwardError> {
+        let mut store = Uncached::new();
+        let x = self.uncached_walk(tokens.into(), from, &mut store, None, watch)?;
+        Ok(self.norm.forward(x))
+    }
+
+    /// What the last layer gives for all positions of tokens without a past, and in `store` the keys
+    /// and values that were stored.
+    fn uncached_walk(
+        &self,
+        tokens: TokenBatch<B>,
+        from: Option<(usize, Tensor<B, 3>)>,
+        store: &mut Uncached<B>,
+        form: Option<FusionForm>,
+        watch: &mut dyn FnMut(usize, &Tensor<B, 3>),
+    ) -> Result<Tensor<B, 3>, ForwardError> {
         tokens.check()?;
         let [batch, _] = tokens.dims();
         let past = vec![0; batch];
         self.check_positions(&tokens, &past)?;
         let spans = self.spans(&tokens, &past, 0, &[]);
-        let mut store = Uncached::new();
-        let x = self.walk(tokens, spans, &mut store, form, Some(Logits::All));
-        Ok(self.head(x))
+        let start = self.start(tokens, from);
+        Ok(self.walk(start, spans, store, form, Some(Logits::All), watch))
     }
 
     /// Appends a chunk of tokens to the cache and returns logits: prefill in chunks of any size,
@@ -432,7 +477,8 @@ impl<B: Backend> FusedKvDecoder<B> {
         for tokens in first {
             self.pass(tokens, cache, None);
         }
-        Ok(self.head(self.pass(last, cache, Some(logits))))
+        let x = self.pass(last, cache, Some(logits));
+        Ok(self.logits(self.norm.forward(x)))
     }
 
     /// Appends checked tokens to the cache; [`walk`](Self::walk).
@@ -445,26 +491,48 @@ impl<B: Backend> FusedKvDecoder<B> {
         let spans = self.spans(&tokens, &cache.row_lens(), cache.len(), cache.holes());
         let padding = tokens.padding().to_vec();
         let mut append = cache.append(tokens.dims()[1]);
-        let x = self.walk(tokens, spans, &mut append, None, logits);
+        let start = self.start(tokens, None);
+        let x = self.walk(start, spans, &mut append, None, logits, &mut |_, _| {});
         append.commit(&padding);
         x
+    }
+
+    /// Where a walk starts: below the first layer, with the tokens' embeddings, or below the layer of
+    /// `from` with a stream that was led there.
+    fn start(&self, tokens: TokenBatch<B>, from: Option<(usize, Tensor<B, 3>)>) -> Start<B> {
+        // A row with few tokens among others' many still sees those before this pass.
+        let ragged = tokens.padding().iter().any(|&padding| padding > 0);
+        let tokens = tokens.into_tensor();
+        let embedded = self.embed(tokens.clone());
+        let (layer, x) = from.unwrap_or_else(|| (0, embedded.clone()));
+        Start {
+            tokens,
+            embedded,
+            layer,
+            x,
+            ragged,
+        }
     }
 
     /// The one walk through the plan that every forward pass is: what the head needs for the logits
     /// asked for. Where none are it ends at the last keys and values, with nothing for the head.
     fn walk(
         &self,
-        tokens: TokenBatch<B>,
+        start: Start<B>,
         spans: Vec<Span<B>>,
         store: &mut impl KvStore<B>,
         form: Option<FusionForm>,
         logits: Option<Logits>,
+        watch: &mut dyn FnMut(usize, &Tensor<B, 3>),
     ) -> Tensor<B, 3> {
-        let [_, seq] = tokens.dims();
-        // A row with few tokens among others' many still sees those before this pass.
-        let ragged = tokens.padding().iter().any(|&padding| padding > 0);
-        let tokens = tokens.into_tensor();
-        let mut x = self.embed(tokens.clone());
+        let Start {
+            tokens,
+            embedded,
+            layer: first,
+            mut x,
+            ragged,
+        } = start;
+        let [_, seq, _] = x.dims();
         let layout = self.layout();
         let wanted = match logits {
             None => 0,
@@ -473,8 +541,11 @@ impl<B: Backend> FusedKvDecoder<B> {
         };
         let window = |layer| self.windows[layout.kind(layer)].filter(|_| !ragged);
         let reach = Reach::of_layers(layout, window, seq, wanted);
-        let mut inputs = self.layer_inputs(tokens, &x, &reach).into_iter();
-        for (i, (layer, reach)) in self.layers.iter().zip(&reach).enumerate() {
+        let inputs = self.layer_inputs(tokens, &embedded, &reach);
+        let mut inputs = inputs.into_iter().skip(first);
+        let layers = self.layers.iter().zip(&reach).enumerate();
+        for (i, (layer, reach)) in layers.skip(first) {
+            watch(i, &x);
             let span = &spans[layout.kind(i)];
             let input = layer.attention_input(&x);
             layer.self_attn.put(layout, i, &input, span, reach, store);
@@ -490,6 +561,7 @@ impl<B: Backend> FusedKvDecoder<B> {
             x = layer.add_feed_forward(x, output, &self.dropout);
             x = layer.add_input(x, inputs.next());
         }
+        watch(self.layers.len(), &x);
         x
     }
 
@@ -502,9 +574,8 @@ impl<B: Backend> FusedKvDecoder<B> {
         }
     }
 
-    /// Logits of the last layer's output.
-    fn head(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let x = self.norm.forward(x);
+    /// Logits of the last layer's output, normalised.
+    pub(crate) fn logits(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         let logits = match &self.lm_head {
             Some(head) => head.forward(x),
             None => self.embed_tokens.weight.transposed_product(x),

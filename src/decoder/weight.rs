@@ -197,6 +197,14 @@ impl<B: Backend> Weight<B> {
         }
     }
 
+    /// Whether it takes gradients.
+    pub fn is_require_grad(&self) -> bool {
+        match self {
+            Self::Float(param) => param.is_require_grad(),
+            Self::Packed(_) => false,
+        }
+    }
+
     /// `[rows, columns]`.
     pub fn dims(&self) -> [usize; 2] {
         match self {

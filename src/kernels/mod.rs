@@ -10,6 +10,8 @@ mod attention;
 mod cubecl;
 #[cfg(feature = "flex")]
 mod flex;
+#[cfg(feature = "train")]
+mod loss;
 pub(crate) mod operands;
 pub(crate) mod packed;
 pub(crate) mod stored;
@@ -21,13 +23,13 @@ mod table;
 #[cfg(test)]
 pub(crate) mod work;
 
-#[cfg(feature = "train")]
-use burn::tensor::Int;
 use burn::tensor::activation::silu;
 use burn::tensor::{BasicOps, DType, Tensor, backend::Backend};
 
 use attention::generic_attention;
 pub(crate) use attention::{blended, same_for_all_tokens};
+#[cfg(feature = "train")]
+pub(crate) use loss::{Lost, Soft, Taught, cross_entropy, lost};
 use operands::{FusionForm, Term, Visibility};
 use packed::Packed;
 #[cfg(any(
@@ -213,24 +215,6 @@ pub(crate) fn swiglu<B: Backend>(gate: Tensor<B, 3>, up: Tensor<B, 3>) -> Tensor
         return output;
     }
     silu(gate) * up
-}
-
-/// `logsumexp(logits) − logits[target]` row by row: `[n, vocab_size]` and `[n, 1]` to `[n, 1]`.
-///
-/// Unlike log-softmax and gather it needs no normalised copy of the logits.
-#[cfg(feature = "train")]
-pub(crate) fn cross_entropy<B: Backend>(
-    logits: Tensor<B, 2>,
-    targets: Tensor<B, 2, Int>,
-) -> Tensor<B, 2> {
-    if let Some(output) = kernel!(cross_entropy(&logits, &targets)) {
-        return output;
-    }
-    // The shift cancels, so that no gradient flows through the maximum.
-    let largest = logits.clone().detach().max_dim(1);
-    let shifted = logits - largest;
-    let target = shifted.clone().gather(1, targets);
-    shifted.exp().sum_dim(1).log() - target
 }
 
 /// The numbers of one AdamW step (arXiv 1711.05101) after `time` steps before it.

@@ -1,7 +1,5 @@
 //! What a backend may have kernels for.
 
-#[cfg(feature = "train")]
-use burn::tensor::Int;
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::operands::{Term, Visibility};
@@ -53,14 +51,6 @@ pub(super) trait Kernels {
     }
 
     fn swiglu<B: Backend>(_gate: &Tensor<B, 3>, _up: &Tensor<B, 3>) -> Option<Tensor<B, 3>> {
-        None
-    }
-
-    #[cfg(feature = "train")]
-    fn cross_entropy<B: Backend>(
-        _logits: &Tensor<B, 2>,
-        _targets: &Tensor<B, 2, Int>,
-    ) -> Option<Tensor<B, 2>> {
         None
     }
 }

@@ -1,7 +1,8 @@
 //! Windows as tensors.
 
 use burn::data::dataloader::batcher::Batcher;
-use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::{Int, Tensor, TensorData};
 
 use super::data::TokenWindow;
 
@@ -27,6 +28,16 @@ pub struct TargetMask<B: Backend> {
     /// targets that count, at least 1; for one of several that a step's windows are read in, that
     /// number's mean over them, so that every target of the step weighs the same.
     pub divisor: f64,
+}
+
+impl<B: AutodiffBackend> TargetMask<B> {
+    pub(super) fn inner(self) -> TargetMask<B::InnerBackend> {
+        TargetMask {
+            weights: self.weights.inner(),
+            targets: self.targets,
+            divisor: self.divisor,
+        }
+    }
 }
 
 /// Stacks windows of equal length.

@@ -3,6 +3,8 @@
 use burn::config::Config;
 
 use super::error::TrainError;
+use super::objective::Distillation;
+use super::trainable::Trainable;
 use crate::config::FusedKvDecoderConfig;
 
 /// What is trained, on how much, and how fast.
@@ -38,6 +40,11 @@ pub struct TrainingConfig {
     /// End the training when this many epochs in a row have not lowered the validation loss; never
     /// if none.
     pub patience: Option<usize>,
+    /// The parameters that train; all if none.
+    pub trainable: Option<Trainable>,
+    /// How a [teacher](super::distill) is followed; the loss is the cross-entropy of the next token if
+    /// none.
+    pub distillation: Option<Distillation>,
     /// Highest learning rate, that of the first step after warmup.
     #[config(default = 1e-3)]
     pub learning_rate: f64,
@@ -57,6 +64,10 @@ pub struct TrainingConfig {
     /// Learning rate of fusion weights, as a multiple of that of the others.
     #[config(default = 1.0)]
     pub fusion_learning_rate_ratio: f64,
+    /// Learning rate of embedding and head, as a multiple of that of the other matrices; 1 if none.
+    pub embedding_learning_rate_ratio: Option<f64>,
+    /// Learning rate of norms' gains and of biases, as such a multiple; 1 if none.
+    pub gain_learning_rate_ratio: Option<f64>,
     /// Decay of AdamW's first moment.
     #[config(default = 0.9)]
     pub beta_1: f32,
@@ -84,6 +95,9 @@ impl TrainingConfig {
         self.model.validate()?;
         let positive = |value: f64| value > 0.0 && value.is_finite();
         let share = |value: f64| (0.0..1.0).contains(&value);
+        let distillation = self.distillation.unwrap_or_else(Distillation::new);
+        let ratio = |ratio: Option<f64>| ratio.unwrap_or(1.0);
+        let not_negative = |value: f64| value >= 0.0 && value.is_finite();
         for (field, value, fits, expected) in [
             (
                 "context",
@@ -137,20 +151,49 @@ impl TrainingConfig {
             (
                 "weight_decay",
                 self.weight_decay.into(),
-                self.weight_decay >= 0.0 && self.weight_decay.is_finite(),
+                not_negative(self.weight_decay.into()),
                 "0 or more",
             ),
             (
                 "fusion_weight_decay",
                 self.fusion_weight_decay.into(),
-                self.fusion_weight_decay >= 0.0 && self.fusion_weight_decay.is_finite(),
+                not_negative(self.fusion_weight_decay.into()),
                 "0 or more",
             ),
             (
                 "fusion_learning_rate_ratio",
                 self.fusion_learning_rate_ratio,
-                self.fusion_learning_rate_ratio >= 0.0
-                    && self.fusion_learning_rate_ratio.is_finite(),
+                not_negative(self.fusion_learning_rate_ratio),
+                "0 or more",
+            ),
+            (
+                "embedding_learning_rate_ratio",
+                ratio(self.embedding_learning_rate_ratio),
+                not_negative(ratio(self.embedding_learning_rate_ratio)),
+                "0 or more",
+            ),
+            (
+                "gain_learning_rate_ratio",
+                ratio(self.gain_learning_rate_ratio),
+                not_negative(ratio(self.gain_learning_rate_ratio)),
+                "0 or more",
+            ),
+            (
+                "temperature",
+                distillation.temperature,
+                positive(distillation.temperature),
+                "a positive number",
+            ),
+            (
+                "target_share",
+                distillation.target_share,
+                (0.0..=1.0).contains(&distillation.target_share),
+                "0 to 1",
+            ),
+            (
+                "hidden_weight",
+                distillation.hidden_weight,
+                not_negative(distillation.hidden_weight),
                 "0 or more",
             ),
             (

@@ -36,6 +36,22 @@ pub enum TrainError {
         /// What is to be trained.
         expected: Box<FusedKvDecoderConfig>,
     },
+    /// Nothing that trains.
+    #[error("no parameter that can train is named like `{0}`, expected one or more")]
+    NothingTrains(String),
+    /// Distillation without a teacher.
+    #[error("a training with a distillation needs a teacher, expected to be started by `distill`")]
+    NoTeacher,
+    /// A teacher that the student cannot learn from.
+    #[error("the teacher's {field} is {found}, expected the student's, {expected}")]
+    Teacher {
+        /// What is wrong of its configuration.
+        field: &'static str,
+        /// What it was.
+        found: usize,
+        /// What it may be.
+        expected: usize,
+    },
     /// Windows longer than the decoder's RoPE table.
     #[error("context is {context} tokens, expected at most max_positions, {max_positions}")]
     ContextTooLong {

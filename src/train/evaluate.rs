@@ -7,11 +7,12 @@ use super::batch::LanguageBatch;
 use super::data::{TokenWindow, Windows, read_window};
 use super::error::TrainError;
 use super::number;
+use super::precision::at_least_f32;
 use super::recall::DistanceAccuracy;
 use super::repeats::{RepeatLoss, RepeatSums};
-use super::step::token_losses;
 use crate::cache::CacheDtype;
 use crate::decoder::{FusedKvDecoder, Logits};
+use crate::kernels::cross_entropy;
 
 /// What a model made of some windows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -79,7 +80,11 @@ pub fn evaluate<B: Backend>(
             let likeliest = likeliest(logits.clone());
             count_answers(&mut accuracy, &items, &likeliest);
         }
-        let losses = token_losses(logits, batch.targets);
+        let targets_of = batch.targets.reshape([-1, 1]);
+        // A sum over a vocabulary has no precision in half the bits.
+        let precise = at_least_f32(logits.dtype());
+        let logits = logits.reshape([-1, config.vocab_size as i32]).cast(precise);
+        let losses = cross_entropy(logits, targets_of);
         let losses: Vec<f64> = losses.into_data().iter::<f64>().collect();
         for (window, losses) in items.iter().zip(losses.chunks(windows.context())) {
             let counts = window.counts();

@@ -123,9 +123,6 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for SumSquares<'_, B> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        let Some(grad) = self.grads.get::<B::InnerBackend, D>(param.id) else {
-            return;
-        };
         let place = match &self.path[..] {
             [module, layer, ..] if module == LAYERS => layer.parse().map_or(0, |i: usize| i + 1),
             _ => 0,
@@ -133,6 +130,10 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for SumSquares<'_, B> {
         if self.sums.len() <= place {
             self.sums.resize(place + 1, None);
         }
+        // Parameters that do not train have none.
+        let Some(grad) = self.grads.get::<B::InnerBackend, D>(param.id) else {
+            return;
+        };
         let square = grad.square().sum();
         self.sums[place] = Some(match self.sums[place].take() {
             Some(sum) => sum + square,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
-use burn::tensor::backend::Backend;
+use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn_train::Interrupter;
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
@@ -15,6 +15,7 @@ use super::batch::LanguageBatch;
 use super::config::TrainingConfig;
 use super::data::{TokenWindow, Windows, read_window};
 use super::error::TrainError;
+use super::objective::{Lesson, Teacher};
 
 /// How many windows training reads, in which portions, in which order.
 ///
@@ -112,7 +113,7 @@ impl Source {
 }
 
 /// Training batches: an epoch of the [`Schedule`] per iteration, starting with `next_epoch`.
-pub(super) struct TrainLoader<B: Backend> {
+pub(super) struct TrainLoader<B: AutodiffBackend> {
     source: Source,
     schedule: Schedule,
     next_epoch: AtomicUsize,
@@ -120,14 +121,17 @@ pub(super) struct TrainLoader<B: Backend> {
     rows: Range<usize>,
     /// Batches that each step's rows are read in, one after the other.
     parts: usize,
+    /// Whom every batch is learned from.
+    teacher: Option<Arc<Teacher<B::InnerBackend>>>,
     device: B::Device,
 }
 
-impl<B: Backend> TrainLoader<B> {
+impl<B: AutodiffBackend> TrainLoader<B> {
     pub fn new(
         windows: Arc<dyn Windows>,
         schedule: Schedule,
         first_epoch: usize,
+        teacher: Option<Arc<Teacher<B::InnerBackend>>>,
         failure: Failure,
         device: &B::Device,
     ) -> Self {
@@ -137,6 +141,7 @@ impl<B: Backend> TrainLoader<B> {
             rows: 0..schedule.batch_size,
             parts: schedule.accumulation,
             schedule,
+            teacher,
             device: device.clone(),
         }
     }
@@ -148,13 +153,14 @@ impl<B: Backend> TrainLoader<B> {
             next_epoch: AtomicUsize::new(self.next_epoch.load(Ordering::Relaxed)),
             rows,
             parts: self.parts,
+            teacher: self.teacher.clone(),
             device: device.clone(),
         }
     }
 }
 
-impl<B: Backend> DataLoader<B, LanguageBatch<B>> for TrainLoader<B> {
-    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<LanguageBatch<B>> + 'a> {
+impl<B: AutodiffBackend> DataLoader<B, Lesson<B>> for TrainLoader<B> {
+    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<Lesson<B>> + 'a> {
         let epoch = self.next_epoch.fetch_add(1, Ordering::Relaxed);
         Box::new(TrainBatches {
             loader: self,
@@ -171,19 +177,19 @@ impl<B: Backend> DataLoader<B, LanguageBatch<B>> for TrainLoader<B> {
         steps * self.rows.len()
     }
 
-    fn to_device(&self, device: &B::Device) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
+    fn to_device(&self, device: &B::Device) -> Arc<dyn DataLoader<B, Lesson<B>>> {
         Arc::new(self.with(self.rows.clone(), device))
     }
 
     /// A share of every batch, not of the steps: devices that train together read, step by step,
     /// what one device would.
-    fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, LanguageBatch<B>>> {
+    fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, Lesson<B>>> {
         let row = |item: usize| self.rows.start + item * self.rows.len() / self.num_items().max(1);
         Arc::new(self.with(row(start)..row(end), &self.device))
     }
 }
 
-struct TrainBatches<'a, B: Backend> {
+struct TrainBatches<'a, B: AutodiffBackend> {
     loader: &'a TrainLoader<B>,
     steps: Range<usize>,
     /// Batches read so far.
@@ -194,7 +200,7 @@ struct TrainBatches<'a, B: Backend> {
     counted: Option<(usize, usize)>,
 }
 
-impl<B: Backend> TrainBatches<'_, B> {
+impl<B: AutodiffBackend> TrainBatches<'_, B> {
     /// The window that is read after `read` others.
     fn window(&mut self, read: usize) -> Result<TokenWindow, TrainError> {
         let windows = self.loader.source.windows.len();
@@ -251,8 +257,8 @@ impl<B: Backend> TrainBatches<'_, B> {
     }
 }
 
-impl<B: Backend> Iterator for TrainBatches<'_, B> {
-    type Item = LanguageBatch<B>;
+impl<B: AutodiffBackend> Iterator for TrainBatches<'_, B> {
+    type Item = Lesson<B>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let (step, part) = (
@@ -264,11 +270,14 @@ impl<B: Backend> Iterator for TrainBatches<'_, B> {
         }
         self.parts += 1;
         let batch = self.read(step, part);
-        self.loader.source.failure.caught(batch)
+        Some(Lesson {
+            batch: self.loader.source.failure.caught(batch)?,
+            teacher: self.loader.teacher.clone(),
+        })
     }
 }
 
-impl<B: Backend> DataLoaderIterator<LanguageBatch<B>> for TrainBatches<'_, B> {
+impl<B: AutodiffBackend> DataLoaderIterator<Lesson<B>> for TrainBatches<'_, B> {
     fn progress(&self) -> Progress {
         let rows = self.loader.rows.len();
         Progress::new(

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::config::TrainingConfig;
 use super::gradients::GradientNorms;
 use super::loader::Schedule;
-use super::metrics::{StepEnds, TokenLosses, perplexity};
+use super::metrics::{DivergenceMetric, StepEnds, TokenLosses, perplexity};
 use super::number;
 use crate::file;
 
@@ -34,6 +34,9 @@ pub enum LogLine {
         /// Mean loss of the step's targets before it, in nats.
         #[serde(with = "number")]
         loss: f64,
+        /// Mean KL(teacher ‖ student) of the same targets, in nats, where there is a teacher.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        divergence: Option<f64>,
         /// What the step's update was made with.
         #[serde(with = "number")]
         learning_rate: f64,
@@ -94,6 +97,7 @@ pub(super) struct JsonLines {
     /// Its steps, of whose parts metrics are told one by one.
     step: StepEnds,
     train: TokenLosses,
+    divergence: TokenLosses,
     valid: TokenLosses,
     interrupter: Interrupter,
 }
@@ -116,6 +120,7 @@ impl JsonLines {
             epoch: done + 1,
             step: StepEnds::new(parts),
             train: TokenLosses::NONE,
+            divergence: TokenLosses::NONE,
             valid: TokenLosses::NONE,
             interrupter,
         })
@@ -129,8 +134,8 @@ impl JsonLines {
         })
     }
 
-    fn loss(&self, update: &MetricsUpdate) -> TokenLosses {
-        let loss = self.metric(update, "Loss");
+    fn loss(&self, update: &MetricsUpdate, name: &str) -> TokenLosses {
+        let loss = self.metric(update, name);
         loss.map_or(TokenLosses::NONE, |loss| TokenLosses {
             mean: loss.numeric_entry.current(),
             tokens: match loss.numeric_entry {
@@ -151,6 +156,7 @@ impl JsonLines {
             step,
             tokens: step * self.tokens_per_step,
             loss: self.train.mean,
+            divergence: (self.divergence.tokens > 0).then_some(self.divergence.mean),
             learning_rate: number("Learning Rate").unwrap_or(f64::NAN),
             tokens_per_second: number("Tokens per second").unwrap_or(f64::NAN),
             gradient_norms: self.metric(update, "Gradient norm").and_then(|norm| {
@@ -159,6 +165,7 @@ impl JsonLines {
             memory_mib: number("Memory"),
         };
         self.train = TokenLosses::NONE;
+        self.divergence = TokenLosses::NONE;
         line
     }
 
@@ -175,12 +182,14 @@ impl JsonLines {
 
 impl MetricLogger for JsonLines {
     fn log(&mut self, update: MetricsUpdate, _epoch: usize, split: &Split) {
-        let loss = self.loss(&update);
+        let loss = self.loss(&update, "Loss");
         if *split == Split::Valid {
             self.valid = self.valid.joined(loss);
             return;
         }
         self.train = self.train.joined(loss);
+        let divergence = self.loss(&update, DivergenceMetric::NAME);
+        self.divergence = self.divergence.joined(divergence);
         if self.step.ends() {
             let line = self.train_line(&update);
             self.write(&line);

@@ -158,6 +158,58 @@ impl Numeric for LossMetric {
     }
 }
 
+/// KL(teacher ‖ student) of some targets.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Divergence(pub TokenLosses);
+
+/// Mean KL(teacher ‖ student) in nats, every target that counts counting alike.
+#[derive(Clone, Debug)]
+pub(super) struct DivergenceMetric {
+    name: MetricName,
+    losses: Losses,
+}
+
+impl DivergenceMetric {
+    pub const NAME: &str = "Divergence";
+
+    pub fn new() -> Self {
+        Self {
+            name: Arc::new(Self::NAME.to_owned()),
+            losses: Losses::NONE,
+        }
+    }
+}
+
+impl Metric for DivergenceMetric {
+    type Input = Divergence;
+
+    fn name(&self) -> MetricName {
+        self.name.clone()
+    }
+
+    fn attributes(&self) -> MetricAttributes {
+        lower_is_better()
+    }
+
+    fn update(&mut self, losses: &Divergence, _metadata: &MetricMetadata) -> SerializedEntry {
+        self.losses.update(losses.0, std::convert::identity)
+    }
+
+    fn clear(&mut self) {
+        self.losses = Losses::NONE;
+    }
+}
+
+impl Numeric for DivergenceMetric {
+    fn value(&self) -> NumericEntry {
+        entry(self.losses.last, std::convert::identity)
+    }
+
+    fn running_value(&self) -> NumericEntry {
+        entry(self.losses.epoch, std::convert::identity)
+    }
+}
+
 /// Perplexity: e to the mean negative log-likelihood, every target that counts counting alike.
 ///
 /// Burn's own takes all logits to the CPU and normalises them again.

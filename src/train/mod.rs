@@ -50,6 +50,7 @@ mod loader;
 mod log;
 mod metrics;
 mod number;
+mod objective;
 mod optimizer;
 mod precision;
 mod progress;
@@ -59,6 +60,7 @@ mod roles;
 mod run;
 mod step;
 mod token_file;
+mod trainable;
 
 pub use batch::{LanguageBatch, LanguageBatcher, TargetMask};
 pub use checkpoint::EpochLosses;
@@ -70,12 +72,14 @@ pub use evaluate::{Evaluation, evaluate};
 pub use gradients::GradientNorms;
 pub use log::LogLine;
 pub use metrics::{LossMetric, PerplexityMetric, TokenLosses, TokenRateMetric, perplexity};
+pub use objective::{Distillation, Lesson};
 pub use progress::{Progress, StepReport};
 pub use recall::{AssociativeRecall, DistanceAccuracy, Needle};
 pub use repeats::{Repeat, RepeatLoss};
-pub use run::{Run, Trained, train, train_from, train_from_on, train_on};
+pub use run::{Run, Trained, distill, train, train_from, train_from_on, train_on};
 pub use step::LanguageOutput;
 pub use token_file::TokenFile;
+pub use trainable::Trainable;
 
 /// A decoder of 4 layers, 16 wide, that knows 32 tokens.
 #[cfg(test)]

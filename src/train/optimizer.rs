@@ -32,8 +32,12 @@ pub(super) fn optimizer<B: AutodiffBackend, M: AutodiffModule<B>>(
     DecoderOptimizer {
         rules: Rules {
             matrix: adam_w(config.weight_decay, 1.0),
+            embedding: adam_w(
+                config.weight_decay,
+                config.embedding_learning_rate_ratio.unwrap_or(1.0),
+            ),
             // Pulling a norm's gain towards zero regularises nothing.
-            gain: adam_w(0.0, 1.0),
+            gain: adam_w(0.0, config.gain_learning_rate_ratio.unwrap_or(1.0)),
             fusion: adam_w(
                 config.fusion_weight_decay,
                 config.fusion_learning_rate_ratio,
@@ -66,6 +70,7 @@ pub(super) struct DecoderOptimizer<M: AutodiffModule<B>, B: AutodiffBackend> {
 #[derive(Clone, Copy, Debug)]
 struct Rules {
     matrix: DecoderAdamW,
+    embedding: DecoderAdamW,
     gain: DecoderAdamW,
     fusion: DecoderAdamW,
 }
@@ -74,6 +79,7 @@ impl Rules {
     fn of(&self, role: Role) -> &DecoderAdamW {
         match role {
             Role::Matrix => &self.matrix,
+            Role::Embedding => &self.embedding,
             Role::Gain => &self.gain,
             Role::Fusion => &self.fusion,
         }
@@ -207,6 +213,8 @@ mod tests {
             .with_weight_decay(0.1)
             .with_fusion_weight_decay(0.3)
             .with_fusion_learning_rate_ratio(0.5)
+            .with_embedding_learning_rate_ratio(Some(0.25))
+            .with_gain_learning_rate_ratio(Some(2.0))
     }
 
     /// Values and new random gradients of all parameters, as vectors by their names.
@@ -273,7 +281,9 @@ mod tests {
                     let (lr, decay) = if name.contains(".kv_") {
                         (LR * 0.5, 0.3)
                     } else if name.ends_with("gamma") {
-                        (LR, 0.0)
+                        (LR * 2.0, 0.0)
+                    } else if name.starts_with("embed_tokens") {
+                        (LR * 0.25, 0.1)
                     } else {
                         (LR, 0.1)
                     };
@@ -339,7 +349,9 @@ mod tests {
     fn records_are_read_as_those_of_burns_adam_w_and_the_other_way() {
         let config = config(KvPlan::Standard)
             .with_weight_decay(0.0)
-            .with_fusion_weight_decay(0.0);
+            .with_fusion_weight_decay(0.0)
+            .with_embedding_learning_rate_ratio(None)
+            .with_gain_learning_rate_ratio(None);
         let model: Model = config.model.init(&FlexDevice).unwrap();
         let mut burns = AdamWConfig::new()
             .with_beta_1(0.8)

@@ -14,7 +14,7 @@ use burn_train::renderer::{
 
 use super::config::TrainingConfig;
 use super::loader::Schedule;
-use super::metrics::{TokenLosses, perplexity};
+use super::metrics::{DivergenceMetric, TokenLosses, perplexity};
 
 /// Where progress is shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,6 +64,8 @@ pub(super) struct PlainRenderer<W> {
     names: HashMap<MetricId, String>,
     /// Since the last line.
     train: TokenLosses,
+    /// Since the last line, where there is a teacher.
+    divergence: TokenLosses,
     /// Since the last training step.
     valid: TokenLosses,
     learning_rate: f64,
@@ -92,6 +94,7 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
             interval,
             names: HashMap::new(),
             train: TokenLosses::NONE,
+            divergence: TokenLosses::NONE,
             valid: TokenLosses::NONE,
             learning_rate: f64::NAN,
             step: TokenLosses::NONE,
@@ -128,11 +131,14 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
         let loss = self.train.mean;
         write!(
             self.output,
-            "step {step:>5}/{}  loss {loss:.4}  perplexity {:.2}  lr {:.2e}",
+            "step {step:>5}/{}  loss {loss:.4}  perplexity {:.2}",
             self.steps,
             perplexity(loss),
-            self.learning_rate,
         )?;
+        if self.divergence.tokens > 0 {
+            write!(self.output, "  divergence {:.4}", self.divergence.mean)?;
+        }
+        write!(self.output, "  lr {:.2e}", self.learning_rate)?;
         if let Some((rate, left)) = self.rate(step, now) {
             let left = left.as_secs();
             let (minutes, seconds) = (left / 60, left % 60);
@@ -166,6 +172,9 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
                 self.train = self.train.joined(part);
                 self.step = self.step.joined(part);
                 self.valid = TokenLosses::NONE;
+            }
+            (DivergenceMetric::NAME, mean, tokens) => {
+                self.divergence = self.divergence.joined(TokenLosses { mean, tokens });
             }
             ("Learning Rate", rate, _) => self.learning_rate = rate,
             _ => {}
@@ -203,6 +212,7 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
         self.started.get_or_insert(here);
         self.last = Some(here);
         self.train = TokenLosses::NONE;
+        self.divergence = TokenLosses::NONE;
     }
 
     fn render_valid(&mut self, progress: TrainingProgress, _: Vec<ProgressType>) {

@@ -7,14 +7,18 @@ use burn::tensor::{Tensor, backend::Backend};
 
 /// The modules of a decoder whose parameters weigh other layers' keys and values.
 const FUSION: [&str; 2] = ["kv_fusion", "kv_residual"];
+/// The modules that tokens go in and out by.
+const VOCABULARY: [&str; 3] = ["embed_tokens", "embed_tokens_per_layer", "lm_head"];
 /// The names of parameters that are added or multiplied element by element.
 const GAINS: [&str; 4] = ["gamma", "beta", "bias", "layer_scalar"];
 
 /// What a parameter is, as far as its learning rate and decay depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
-    /// A projection or an embedding.
+    /// A projection.
     Matrix,
+    /// The embedding, or a head of its own.
+    Embedding,
     /// The gain of a norm, or a bias.
     Gain,
     /// The weights of a blend, or the α of YOCO++.
@@ -27,8 +31,11 @@ impl Role {
         let [modules @ .., parameter] = path else {
             return Self::Matrix;
         };
-        if modules.last().is_some_and(|m| FUSION.contains(&m.as_str())) {
+        let of = |names: &[&str]| modules.last().is_some_and(|m| names.contains(&m.as_str()));
+        if of(&FUSION) {
             Self::Fusion
+        } else if of(&VOCABULARY) {
+            Self::Embedding
         } else if GAINS.contains(&parameter.as_str()) {
             Self::Gain
         } else {
@@ -102,13 +109,14 @@ mod tests {
             let stores = config.validate().unwrap().n_stored(KvPart::Key);
             // Two norms a layer, one of queries, one of keys where they are stored, and the last.
             assert_eq!(count(Role::Gain), 4 * 3 + stores + 1);
-            // Queries, output and SwiGLU of a layer, keys and values, embedding and head.
-            assert_eq!(count(Role::Matrix), 4 * 5 + 2 * stores + 2);
+            // Queries, output and SwiGLU of a layer, keys and values.
+            assert_eq!(count(Role::Matrix), 4 * 5 + 2 * stores);
+            assert_eq!(count(Role::Embedding), 2);
             for (id, role) in [
                 (attention.q_proj.weight.id(), Role::Matrix),
                 (attention.q_norm.as_ref().unwrap().gamma.id, Role::Gain),
                 (model.norm.gamma.id, Role::Gain),
-                (model.embed_tokens.weight.id(), Role::Matrix),
+                (model.embed_tokens.weight.id(), Role::Embedding),
             ] {
                 assert_eq!(roles.get(id), Some(role));
             }

@@ -29,11 +29,14 @@ use super::learning_rate::WarmupCosine;
 use super::loader::{Failure, Schedule, TrainLoader, ValidLoader};
 use super::log::JsonLines;
 use super::metrics::{
-    GradientNormMetric, LossMetric, MemoryMetric, PerplexityMetric, TokenRateMetric, perplexity,
+    DivergenceMetric, GradientNormMetric, LossMetric, MemoryMetric, PerplexityMetric,
+    TokenRateMetric, perplexity,
 };
+use super::objective::{Distillation, Teacher};
 use super::optimizer::optimizer;
 use super::precision::at_least_f32;
 use super::progress::{Observer, PlainRenderer, Progress, StepReport};
+use super::trainable::freeze;
 use crate::decoder::{DecoderRecord, FusedKvDecoder};
 
 /// How often plain progress is printed.
@@ -181,7 +184,8 @@ pub fn train<B: AutodiffBackend>(
     config.validate()?;
     let (train_windows, valid_windows) = split(config, tokens)?;
     let devices = std::slice::from_ref(device);
-    run_training::<B>(config, None, train_windows, valid_windows, run, devices)
+    let models = Models::<B>::starting_with(None);
+    run_training(config, models, train_windows, valid_windows, run, devices)
 }
 
 /// [`train`] that starts with a model: one that was [loaded](crate::checkpoint::load_checkpoint) or
@@ -200,8 +204,9 @@ pub fn train_from<B: AutodiffBackend>(
 ) -> Result<Trained<B::InnerBackend>, TrainError> {
     config.validate()?;
     let (train_windows, valid_windows) = split(config, tokens)?;
-    let (model, devices) = (Some(model), std::slice::from_ref(device));
-    run_training(config, model, train_windows, valid_windows, run, devices)
+    let models = Models::starting_with(Some(model));
+    let devices = std::slice::from_ref(device);
+    run_training(config, models, train_windows, valid_windows, run, devices)
 }
 
 /// [`train`] on windows of any kind, validated on others, by one or several devices; the
@@ -224,7 +229,8 @@ pub fn train_on<B: AutodiffBackend>(
     run: &Run,
     devices: &[B::Device],
 ) -> Result<Trained<B::InnerBackend>, TrainError> {
-    run_training::<B>(config, None, train_windows, valid_windows, run, devices)
+    let models = Models::<B>::starting_with(None);
+    run_training(config, models, train_windows, valid_windows, run, devices)
 }
 
 /// [`train_on`] that starts with a model, as [`train_from`] does.
@@ -239,8 +245,85 @@ pub fn train_from_on<B: AutodiffBackend>(
     run: &Run,
     devices: &[B::Device],
 ) -> Result<Trained<B::InnerBackend>, TrainError> {
-    let model = Some(model);
-    run_training(config, model, train_windows, valid_windows, run, devices)
+    let models = Models::starting_with(Some(model));
+    run_training(config, models, train_windows, valid_windows, run, devices)
+}
+
+/// [`train_from_on`] that has `student` follow a `teacher`, any decoder that knows the same tokens, as
+/// the configuration's [`distillation`](TrainingConfig::distillation) says, or its defaults: towards the
+/// teacher's distribution of the next token.
+///
+/// The teacher reads every batch once, without gradients. Where its bottom layers are those of the
+/// student and [do not train](TrainingConfig::trainable), as after a [conversion](crate::convert), they
+/// are kept, and computed, once for both. The losses reported are cross-entropies, as those of any
+/// training are, with the divergence from the teacher beside them in the log.
+///
+/// ```
+/// use fusedkv::backend::{Autodiff, Flex, FlexDevice};
+/// use fusedkv::convert::convert;
+/// use fusedkv::train::{
+///     Distillation, Progress, Run, TokenWindows, Trainable, TrainingConfig, distill,
+/// };
+/// use fusedkv::{FusedKvDecoderConfig, KvPlan};
+///
+/// # let directory = tempfile::tempdir()?;
+/// # let directory = directory.path();
+/// let device = FlexDevice::default();
+/// let teacher = FusedKvDecoderConfig::tiny(64, KvPlan::Standard).init::<Flex>(&device)?;
+/// let plan = KvPlan::FusedKv { storage_layers: 3 };
+/// let student = FusedKvDecoderConfig::tiny(64, KvPlan::Standard).init(&device)?;
+/// let student = convert::<Autodiff<Flex>>(&student, &plan)?;
+///
+/// let config = TrainingConfig::new(student.config().clone(), 16, 2, 4)
+///     .with_trainable(Some(Trainable::Reusing))
+///     .with_distillation(Some(Distillation::new().with_temperature(2.0)));
+/// let tokens: Vec<u32> = (0..500).map(|i| i * i % 61).collect();
+/// let (train, valid) = TokenWindows::split(tokens, 16, 0.1)?;
+/// let run = Run::new(directory.join("run")).with_progress(Progress::Quiet);
+/// let trained = distill(&config, student, teacher, train, valid, &run, &[device])?;
+/// assert!(trained.valid_loss.is_finite());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// As [`train_from_on`], and [`TrainError::Teacher`] if the teacher has another vocabulary or, where
+/// hidden states are matched, another number of layers or width.
+pub fn distill<B: AutodiffBackend>(
+    config: &TrainingConfig,
+    student: FusedKvDecoder<B>,
+    teacher: FusedKvDecoder<B::InnerBackend>,
+    train_windows: impl Windows + 'static,
+    valid_windows: impl Windows + 'static,
+    run: &Run,
+    devices: &[B::Device],
+) -> Result<Trained<B::InnerBackend>, TrainError> {
+    let distillation = config.distillation.unwrap_or_else(Distillation::new);
+    let config = TrainingConfig {
+        distillation: Some(distillation),
+        ..config.clone()
+    };
+    let models = Models {
+        start: Some(student),
+        teacher: Some(teacher),
+    };
+    run_training(&config, models, train_windows, valid_windows, run, devices)
+}
+
+/// The models of a training.
+struct Models<B: AutodiffBackend> {
+    /// What it starts with; none: random weights.
+    start: Option<FusedKvDecoder<B>>,
+    teacher: Option<FusedKvDecoder<B::InnerBackend>>,
+}
+
+impl<B: AutodiffBackend> Models<B> {
+    /// Without a teacher.
+    fn starting_with(start: Option<FusedKvDecoder<B>>) -> Self {
+        Self {
+            start,
+            teacher: None,
+        }
+    }
 }
 
 /// The windows of a text to train on, and those held out.
@@ -253,10 +336,12 @@ fn split(
     TokenWindows::split(tokens, config.context, config.valid_fraction)
 }
 
-/// Trains `model`, or one of random weights.
 fn run_training<B: AutodiffBackend>(
     config: &TrainingConfig,
-    model: Option<FusedKvDecoder<B>>,
+    Models {
+        start: model,
+        teacher,
+    }: Models<B>,
     train_windows: impl Windows + 'static,
     valid_windows: impl Windows + 'static,
     run: &Run,
@@ -264,6 +349,12 @@ fn run_training<B: AutodiffBackend>(
 ) -> Result<Trained<B::InnerBackend>, TrainError> {
     let start = Instant::now();
     config.validate()?;
+    let taught = teacher.zip(config.distillation);
+    match (&taught, config.distillation) {
+        (None, Some(_)) => return Err(TrainError::NoTeacher),
+        (Some((teacher, distillation)), _) => Teacher::check(teacher, config, *distillation)?,
+        (None, None) => {}
+    }
     if let Some(model) = &model
         && *model.config() != config.model
     {
@@ -311,18 +402,20 @@ fn run_training<B: AutodiffBackend>(
         // Parameters draw their values when first used; a fork uses them all, in order.
         None => config.model.init::<B>(device)?.fork(device),
     };
-    let model = model.map(&mut KeepPrecision);
+    let mut model = freeze(model.map(&mut KeepPrecision), config.trainable.as_ref())?;
     let (squares, squares_of_steps) = channel();
     let optimizer = optimizer::<B, FusedKvDecoder<B>>(config, devices.len(), squares);
     let scheduler = WarmupCosine::new(config);
 
     let (directory, done, losses) = if run.resume {
         let (directory, epoch, losses) = RunDirectory::resume(&run.directory, config)?;
-        check_checkpoint(&directory, epoch, &model, &optimizer, &scheduler, device)?;
+        model = load_checked(&directory, epoch, model, &optimizer, &scheduler, device)?;
         (directory, epoch, losses)
     } else {
         (RunDirectory::start(&run.directory, config)?, 0, Vec::new())
     };
+
+    let teacher = taught.map(|(teacher, of)| Arc::new(Teacher::new(teacher, &model, of)));
 
     let history: History = Arc::new(Mutex::new(losses));
     let patience = config.patience.map(|epochs| Patience {
@@ -354,7 +447,15 @@ fn run_training<B: AutodiffBackend>(
     let schedule = Schedule::new(config);
     let failure = Failure::new(interrupter.clone());
     let train_windows = Arc::new(train_windows);
-    let train_loader = TrainLoader::new(train_windows, schedule, done + 1, failure.clone(), device);
+    let (first, distilled) = (done + 1, teacher.is_some());
+    let train_loader = TrainLoader::new(
+        train_windows,
+        schedule,
+        first,
+        teacher,
+        failure.clone(),
+        device,
+    );
     let valid_loader = ValidLoader::<B::InnerBackend>::new(
         Arc::new(valid_windows),
         config.batch_size,
@@ -390,6 +491,9 @@ fn run_training<B: AutodiffBackend>(
     .with_training_strategy(strategy_of(devices))
     .grads_accumulation(config.accumulation)
     .num_epochs(last_epoch);
+    if distilled {
+        training = training.metric_train_numeric(DivergenceMetric::new());
+    }
     if let Some(memory) = MemoryMetric::new() {
         training = training.metric_train_numeric(memory);
     }
@@ -478,24 +582,24 @@ impl<B: Backend> ModuleMapper<B> for KeepPrecision {
     }
 }
 
-/// Reads a checkpoint's files: Burn's learner panics where it cannot, or where they are of another
-/// decoder.
-fn check_checkpoint<B: AutodiffBackend, O, S: LrScheduler>(
+/// The model of a checkpoint, all of whose files are read: Burn's learner panics where it cannot, or
+/// where they are of another decoder.
+fn load_checked<B: AutodiffBackend, O, S: LrScheduler>(
     directory: &RunDirectory,
     epoch: usize,
-    model: &FusedKvDecoder<B>,
+    model: FusedKvDecoder<B>,
     _optimizer: &O,
     _scheduler: &S,
     device: &B::Device,
-) -> Result<(), TrainError>
+) -> Result<FusedKvDecoder<B>, TrainError>
 where
     O: Optimizer<FusedKvDecoder<B>, B>,
 {
     let record = read_part(directory, "model", epoch, device)?;
-    check_record(directory, epoch, model, &record)?;
+    check_record(directory, epoch, &model, &record)?;
     read_part::<B, O::Record>(directory, "optim", epoch, device)?;
     read_part::<B, S::Record<B>>(directory, "scheduler", epoch, device)?;
-    Ok(())
+    Ok(model.load_record(record))
 }
 
 fn check_record<B: Backend>(

@@ -1,16 +1,17 @@
-//! One step of training or validation: logits, cross-entropy, gradients.
+//! One step of training or validation: the walk through the decoder, losses, gradients.
 
+use burn::module::{AutodiffModule, ParamId};
+use burn::optim::GradientsParams;
+use burn::tensor::Tensor;
 use burn::tensor::backend::{AutodiffBackend, Backend};
-use burn::tensor::{Int, Tensor};
 use burn_train::metric::{Adaptor, ItemLazy};
 use burn_train::{InferenceStep, TrainOutput, TrainStep};
 
 use super::batch::{LanguageBatch, TargetMask};
 use super::gradients::widen;
-use super::metrics::TokenLosses;
-use super::precision::at_least_f32;
+use super::metrics::{Divergence, TokenLosses};
+use super::objective::{HeadLosses, Lesson, head_losses, relative_error, token_losses};
 use crate::decoder::FusedKvDecoder;
-use crate::kernels::cross_entropy;
 
 /// What metrics are told of a step. Losses alone: logits are as large as the vocabulary.
 #[derive(Clone, Debug)]
@@ -18,95 +19,137 @@ pub struct LanguageOutput<B: Backend> {
     /// Negative log-likelihood in nats of each window's targets that count, over the window's
     /// length, `[batch]`: their mean where all count.
     pub losses: Tensor<B, 1>,
+    /// KL(teacher ‖ student) in nats at the temperature, of the same targets in the same way, where
+    /// there is a teacher.
+    pub divergence: Option<Tensor<B, 1>>,
     /// Targets of the batch that count.
     pub targets: usize,
     /// Tokens per window.
     pub context: usize,
 }
 
-/// The losses of a batch.
-///
-/// # Panics
-/// Of what [`FusedKvDecoder::forward`] returns an error for: windows longer than the decoder's
-/// `max_positions`, or none.
-fn window_losses<B: Backend>(
-    model: &FusedKvDecoder<B>,
-    batch: LanguageBatch<B>,
-) -> LanguageOutput<B> {
-    let logits = model
-        .forward(batch.tokens)
-        .expect("training checks the windows' length, and batches are never empty");
-    losses_of(logits, batch.targets, batch.mask)
-}
-
-/// Negative log-likelihood in nats of targets `[batch, context]` by logits
-/// `[batch, context, vocab_size]`, each by itself, `[batch, context]`. In f32 at least: a sum over a
-/// vocabulary has no precision in half the bits.
-pub(super) fn token_losses<B: Backend>(
-    logits: Tensor<B, 3>,
-    targets: Tensor<B, 2, Int>,
-) -> Tensor<B, 2> {
-    let [rows, context, vocab_size] = logits.dims();
-    let precise = at_least_f32(logits.dtype());
-    let logits = logits.reshape([rows * context, vocab_size]).cast(precise);
-    let targets = targets.reshape([rows * context, 1]);
-    cross_entropy(logits, targets).reshape([rows, context])
-}
-
-/// [`window_losses`] of logits `[batch, context, vocab_size]`, targets `[batch, context]` and which
-/// of them count.
-fn losses_of<B: Backend>(
-    logits: Tensor<B, 3>,
-    targets: Tensor<B, 2, Int>,
-    mask: Option<TargetMask<B>>,
-) -> LanguageOutput<B> {
-    let mut losses = token_losses(logits, targets);
-    let [rows, context] = losses.dims();
-    let mut counted = rows * context;
-    if let Some(mask) = mask {
-        let weights = mask.weights.cast(losses.dtype());
-        losses = losses * weights;
-        counted = mask.targets;
+impl<B: Backend> LanguageOutput<B> {
+    /// Of the losses of all targets, `[batch, context]`.
+    fn new(
+        losses: Tensor<B, 2>,
+        divergence: Option<Tensor<B, 2>>,
+        mask: Option<TargetMask<B>>,
+    ) -> Self {
+        let [rows, context] = losses.dims();
+        let of_windows = |losses: Tensor<B, 2>| {
+            let counted = match &mask {
+                Some(mask) => losses.clone() * mask.weights.clone().cast(losses.dtype()),
+                None => losses,
+            };
+            counted.mean_dim(1).reshape([rows])
+        };
+        Self {
+            losses: of_windows(losses),
+            divergence: divergence.map(of_windows),
+            targets: mask.as_ref().map_or(rows * context, |mask| mask.targets),
+            context,
+        }
     }
-    LanguageOutput {
-        losses: losses.mean_dim(1).reshape([rows]),
-        targets: counted,
-        context,
+
+    /// What such losses, [`losses`](Self::losses) or [`divergence`](Self::divergence), come to.
+    fn mean(&self, losses: &Tensor<B, 1>) -> TokenLosses {
+        let windows = self.targets as f64 / self.context as f64;
+        TokenLosses {
+            mean: losses.to_data().iter::<f64>().sum::<f64>() / windows,
+            tokens: self.targets,
+        }
     }
 }
 
 impl<B: AutodiffBackend> TrainStep for FusedKvDecoder<B> {
-    type Input = LanguageBatch<B>;
+    type Input = Lesson<B>;
     type Output = LanguageOutput<B::InnerBackend>;
 
-    fn step(&self, batch: Self::Input) -> TrainOutput<Self::Output> {
-        let divisor = batch.mask.as_ref().map(|mask| mask.divisor);
-        let LanguageOutput {
-            losses,
-            targets,
-            context,
-        } = window_losses(self, batch);
-        let output = LanguageOutput {
-            losses: losses.clone().inner(),
-            targets,
-            context,
+    /// # Panics
+    /// Of what [`FusedKvDecoder::forward`] returns an error for: windows longer than the decoder's
+    /// `max_positions`, or none.
+    fn step(&self, Lesson { batch, teacher }: Lesson<B>) -> TrainOutput<Self::Output> {
+        let teacher = teacher.as_deref();
+        let (mut below, mut streams) = (None, Vec::new());
+        let hidden = self.states(batch.tokens.clone(), None, &mut |layer, x| {
+            if teacher.is_some_and(|teacher| teacher.goes_on_from(layer)) {
+                below = Some(x.clone().inner());
+            }
+            if teacher.is_some_and(|teacher| teacher.matches(layer)) {
+                streams.push(x.clone());
+            }
+        });
+        let hidden = hidden.expect("windows have a length that was checked, and batches have rows");
+        let reading = teacher.map(|teacher| teacher.read(batch.tokens.inner(), below));
+
+        let mask = batch.mask.map(TargetMask::inner);
+        let weights = match &mask {
+            Some(mask) => mask.weights.clone() / mask.divisor,
+            None => {
+                let [rows, context] = batch.targets.dims();
+                let share = 1.0 / (rows * context) as f64;
+                Tensor::full([rows, context], share, &batch.targets.device())
+            }
         };
-        let loss = match divisor {
-            None => losses.mean(),
-            Some(divisor) => losses.sum() * (context as f64 / divisor),
+        let head = match &self.lm_head {
+            Some(head) => &head.weight,
+            None => &self.embed_tokens.weight,
         };
+        let HeadLosses {
+            nll,
+            divergence,
+            d_hidden,
+            d_weight,
+        } = head_losses(
+            &self.valid(),
+            hidden.clone().inner(),
+            batch.targets.inner(),
+            weights.clone(),
+            (teacher.zip(reading.as_ref()))
+                .map(|(teacher, of)| (&of.model, of.hidden.clone(), teacher.config)),
+            head.is_require_grad(),
+        );
+        // Its gradients are those of the losses: the head's are there already.
+        let mut loss = (hidden * Tensor::from_inner(d_hidden)).sum();
+        if let Some((teacher, reading)) = teacher.zip(reading) {
+            let factor = teacher.config.hidden_weight / streams.len().max(1) as f64;
+            for (own, taught) in streams.into_iter().zip(reading.streams) {
+                let weights = Tensor::from_inner(weights.clone());
+                let error = relative_error(own, Tensor::from_inner(taught), weights);
+                let dtype = loss.dtype();
+                loss = loss + (error * factor).cast(dtype);
+            }
+        }
+        let output = LanguageOutput::new(nll, divergence, mask);
         let mut output = TrainOutput::new(self, loss.backward(), output);
         widen(self, &mut output.grads);
+        if let Some(gradient) = d_weight {
+            add(&mut output.grads, head.id(), gradient);
+        }
         output
     }
+}
+
+/// Adds to the gradient of a parameter.
+fn add<B: Backend>(grads: &mut GradientsParams, id: ParamId, more: Tensor<B, 2>) {
+    let gradient = match grads.remove::<B, 2>(id) {
+        Some(gradient) => gradient + more,
+        None => more,
+    };
+    grads.register(id, gradient);
 }
 
 impl<B: Backend> InferenceStep for FusedKvDecoder<B> {
     type Input = LanguageBatch<B>;
     type Output = LanguageOutput<B>;
 
+    /// # Panics
+    /// As a training step.
     fn step(&self, batch: Self::Input) -> Self::Output {
-        window_losses(self, batch)
+        let hidden = self.states(batch.tokens, None, &mut |_, _| {});
+        let hidden = hidden.expect("windows have a length that was checked, and batches have rows");
+        let losses = token_losses(self, hidden, batch.targets);
+        LanguageOutput::new(losses, None, batch.mask)
     }
 }
 
@@ -120,11 +163,14 @@ impl<B: Backend> ItemLazy for LanguageOutput<B> {
 
 impl<B: Backend> Adaptor<TokenLosses> for LanguageOutput<B> {
     fn adapt(&self) -> TokenLosses {
-        let windows = self.targets as f64 / self.context as f64;
-        TokenLosses {
-            mean: self.losses.to_data().iter::<f64>().sum::<f64>() / windows,
-            tokens: self.targets,
-        }
+        self.mean(&self.losses)
+    }
+}
+
+impl<B: Backend> Adaptor<Divergence> for LanguageOutput<B> {
+    fn adapt(&self) -> Divergence {
+        let losses = self.divergence.as_ref().map(|losses| self.mean(losses));
+        Divergence(losses.unwrap_or(TokenLosses::NONE))
     }
 }
 
@@ -132,40 +178,13 @@ impl<B: Backend> Adaptor<TokenLosses> for LanguageOutput<B> {
 mod tests {
     use burn::backend::Autodiff;
     use burn::module::{Module, ModuleMapper, Param};
-    use burn::tensor::{DType, Distribution, Tolerance};
+    use burn::tensor::DType;
     use burn_flex::{Flex, FlexDevice};
 
     use super::*;
     use crate::{FusedKvDecoderConfig, KvPlan};
 
     type Train = Autodiff<Flex>;
-
-    #[test]
-    fn cross_entropy_is_that_of_log_softmax() {
-        let device = FlexDevice;
-        let logits =
-            Tensor::<Flex, 2>::from_data([[1.0, -2.0, 0.5], [300.0, 0.0, -300.0]], &device);
-        let targets = Tensor::<Flex, 2, Int>::from_data([[2], [1]], &device);
-        let expected = burn::tensor::activation::log_softmax(logits.clone(), 1)
-            .gather(1, targets.clone())
-            .neg();
-        cross_entropy(logits, targets)
-            .into_data()
-            .assert_approx_eq::<f32>(&expected.into_data(), Default::default());
-    }
-
-    #[test]
-    fn losses_of_bf16_logits_are_those_of_the_same_logits_in_f32() {
-        let (rows, vocab_size) = (3, 50_000);
-        let normal = Distribution::Normal(0.0, 2.0);
-        let logits = Tensor::<Flex, 3>::random([rows, 2, vocab_size], normal, &FlexDevice);
-        let logits = logits.cast(DType::BF16);
-        let targets = Tensor::<Flex, 2, Int>::from_data([[5, 49_999], [0, 7], [1, 1]], &FlexDevice);
-        let losses = |logits| losses_of(logits, targets.clone(), None).losses.into_data();
-        let found = losses(logits.clone());
-        let tolerance = Tolerance::rel_abs(0.0, 1e-5);
-        found.assert_approx_eq::<f32>(&losses(logits.cast(DType::F32)), tolerance);
-    }
 
     struct Half;
 
@@ -187,7 +206,7 @@ mod tests {
             targets: Tensor::from_data([[2, 3, 4]], &FlexDevice),
             mask: None,
         };
-        let output = TrainStep::step(&model, batch);
+        let output = TrainStep::step(&model, batch.into());
         let embedding = &model.embed_tokens.weight;
         assert_eq!(embedding.val().dtype(), DType::BF16);
         let grad = output.grads.get::<Flex, 2>(embedding.id()).unwrap();
@@ -196,35 +215,29 @@ mod tests {
 
     #[test]
     fn the_mean_is_over_the_targets_that_count() {
-        let logits = Tensor::<Flex, 3>::zeros([2, 4, 8], &FlexDevice);
-        let logits = logits.slice_assign(
-            [1..2, 2..3, 5..6],
-            Tensor::from_data([[[3.0]]], &FlexDevice),
+        let losses = Tensor::<Flex, 2>::from_data(
+            [[1.0, 2.0, 4.0, 8.0], [16.0, 32.0, 64.0, 128.0]],
+            &FlexDevice,
         );
-        let targets = Tensor::<Flex, 2, Int>::full([2, 4], 5, &FlexDevice);
         let mask = |weights: [[f32; 4]; 2]| TargetMask {
             targets: weights.iter().flatten().filter(|&&w| w > 0.0).count(),
             weights: Tensor::from_data(weights, &FlexDevice),
             divisor: 1.0,
         };
-        let certain = (3f64.exp() + 7.0).ln() - 3.0;
         for (weights, expected) in [
-            (
-                [[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]],
-                (8f64.ln() * 2.0 + certain) / 3.0,
-            ),
-            ([[0.0; 4], [0.0, 0.0, 1.0, 0.0]], certain),
+            ([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]], 194.0 / 3.0),
+            ([[0.0; 4], [0.0, 0.0, 1.0, 0.0]], 64.0),
         ] {
             let mask = mask(weights);
             let counted = mask.targets;
-            let output = losses_of(logits.clone(), targets.clone(), Some(mask));
-            let TokenLosses { mean, tokens } = output.adapt();
-            assert_eq!(tokens, counted);
-            assert!((mean - expected).abs() < 1e-6, "{mean} {expected}");
+            let output = LanguageOutput::new(losses.clone(), Some(losses.clone()), Some(mask));
+            let Divergence(divergence) = output.adapt();
+            for TokenLosses { mean, tokens } in [output.adapt(), divergence] {
+                assert_eq!(tokens, counted);
+                assert!((mean - expected).abs() < 1e-6, "{mean} {expected}");
+            }
         }
-        assert_eq!(
-            losses_of(logits, targets, Some(mask([[0.0; 4]; 2]))).targets,
-            0
-        );
+        let none = Some(mask([[0.0; 4]; 2]));
+        assert_eq!(LanguageOutput::new(losses, None, none).targets, 0);
     }
 }

@@ -1,6 +1,7 @@
 //! Training, its data and files: what is learned, resumed, kept, refused.
 
 mod before;
+mod distilling;
 mod precision;
 mod saving;
 mod targets;
@@ -508,6 +509,14 @@ fn settings_out_of_range_are_named() {
         (
             base().with_fusion_learning_rate_ratio(f64::NAN),
             "fusion_learning_rate_ratio",
+        ),
+        (
+            base().with_embedding_learning_rate_ratio(Some(-0.1)),
+            "embedding_learning_rate_ratio",
+        ),
+        (
+            base().with_gain_learning_rate_ratio(Some(f64::NAN)),
+            "gain_learning_rate_ratio",
         ),
         (base().with_beta_1(1.0), "beta_1"),
         (base().with_beta_2(-0.1), "beta_2"),

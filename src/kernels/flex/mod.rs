@@ -14,6 +14,8 @@ mod autodiff;
 mod dispatch;
 mod heads;
 mod linear;
+#[cfg(feature = "train")]
+mod loss;
 mod pointwise;
 mod rows;
 mod simd;
@@ -35,6 +37,8 @@ pub(super) use assign::assign_rows;
 use attention::attention;
 use heads::{rope, swap_heads};
 use linear::{linear, linear_packed};
+#[cfg(feature = "train")]
+pub(super) use loss::{cross_entropy, lost};
 use pointwise::{rms_norm, swiglu};
 
 use super::operands::{Term, Visibility};
@@ -107,14 +111,6 @@ impl Kernels for FlexKernels {
 
     fn swiglu<B: Backend>(gate: &Tensor<B, 3>, up: &Tensor<B, 3>) -> Option<Tensor<B, 3>> {
         plain_or_tracked!(swiglu(gate, up))
-    }
-
-    #[cfg(feature = "train")]
-    fn cross_entropy<B: Backend>(
-        logits: &Tensor<B, 2>,
-        targets: &Tensor<B, 2, Int>,
-    ) -> Option<Tensor<B, 2>> {
-        autodiff::cross_entropy(logits, targets)
     }
 }
 

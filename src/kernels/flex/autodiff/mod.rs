@@ -13,7 +13,6 @@ mod attention;
 mod blend;
 mod heads;
 mod linear;
-mod loss;
 mod pointwise;
 #[cfg(test)]
 mod tests;
@@ -36,7 +35,6 @@ use super::downcast;
 pub(super) use attention::attention;
 pub(super) use heads::{rope, swap_heads};
 pub(super) use linear::linear;
-pub(super) use loss::cross_entropy;
 pub(super) use pointwise::{rms_norm, swiglu};
 
 /// A tensor of `Autodiff<Flex, C>`, which is the same for every C.
