@@ -80,11 +80,11 @@ pub fn evaluate<B: Backend>(
             let likeliest = likeliest(logits.clone());
             count_answers(&mut accuracy, &items, &likeliest);
         }
-        let targets_of = batch.targets.reshape([-1, 1]);
         // A sum over a vocabulary has no precision in half the bits.
         let precise = at_least_f32(logits.dtype());
-        let logits = logits.reshape([-1, config.vocab_size as i32]).cast(precise);
-        let losses = cross_entropy(logits, targets_of);
+        let [rows, context, vocab_size] = logits.dims();
+        let logits = logits.reshape([rows * context, vocab_size]).cast(precise);
+        let losses = cross_entropy(logits, batch.targets.reshape([rows * context, 1]));
         let losses: Vec<f64> = losses.into_data().iter::<f64>().collect();
         for (window, losses) in items.iter().zip(losses.chunks(windows.context())) {
             let counts = window.counts();

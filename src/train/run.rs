@@ -36,7 +36,7 @@ use super::objective::{Distillation, Teacher};
 use super::optimizer::optimizer;
 use super::precision::at_least_f32;
 use super::progress::{Observer, PlainRenderer, Progress, StepReport};
-use super::trainable::freeze;
+use super::trainable::choose;
 use crate::decoder::{DecoderRecord, FusedKvDecoder};
 
 /// How often plain progress is printed.
@@ -402,7 +402,7 @@ fn run_training<B: AutodiffBackend>(
         // Parameters draw their values when first used; a fork uses them all, in order.
         None => config.model.init::<B>(device)?.fork(device),
     };
-    let mut model = freeze(model.map(&mut KeepPrecision), config.trainable.as_ref())?;
+    let mut model = choose(model.map(&mut KeepPrecision), config.trainable.as_ref())?;
     let (squares, squares_of_steps) = channel();
     let optimizer = optimizer::<B, FusedKvDecoder<B>>(config, devices.len(), squares);
     let scheduler = WarmupCosine::new(config);

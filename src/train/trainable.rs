@@ -59,49 +59,44 @@ fn is_like(name: &str, pattern: &str) -> bool {
     ends.any(|end| is_like(&name[end..], rest))
 }
 
-/// Freezes what does not train. Parameters that are frozen already stay so.
+/// Has the chosen parameters train and no others, whatever Burn's flags said: all if none are chosen.
 ///
 /// # Errors
 /// [`TrainError::NothingTrains`] if a pattern is like no name, or nothing is left to train.
-pub(super) fn freeze<B: Backend>(
+pub(super) fn choose<B: Backend>(
     model: FusedKvDecoder<B>,
     trainable: Option<&Trainable>,
 ) -> Result<FusedKvDecoder<B>, TrainError> {
-    let nothing = |pattern: &str| TrainError::NothingTrains(pattern.to_owned());
-    let model = match trainable {
-        None => model,
-        Some(trainable) => {
-            let layout = model.layout().clone();
-            let mut freeze = Freeze {
-                trainable,
-                layout: &layout,
-                path: ModulePath::default(),
-                names: BTreeSet::new(),
-            };
-            let model = model.map(&mut freeze);
-            if let Trainable::Named(patterns) = trainable {
-                let idle = |pattern: &&String| !freeze.names.iter().any(|n| is_like(n, pattern));
-                if let Some(pattern) = patterns.iter().find(idle) {
-                    return Err(nothing(pattern));
-                }
-            }
-            model
-        }
+    let layout = model.layout().clone();
+    let mut choose = Choose {
+        trainable,
+        layout: &layout,
+        path: ModulePath::default(),
+        names: BTreeSet::new(),
+        any: false,
     };
-    match trains(&model) {
+    let model = model.map(&mut choose);
+    if let Some(Trainable::Named(patterns)) = trainable {
+        let idle = |pattern: &&String| !choose.names.iter().any(|name| is_like(name, pattern));
+        if let Some(pattern) = patterns.iter().find(idle) {
+            return Err(TrainError::NothingTrains(pattern.clone()));
+        }
+    }
+    match choose.any {
         true => Ok(model),
-        false => Err(nothing("*")),
+        false => Err(TrainError::NothingTrains("*".to_owned())),
     }
 }
 
-struct Freeze<'t> {
-    trainable: &'t Trainable,
+struct Choose<'t> {
+    trainable: Option<&'t Trainable>,
     layout: &'t KvLayout,
     path: ModulePath,
     names: BTreeSet<String>,
+    any: bool,
 }
 
-impl<B: Backend> ModuleMapper<B> for Freeze<'_> {
+impl<B: Backend> ModuleMapper<B> for Choose<'_> {
     fn enter_module(&mut self, name: &str, container: &str) {
         self.path.enter(name, container);
     }
@@ -112,12 +107,11 @@ impl<B: Backend> ModuleMapper<B> for Freeze<'_> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         let name = self.path.tensor();
-        let frozen = !self.trainable.selects(&name, self.layout);
+        let selects = |trainable: &Trainable| trainable.selects(&name, self.layout);
+        let trains = self.trainable.is_none_or(selects);
+        self.any |= trains;
         self.names.insert(name);
-        match frozen {
-            true => param.set_require_grad(false),
-            false => param,
-        }
+        param.map(|tensor| tensor.detach().set_require_grad(trains))
     }
 }
 
@@ -169,7 +163,7 @@ mod tests {
         let plan = KvPlan::FusedKv { storage_layers: 2 };
         let model: Model = small_decoder(plan).init(&FlexDevice).unwrap();
         let mut count = Count([0; 5], ModulePath::default());
-        freeze(model, Some(trainable))?.visit(&mut count);
+        choose(model, Some(trainable))?.visit(&mut count);
         Ok(count.0)
     }
 

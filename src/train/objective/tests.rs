@@ -15,7 +15,7 @@ use super::*;
 use crate::convert::convert;
 use crate::train::TargetMask;
 use crate::train::small_decoder;
-use crate::train::trainable::{Trainable, freeze};
+use crate::train::trainable::{Trainable, choose};
 use crate::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan};
 
 type Train = Autodiff<Flex>;
@@ -110,7 +110,7 @@ fn check(model: &Model, lesson: Lesson<Train>, expected: &GradientsParams) {
     assert!(same.1 > 0);
 }
 
-fn standard(tied: bool, softcap: Option<f64>) -> FusedKvDecoderConfig {
+fn untrained(tied: bool, softcap: Option<f64>) -> FusedKvDecoderConfig {
     let mut config = small_decoder(KvPlan::Standard)
         .with_tie_embeddings(tied)
         // Far from uniform.
@@ -137,12 +137,13 @@ proptest! {
         hidden_weight in prop_oneof![Just(0.0), Just(0.7)],
         taught in any::<bool>(),
     ) {
-        let config = standard(tied, softcap);
+        let config = untrained(tied, softcap);
         // Parameters draw their values when first used, and so would every copy.
-        let teacher = config.init::<Flex>(&FlexDevice).unwrap().fork(&FlexDevice);
+        let standard = config.init::<Train>(&FlexDevice).unwrap().fork(&FlexDevice);
+        let teacher = standard.valid();
         let plan = KvPlan::FusedKv { storage_layers: 2 };
-        let student = convert(&Model::from_inner(teacher.clone()), &plan).unwrap();
-        let student = freeze(student, trainable.as_ref()).unwrap();
+        let student = convert(&standard, &plan).unwrap();
+        let student = choose(student, trainable.as_ref()).unwrap();
         let batch = batch(config.vocab_size, masked);
         if !taught {
             let expected = expected(&student, &batch, None);

@@ -1,0 +1,265 @@
+//! Has a converted model follow the one it was made of, or any that knows the same tokens: its
+//! distributions of the next token become the teacher's.
+//!
+//! ```sh
+//! cargo run --release --example train_tiny -- --method standard --out target/standard
+//! cargo run --release --example convert -- --model target/standard --out target/fused --text README.md
+//! cargo run --release --example distill -- --teacher target/standard --student target/fused --out target/distilled
+//! ```
+
+mod backend;
+mod corpus;
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use burn::module::AutodiffModule;
+use burn::tensor::backend::Backend;
+use clap::{Parser, ValueEnum};
+use fusedkv::backend::Autodiff;
+use fusedkv::checkpoint::{
+    LoadedCheckpoint, SaveOptions, WeightDtype, load_checkpoint, save_checkpoint,
+};
+use fusedkv::tokenizer::Tokenizer;
+use fusedkv::train::{
+    Corpus, Distillation, LogLine, Part, Run, Trainable, TrainingConfig, distill,
+};
+use fusedkv::{FusedKvDecoder, ScoreConfig, score};
+
+use backend::{BackendName, Program, exit_code};
+
+// Keeps freed blocks; the system's gives large ones back and faults them in again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Have a student's distributions of the next token follow a teacher's.
+#[derive(Parser)]
+struct Args {
+    /// Directory of the teacher
+    #[arg(long, value_name = "DIR")]
+    teacher: PathBuf,
+    /// Directory of the student, as `convert` writes it
+    #[arg(long, value_name = "DIR")]
+    student: PathBuf,
+    /// Text file or folder to learn from; a frozen text of this crate's sources if not given
+    #[arg(long, value_name = "PATH")]
+    data: Option<PathBuf>,
+    /// Share of the text that is held out
+    #[arg(long, default_value_t = 0.05)]
+    valid: f64,
+    /// Text to measure perplexity on; what is held out if not given
+    #[arg(long, value_name = "FILE")]
+    test: Option<PathBuf>,
+    /// Tokens of it to read at most
+    #[arg(long, default_value_t = 16384)]
+    test_tokens: usize,
+    /// What trains
+    #[arg(long, value_enum, default_value = "reusing")]
+    trains: Trains,
+    /// Train the parameters whose names in a checkpoint are like these instead, as
+    /// `model.layers.3.*`
+    #[arg(long, value_name = "PATTERN", num_args = 1.., conflicts_with = "trains")]
+    named: Vec<String>,
+    /// What the logits of both are divided by
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f64,
+    /// Share of the next token's cross-entropy in the loss
+    #[arg(long, default_value_t = 0.0)]
+    targets: f64,
+    /// Weight of the error of hidden states in the loss
+    #[arg(long, default_value_t = 0.0)]
+    hidden: f64,
+    /// Tokens per window
+    #[arg(long, default_value_t = 256)]
+    context: usize,
+    /// Windows per step
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
+    #[arg(long, default_value_t = 100)]
+    steps: usize,
+    /// Parts each step's windows are divided into to save memory
+    #[arg(long, default_value_t = 1)]
+    accumulation: usize,
+    /// Times the model is validated and checkpointed
+    #[arg(long, default_value_t = 2)]
+    validations: usize,
+    /// Highest learning rate
+    #[arg(long, default_value_t = 3e-4)]
+    lr: f64,
+    /// Learning rate of fusion weights, as a multiple of it
+    #[arg(long, default_value_t = 1.0)]
+    fusion_lr_ratio: f64,
+    /// Learning rate of norms and biases, as a multiple of it
+    #[arg(long, default_value_t = 1.0)]
+    gain_lr_ratio: f64,
+    #[arg(long, default_value_t = 0.0)]
+    weight_decay: f32,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Directory for the student and, in `run`, the checkpoints
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Go on from the last checkpoint in --out
+    #[arg(long)]
+    resume: bool,
+    /// What to compute on
+    #[arg(long, value_enum, default_value = "flex")]
+    backend: BackendName,
+}
+
+/// Which parameters train.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Trains {
+    /// All of them
+    All,
+    /// The weights of blends
+    Fusion,
+    /// The layers that reuse other layers' keys or values
+    Reusing,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    exit_code(args.backend.run(args))
+}
+
+impl Program for Args {
+    fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
+        let corpus = corpus::open(self.data.as_deref(), self.valid)?;
+        let teacher: LoadedCheckpoint<B> =
+            load_checkpoint(&self.teacher, WeightDtype::F32, device)?;
+        let student: LoadedCheckpoint<Autodiff<B>> =
+            load_checkpoint(&self.student, WeightDtype::F32, device)?;
+        let tokenizer = student.tokenizer.or(teacher.tokenizer);
+        let tokenizer = tokenizer.ok_or("neither model has a tokenizer.json")?;
+        let (teacher, student) = (teacher.model, student.model);
+        let config = self.config(&student);
+        config.validate()?;
+        println!(
+            "{} parameters, {}, {} layers; a step reads {} tokens",
+            config.model.costs()?.parameters(),
+            config.model.plan.method(),
+            config.model.n_layers,
+            config.tokens_per_step(),
+        );
+
+        corpus::make_directory(&self.out)?;
+        let (train, valid) = corpus::windows(&corpus, &tokenizer, self.context, &self.out)?;
+        let held_out = self.held_out(&corpus, &tokenizer)?;
+        let perplexities = [
+            self.perplexity(&teacher, &held_out)?,
+            self.perplexity(&student.valid(), &held_out)?,
+        ];
+
+        let directory = self.out.join("run");
+        let run = Run::new(&directory).with_resume(self.resume);
+        let devices = std::slice::from_ref(device);
+        let trained = distill(&config, student, teacher, train, valid, &run, devices)?;
+        let options = SaveOptions::new().with_tokenizer(tokenizer);
+        save_checkpoint(&self.out, &trained.model, &options)?;
+
+        let [teacher, before] = perplexities;
+        let after = self.perplexity(&trained.model, &held_out)?;
+        println!(
+            "\nperplexity of {} tokens, {} at a time",
+            held_out.len(),
+            self.context
+        );
+        for (name, perplexity) in [
+            ("teacher", teacher),
+            ("student, before", before),
+            ("student, after", after),
+        ] {
+            println!("  {name:<16} {perplexity:>10.2}");
+        }
+        println!(
+            "{} tokens at {:.0} tokens/s",
+            trained.tokens,
+            tokens_per_second(&directory)?
+        );
+        if let Some(mib) = peak_memory() {
+            println!("{mib} MiB of memory at the peak");
+        }
+        println!("saved to {}", self.out.display());
+        Ok(())
+    }
+}
+
+impl Args {
+    fn config<B: Backend>(&self, student: &FusedKvDecoder<B>) -> TrainingConfig {
+        let trainable = match self.trains {
+            _ if !self.named.is_empty() => Some(Trainable::Named(self.named.clone())),
+            Trains::All => None,
+            Trains::Fusion => Some(Trainable::Fusion),
+            Trains::Reusing => Some(Trainable::Reusing),
+        };
+        let distillation = Distillation::new()
+            .with_temperature(self.temperature)
+            .with_target_share(self.targets)
+            .with_hidden_weight(self.hidden);
+        TrainingConfig::new(
+            student.config().clone(),
+            self.context,
+            self.batch,
+            self.steps,
+        )
+        .with_trainable(trainable)
+        .with_distillation(Some(distillation))
+        .with_accumulation(self.accumulation)
+        .with_epochs(self.validations.min(self.steps))
+        .with_learning_rate(self.lr)
+        .with_fusion_learning_rate_ratio(self.fusion_lr_ratio)
+        .with_gain_learning_rate_ratio(Some(self.gain_lr_ratio))
+        .with_weight_decay(self.weight_decay)
+        .with_warmup_steps(self.steps / 20)
+        .with_seed(self.seed)
+    }
+
+    /// The text whose perplexity is measured.
+    fn held_out(&self, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<Vec<u32>, Box<dyn Error>> {
+        let text = match &self.test {
+            Some(path) => fs::read_to_string(path)
+                .map_err(|error| format!("cannot read {}: {error}", path.display()))?,
+            None => corpus.text(Part::Valid).collect::<Result<_, _>>()?,
+        };
+        let mut tokens = tokenizer.encode(&text)?;
+        tokens.truncate(self.test_tokens);
+        Ok(tokens)
+    }
+
+    fn perplexity<B: Backend>(
+        &self,
+        model: &FusedKvDecoder<B>,
+        tokens: &[u32],
+    ) -> Result<f64, Box<dyn Error>> {
+        Ok(score(model, tokens, &ScoreConfig::new(self.context))?.perplexity())
+    }
+}
+
+/// Of the run's median step.
+fn tokens_per_second(run: &Path) -> Result<f64, Box<dyn Error>> {
+    let log = fs::read_to_string(run.join("metrics.jsonl"))?;
+    let mut rates = Vec::new();
+    for line in log.lines() {
+        if let LogLine::Train {
+            tokens_per_second, ..
+        } = serde_json::from_str(line)?
+        {
+            rates.push(tokens_per_second);
+        }
+    }
+    rates.sort_by(f64::total_cmp);
+    Ok(rates[rates.len() / 2])
+}
+
+/// The most memory the process had, in MiB, where the system tells it.
+fn peak_memory() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let peak = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = peak.trim().trim_end_matches(" kB").parse().ok()?;
+    Some(kib / 1024)
+}
