@@ -2,7 +2,7 @@
 //! where their algebra does.
 
 use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{Int, Tensor, backend::Backend};
+use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 use fusedkv::backend::Flex;
 use fusedkv::{FusedKvDecoder, FusionForm, KvPlan, Logits, TokenBatch};
 use proptest::prelude::*;
@@ -11,8 +11,8 @@ use crate::models::{Case, F64, VOCAB, any_case, difference, small};
 
 /// What f64 leaves; see [`F64`] on what Burn's norm does to it.
 const SAME: f64 = 1e-6;
-/// What f32 leaves after a few layers, some of whose norms are of two channels.
-const SAME_F32: f64 = 1e-3;
+/// What f32 leaves after a few layers.
+const SAME_F32: f64 = 2e-4;
 
 fn batch<B: Backend>(rows: &[Vec<u32>]) -> TokenBatch<B> {
     TokenBatch::from_rows(rows, VOCAB, &Default::default()).unwrap()
@@ -48,6 +48,15 @@ fn full<B: Backend>(model: &FusedKvDecoder<B>, tokens: &[Vec<u32>]) -> Tensor<B,
 fn last<B: Backend>(logits: Tensor<B, 3>) -> Tensor<B, 3> {
     let [_, seq, _] = logits.dims();
     logits.narrow(1, seq - 1, 1)
+}
+
+/// Parameters in f32.
+struct Single;
+
+impl<B: Backend> ModuleMapper<B> for Single {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        param.map(|x| x.cast(DType::F32))
+    }
 }
 
 proptest! {
@@ -99,13 +108,19 @@ proptest! {
         prop_assert!(difference < SAME, "{difference}");
     }
 
+    /// Or is off by no more than a few times what NdArray is in f32: norms of two channels and large
+    /// scores magnify rounding.
     #[test]
     fn flex_agrees_with_ndarray(case in any_case(1..10)) {
-        let ndarray = full(&case.model::<F64>(), &case.tokens);
-        let flex = full(&case.model::<Flex>(), &case.tokens).into_data();
-        let flex = Tensor::<F64, 3>::from_data(flex.convert::<f64>(), &Default::default());
-        let difference = difference(&ndarray, &flex);
-        prop_assert!(difference < SAME_F32, "{difference}");
+        let exact = full(&case.model::<F64>(), &case.tokens);
+        let off = |logits: TensorData| {
+            let logits = Tensor::<F64, 3>::from_data(logits.convert::<f64>(), &Default::default());
+            difference(&exact, &logits)
+        };
+        let flex = off(full(&case.model::<Flex>(), &case.tokens).into_data());
+        let ndarray = case.model::<F64>().map(&mut Single);
+        let ndarray = off(full(&ndarray, &case.tokens).into_data());
+        prop_assert!(flex < SAME_F32.max(8.0 * ndarray), "{flex}, of NdArray {ndarray}");
     }
 
     #[test]
