@@ -168,7 +168,8 @@ fn broken_codes_are_named() {
     let tensors = SafeTensors::deserialize(&whole).unwrap();
     let name = "model.layers.2.mlp.up_proj.weight";
     let (codes, scale) = (format!("{name}.q8"), format!("{name}.scale"));
-    let with = |change: &dyn Fn(&str, TensorView<'_>) -> Option<(Dtype, Vec<usize>, Vec<u8>)>| {
+    type Raw = (Dtype, Vec<usize>, Vec<u8>);
+    let with = |change: &dyn Fn(&str, TensorView<'_>) -> Option<Raw>| {
         let kept = tensors.tensors().into_iter().filter_map(|(name, view)| {
             let (dtype, shape, data) = change(&name, view)?;
             Some((name, dtype, shape, data))
