@@ -499,8 +499,9 @@ def conversion_table(reports):
         after = {stage["stage"]: stage["perplexity"] for stage in report["stages"]}
         kept, layers = stored(report)
         cells = [f"{after[s]:.1f}" if s in after else "–" for s in ("weights", "blends", "layers")]
-        rows.append([name.rsplit("-", 1)[0], f"{kept} of {layers}", *cells])
-    heading = ["plan", "layers that store", "weights", "blends", "layers"]
+        scored = [report["held_out_tokens"], f"{report['standard_perplexity']:.1f}"]
+        rows.append([report["plan"]["method"], f"{kept} of {layers}", *scored, *cells])
+    heading = ["plan", "layers that store", "tokens scored", "standard", "weights", "blends", "layers"]
     return table(heading, rows)
 
 
@@ -520,12 +521,10 @@ def made_conversion():
     """What stands between the marks of the page on conversion. Reports of one table are of one text."""
     paths = sorted(CONVERSION.glob("*.json"))
     reports = {path.stem: json.loads(path.read_text()) for path in paths}
-    texts = {
-        tuple(r[k] for k in ("context", "calibration_tokens", "held_out_tokens", "standard_perplexity"))
-        for r in reports.values()
-    }
-    if len(texts) > 1:
-        raise SystemExit(f"reports in {CONVERSION} are of different texts: {texts}")
+    texts = {(r["context"], r["calibration_tokens"]) for r in reports.values()}
+    scored = {(r["held_out_tokens"], r["standard_perplexity"]) for r in reports.values()}
+    if len(texts) > 1 or len(scored) > len(dict(scored)):
+        raise SystemExit(f"reports in {CONVERSION} are of different texts: {texts}, {scored}")
     return {
         "stages": conversion_table(reports) or NOTHING,
         "layers": layers_table(reports["fused_kv-15"]) if "fused_kv-15" in reports else NOTHING,
