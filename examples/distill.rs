@@ -132,6 +132,7 @@ impl Program for Args {
             load_checkpoint(&self.teacher, WeightDtype::F32, device)?;
         let student: LoadedCheckpoint<Autodiff<B>> =
             load_checkpoint(&self.student, WeightDtype::F32, device)?;
+        let eos = student.eos;
         let tokenizer = student.tokenizer.or(teacher.tokenizer);
         let tokenizer = tokenizer.ok_or("neither model has a tokenizer.json")?;
         let (teacher, student) = (teacher.model, student.model);
@@ -157,7 +158,7 @@ impl Program for Args {
         let run = Run::new(&directory).with_resume(self.resume);
         let devices = std::slice::from_ref(device);
         let trained = distill(&config, student, teacher, train, valid, &run, devices)?;
-        let options = SaveOptions::new().with_tokenizer(tokenizer);
+        let options = SaveOptions::new().with_tokenizer(tokenizer).with_eos(eos);
         save_checkpoint(&self.out, &trained.model, &options)?;
 
         let [teacher, before] = perplexities;
