@@ -7,6 +7,7 @@ mod error;
 mod feed_forward;
 mod layer;
 mod layer_input;
+mod matrices;
 mod norm;
 mod projection;
 mod record;
@@ -42,7 +43,6 @@ use crate::config::{ConfigError, FusedKvDecoderConfig, LayerSpec};
 use crate::holes::Holes;
 use crate::kernels::operands::Visibility;
 use crate::kernels::{self, among_threads};
-use crate::parameters::{EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT};
 use crate::plan::{KvLayout, Reach};
 use crate::tokens::TokenBatch;
 
@@ -221,101 +221,6 @@ impl<B: Backend> FusedKvDecoder<B> {
     /// Where it is.
     pub fn device(&self) -> B::Device {
         self.norm.gamma.val().device()
-    }
-
-    /// Its matrices in another format, one after another; [`WeightFormat::Model`] is back to floats.
-    ///
-    /// ```
-    /// use fusedkv::backend::{Flex, FlexDevice};
-    /// use fusedkv::{FusedKvDecoderConfig, KvPlan, WeightFormat};
-    ///
-    /// let config = FusedKvDecoderConfig::tiny(256, KvPlan::FusedKv { storage_layers: 3 });
-    /// let model = config.init::<Flex>(&FlexDevice::default())?;
-    /// let bytes = model.weight_bytes();
-    /// let model = model.with_weights(WeightFormat::Int8)?;
-    /// assert!(model.weight_bytes() * 3 < bytes);
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    /// [`WeightError::Unsupported`], [`WeightError::Overflow`].
-    pub fn with_weights(mut self, format: WeightFormat) -> Result<Self, WeightError> {
-        let dtype = self.dtype();
-        format.check::<B>(&self.device())?;
-        self.try_for_each_weight(|name, weight, outputs| {
-            let changed = weight.clone().into_format(format, dtype, outputs);
-            *weight = changed.map_err(|value| WeightError::Overflow {
-                tensor: name.to_owned(),
-                value,
-                format,
-            })?;
-            Ok(())
-        })?;
-        Ok(self)
-    }
-
-    /// Bytes of its matrices, as allocated.
-    pub fn weight_bytes(&self) -> usize {
-        self.weights()
-            .iter()
-            .map(|(_, weight)| weight.bytes())
-            .sum()
-    }
-
-    /// Every matrix, by its name in files.
-    pub(crate) fn weights(&self) -> Vec<(String, &Weight<B>)> {
-        let mut all = vec![(EMBEDDING.to_owned(), &self.embed_tokens.weight)];
-        if let Some(embedding) = &self.embed_tokens_per_layer {
-            all.push((LAYER_EMBEDDING.to_owned(), &embedding.weight));
-        }
-        if let Some(projection) = &self.per_layer_model_projection {
-            all.push((LAYER_INPUT.to_owned(), &projection.weight));
-        }
-        for (i, layer) in self.layers.iter().enumerate() {
-            for (of, projections) in [
-                ("self_attn.", layer.self_attn.projections()),
-                ("mlp.", layer.mlp.projections()),
-                ("", layer.projections()),
-            ] {
-                let of_module = projections.into_iter().map(|(name, projection)| {
-                    let name = format!("model.layers.{i}.{of}{name}.weight");
-                    (name, &projection.weight)
-                });
-                all.extend(of_module);
-            }
-        }
-        all.extend((self.lm_head.iter()).map(|head| (HEAD.to_owned(), &head.weight)));
-        all
-    }
-
-    /// A function of every one of [`weights`](Self::weights), and the dimension of its outputs.
-    pub(crate) fn try_for_each_weight<E>(
-        &mut self,
-        mut f: impl FnMut(&str, &mut Weight<B>, usize) -> Result<(), E>,
-    ) -> Result<(), E> {
-        // An embedding is a projection's transpose.
-        f(EMBEDDING, &mut self.embed_tokens.weight, 0)?;
-        if let Some(embedding) = &mut self.embed_tokens_per_layer {
-            f(LAYER_EMBEDDING, &mut embedding.weight, 0)?;
-        }
-        if let Some(projection) = &mut self.per_layer_model_projection {
-            f(LAYER_INPUT, &mut projection.weight, 1)?;
-        }
-        for (i, layer) in self.layers.iter_mut().enumerate() {
-            let mut of_module = |of: &str, projections: Vec<(&str, &mut Projection<B>)>| {
-                projections.into_iter().try_for_each(|(name, projection)| {
-                    let name = format!("model.layers.{i}.{of}{name}.weight");
-                    f(&name, &mut projection.weight, 1)
-                })
-            };
-            of_module("self_attn.", layer.self_attn.projections_mut())?;
-            of_module("mlp.", layer.mlp.projections_mut())?;
-            of_module("", layer.projections_mut())?;
-        }
-        match &mut self.lm_head {
-            Some(head) => f(HEAD, &mut head.weight, 1),
-            None => Ok(()),
-        }
     }
 
     /// Reads long prompts this many tokens of all rows at a time, at least one of each: activations
