@@ -275,6 +275,7 @@ pub fn train_from_on<B: AutodiffBackend>(
 /// let student = convert::<Autodiff<Flex>>(&student, &plan)?;
 ///
 /// let config = TrainingConfig::new(student.config().clone(), 16, 2, 4)
+///     .with_epochs(1)
 ///     .with_trainable(Some(Trainable::Reusing))
 ///     .with_distillation(Some(Distillation::new().with_temperature(2.0)));
 /// let tokens: Vec<u32> = (0..500).map(|i| i * i % 61).collect();
