@@ -12,11 +12,9 @@ impl<B: Backend> FusedKvDecoder<B> {
     ///
     /// # Shapes
     /// - tokens: `[batch, seq]`
-    /// - x: `[batch, seq, hidden_size]`
     pub(super) fn layer_inputs(
         &self,
         tokens: Tensor<B, 2, Int>,
-        x: &Tensor<B, 3>,
         reach: &[Reach],
     ) -> Vec<Tensor<B, 3>> {
         let (Some(embedding), Some(projection), Some(norm), Some(width)) = (
@@ -27,6 +25,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         ) else {
             return Vec::new();
         };
+        let x = self.embed(tokens.clone());
         let mut inputs = Vec::new();
         // Layers that attend from the same positions share a product.
         for alike in reach.chunk_by(|a, b| a.queries == b.queries) {

@@ -2,6 +2,8 @@
 //! from → output head.
 
 mod attention;
+#[cfg(all(test, feature = "flex"))]
+mod dispatch;
 mod embedding;
 mod error;
 mod feed_forward;
@@ -130,8 +132,6 @@ pub(crate) struct Span<B: Backend> {
 /// Where a walk through the layers begins.
 struct Start<B: Backend> {
     tokens: Tensor<B, 2, Int>,
-    /// Their embeddings.
-    embedded: Tensor<B, 3>,
     layer: usize,
     /// The residual stream below it.
     x: Tensor<B, 3>,
@@ -410,11 +410,9 @@ impl<B: Backend> FusedKvDecoder<B> {
         // A row with few tokens among others' many still sees those before this pass.
         let ragged = tokens.padding().iter().any(|&padding| padding > 0);
         let tokens = tokens.into_tensor();
-        let embedded = self.embed(tokens.clone());
-        let (layer, x) = from.unwrap_or_else(|| (0, embedded.clone()));
+        let (layer, x) = from.unwrap_or_else(|| (0, self.embed(tokens.clone())));
         Start {
             tokens,
-            embedded,
             layer,
             x,
             ragged,
@@ -434,7 +432,6 @@ impl<B: Backend> FusedKvDecoder<B> {
     ) -> Tensor<B, 3> {
         let Start {
             tokens,
-            embedded,
             layer: first,
             mut x,
             ragged,
@@ -448,7 +445,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         };
         let window = |layer| self.windows[layout.kind(layer)].filter(|_| !ragged);
         let reach = Reach::of_layers(layout, window, seq, wanted);
-        let inputs = self.layer_inputs(tokens, &embedded, &reach);
+        let inputs = self.layer_inputs(tokens, &reach);
         let mut inputs = inputs.into_iter().skip(first);
         let layers = self.layers.iter().zip(&reach).enumerate();
         for (i, (layer, reach)) in layers.skip(first) {

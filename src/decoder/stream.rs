@@ -41,7 +41,7 @@ impl<B: Backend> FusedKvDecoder<B> {
         let tokens = tokens.into_tensor();
         let x = self.embed(tokens.clone()).detach();
         let all = vec![everything(seq); self.layers.len()];
-        let inputs = self.layer_inputs(tokens, &x, &all).into_iter();
+        let inputs = self.layer_inputs(tokens, &all).into_iter();
         Ok(Stream {
             inputs: inputs.map(Tensor::detach).collect(),
             x,

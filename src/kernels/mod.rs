@@ -79,9 +79,7 @@ pub(crate) fn tied_head<B: Backend>(x: Tensor<B, 3>, embedding: Tensor<B, 2>) ->
         return output;
     }
     let weight = weight.cast(x.dtype());
-    let [batch, seq, width] = x.dims();
-    let [_, vocab_size] = weight.dims();
-    matmul(x.reshape([batch * seq, width]), weight).reshape([batch, seq, vocab_size])
+    of_all_rows(x, weight)
 }
 
 /// [`linear`] by a matrix in fewer bits.
@@ -91,8 +89,13 @@ pub(crate) fn linear_packed<B: Backend>(x: Tensor<B, 3>, weight: &Packed<B>) -> 
     if let Some(output) = kernel!(linear_packed(&x, weight)) {
         return output;
     }
-    let [batch, seq, width] = x.dims();
     let weight = weight.clone().widen(x.dtype());
+    of_all_rows(x, weight)
+}
+
+/// [`matmul`] of all rows of a batch at once.
+fn of_all_rows<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tensor<B, 3> {
+    let [batch, seq, width] = x.dims();
     let [_, output] = weight.dims();
     matmul(x.reshape([batch * seq, width]), weight).reshape([batch, seq, output])
 }

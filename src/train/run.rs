@@ -1,54 +1,30 @@
-//! A training from configuration and tokens to a model.
+//! What a training is asked for, and what it gives.
 
-use std::io::{self, IsTerminal};
 use std::path::PathBuf;
-use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
-use burn::lr_scheduler::LrScheduler;
-use burn::module::{Module, ModuleMapper, Param};
-use burn::optim::Optimizer;
-use burn::record::{Record, Recorder};
-use burn::tensor::Tensor;
-use burn::tensor::backend::{AutodiffBackend, Backend, BackendTypes};
-use burn_train::metric::LearningRateMetric;
-use burn_train::{
-    ExecutionStrategy, Interrupter, Learner, LearningComponentsTypes, MultiDeviceOptim,
-    SupervisedTraining, TrainingStrategy,
-};
+use burn::module::Module;
+use burn::tensor::backend::{AutodiffBackend, Backend};
 
-use super::checkpoint::{
-    CompleteFileRecorder, EpochEnd, EpochLosses, History, KeepLastAndBest, Patience, RunDirectory,
-    Unwritten,
-};
+use super::checkpoint::{EpochLosses, RunDirectory};
 use super::config::TrainingConfig;
-use super::data::{TokenWindows, Windows, check_vocabulary, read_window};
+use super::data::{TokenWindows, Windows, check_vocabulary};
 use super::error::TrainError;
-use super::learning_rate::WarmupCosine;
-use super::loader::{Failure, Schedule, TrainLoader, ValidLoader};
-use super::log::JsonLines;
-use super::metrics::{
-    DivergenceMetric, GradientNormMetric, LossMetric, MemoryMetric, PerplexityMetric,
-    TokenRateMetric, perplexity,
-};
-use super::objective::{Distillation, Teacher};
-use super::optimizer::optimizer;
-use super::precision::at_least_f32;
-use super::progress::{Observer, PlainRenderer, Progress, StepReport};
-use super::trainable::choose;
-use crate::decoder::{DecoderRecord, FusedKvDecoder};
-
-/// How often plain progress is printed.
-const LINE_INTERVAL: Duration = Duration::from_secs(5);
+use super::learning::{Models, run_training};
+use super::metrics::perplexity;
+use super::objective::Distillation;
+use super::progress::{Observer, Progress, StepReport};
+use super::saved::{check_record, read_part};
+use crate::decoder::FusedKvDecoder;
 
 /// Where a training keeps its checkpoints, and how it is watched.
 #[derive(Clone, Debug)]
 pub struct Run {
-    directory: PathBuf,
-    resume: bool,
-    progress: Progress,
-    observer: Option<Observer>,
+    pub(super) directory: PathBuf,
+    pub(super) resume: bool,
+    pub(super) progress: Progress,
+    pub(super) observer: Option<Observer>,
 }
 
 impl Run {
@@ -310,23 +286,6 @@ pub fn distill<B: AutodiffBackend>(
     run_training(&config, models, train_windows, valid_windows, run, devices)
 }
 
-/// The models of a training.
-struct Models<B: AutodiffBackend> {
-    /// What it starts with; none: random weights.
-    start: Option<FusedKvDecoder<B>>,
-    teacher: Option<FusedKvDecoder<B::InnerBackend>>,
-}
-
-impl<B: AutodiffBackend> Models<B> {
-    /// Without a teacher.
-    fn starting_with(start: Option<FusedKvDecoder<B>>) -> Self {
-        Self {
-            start,
-            teacher: None,
-        }
-    }
-}
-
 /// The windows of a text to train on, and those held out.
 fn split(
     config: &TrainingConfig,
@@ -335,297 +294,4 @@ fn split(
     let tokens = tokens.into();
     check_vocabulary(&tokens, config.model.vocab_size)?;
     TokenWindows::split(tokens, config.context, config.valid_fraction)
-}
-
-fn run_training<B: AutodiffBackend>(
-    config: &TrainingConfig,
-    Models {
-        start: model,
-        teacher,
-    }: Models<B>,
-    train_windows: impl Windows + 'static,
-    valid_windows: impl Windows + 'static,
-    run: &Run,
-    devices: &[B::Device],
-) -> Result<Trained<B::InnerBackend>, TrainError> {
-    let start = Instant::now();
-    config.validate()?;
-    let taught = teacher.zip(config.distillation);
-    match (&taught, config.distillation) {
-        (None, Some(_)) => return Err(TrainError::NoTeacher),
-        (Some((teacher, distillation)), _) => Teacher::check(teacher, config, *distillation)?,
-        (None, None) => {}
-    }
-    if let Some(model) = &model
-        && *model.config() != config.model
-    {
-        return Err(TrainError::OtherModel {
-            found: Box::new(model.config().clone()),
-            expected: Box::new(config.model.clone()),
-        });
-    }
-    let parts = devices.len() * config.accumulation;
-    let device = match devices {
-        [first, ..] if config.batch_size.is_multiple_of(parts) => first,
-        _ => {
-            return Err(TrainError::Setting {
-                field: "devices",
-                value: devices.len() as f64,
-                expected: "1 or more, among which batch_size can be divided, accumulation included",
-            });
-        }
-    };
-    for windows in [&train_windows as &dyn Windows, &valid_windows] {
-        windows.check_vocabulary(config.model.vocab_size)?;
-        for (field, value, fits, expected) in [
-            (
-                "context of the data",
-                windows.context(),
-                windows.context() == config.context,
-                "the configuration's context",
-            ),
-            ("windows", windows.len(), !windows.is_empty(), "1 or more"),
-        ] {
-            if !fits {
-                return Err(TrainError::Setting {
-                    field,
-                    value: value as f64,
-                    expected,
-                });
-            }
-        }
-    }
-    check_targets(&valid_windows)?;
-
-    B::seed(device, config.seed);
-    let model = match model {
-        Some(model) => model,
-        // Parameters draw their values when first used; a fork uses them all, in order.
-        None => config.model.init::<B>(device)?.fork(device),
-    };
-    let mut model = choose(model.map(&mut KeepPrecision), config.trainable.as_ref())?;
-    let (squares, squares_of_steps) = channel();
-    let optimizer = optimizer::<B, FusedKvDecoder<B>>(config, devices.len(), squares);
-    let scheduler = WarmupCosine::new(config);
-
-    let (directory, done, losses) = if run.resume {
-        let (directory, epoch, losses) = RunDirectory::resume(&run.directory, config)?;
-        model = load_checked(&directory, epoch, model, &optimizer, &scheduler, device)?;
-        (directory, epoch, losses)
-    } else {
-        (RunDirectory::start(&run.directory, config)?, 0, Vec::new())
-    };
-
-    let teacher = taught.map(|(teacher, of)| Arc::new(Teacher::new(teacher, &model, of)));
-
-    let history: History = Arc::new(Mutex::new(losses));
-    let patience = config.patience.map(|epochs| Patience {
-        history: history.clone(),
-        epochs,
-    });
-    // A run that ended early has nothing left to do.
-    let ended = patience.as_ref().is_some_and(Patience::is_over);
-    let last_epoch = if ended { done } else { config.epochs };
-    let interrupter = Interrupter::new();
-    let unwritten = Unwritten::default();
-    let (train_report, train_losses) = channel();
-    let (valid_report, valid_losses) = channel();
-    let (norm_report, gradient_norms) = channel();
-    let strategy = KeepLastAndBest::new(
-        directory.clone(),
-        history.clone(),
-        train_losses,
-        valid_losses,
-        gradient_norms,
-        interrupter.clone(),
-        unwritten.clone(),
-    );
-    let log = JsonLines::open(&directory.log(), config, done, parts, interrupter.clone());
-    let log = log.map_err(|source| TrainError::Write {
-        path: directory.log(),
-        source,
-    })?;
-    let schedule = Schedule::new(config);
-    let failure = Failure::new(interrupter.clone());
-    let train_windows = Arc::new(train_windows);
-    let (first, distilled) = (done + 1, teacher.is_some());
-    let train_loader = TrainLoader::new(
-        train_windows,
-        schedule,
-        first,
-        teacher,
-        failure.clone(),
-        device,
-    );
-    let valid_loader = ValidLoader::<B::InnerBackend>::new(
-        Arc::new(valid_windows),
-        config.batch_size,
-        failure.clone(),
-        device,
-    );
-    let mut training = SupervisedTraining::new(
-        directory.path(),
-        Arc::new(train_loader),
-        Arc::new(valid_loader),
-    )
-    .metric_train_numeric(LossMetric::reporting(train_report))
-    .metric_valid_numeric(LossMetric::reporting(valid_report))
-    .metrics((PerplexityMetric::new(),))
-    .metric_train_numeric(LearningRateMetric::new())
-    .metric_train_numeric(TokenRateMetric::new(config.tokens_per_step(), parts))
-    .metric_train_numeric(GradientNormMetric::new(
-        squares_of_steps,
-        parts,
-        norm_report,
-    ))
-    .with_metric_logger(log)
-    .with_file_checkpointer(CompleteFileRecorder::telling(unwritten.clone()))
-    .with_checkpointing_strategy(strategy)
-    .early_stopping(EpochEnd {
-        unwritten,
-        interrupter: interrupter.clone(),
-        patience,
-    })
-    .with_interrupter(interrupter.clone())
-    // A library does not install a logger, nor a panic hook.
-    .with_application_logger(None)
-    .with_training_strategy(strategy_of(devices))
-    .grads_accumulation(config.accumulation)
-    .num_epochs(last_epoch);
-    if distilled {
-        training = training.metric_train_numeric(DivergenceMetric::new());
-    }
-    if let Some(memory) = MemoryMetric::new() {
-        training = training.metric_train_numeric(memory);
-    }
-    if done > 0 {
-        training = training.checkpoint(done);
-    }
-    training = match run.progress {
-        Progress::Auto if cfg!(feature = "tui") && io::stdout().is_terminal() => training,
-        Progress::Auto | Progress::Plain => training.renderer(
-            PlainRenderer::new(io::stdout(), config, parts, LINE_INTERVAL)
-                .with_observer(run.observer.clone()),
-        ),
-        Progress::Quiet => training.renderer(
-            PlainRenderer::new(io::sink(), config, parts, LINE_INTERVAL)
-                .with_observer(run.observer.clone()),
-        ),
-    };
-    let result = training.launch(Learner::new(model, optimizer, scheduler));
-
-    if let Some(error) = failure.take() {
-        return Err(error);
-    }
-    let epochs = history
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone();
-    for losses in &epochs {
-        for loss in [losses.train, losses.valid] {
-            if !loss.is_finite() {
-                return Err(TrainError::Diverged {
-                    epoch: losses.epoch,
-                    loss,
-                });
-            }
-        }
-    }
-    let interrupted = || {
-        let message = interrupter.get_message();
-        TrainError::Interrupted(message.unwrap_or_else(|| "no reason given".to_owned()))
-    };
-    if interrupter.should_stop() {
-        return Err(interrupted());
-    }
-    let last = epochs.last().ok_or_else(interrupted)?;
-    Ok(Trained {
-        model: result.model,
-        train_loss: last.train,
-        valid_loss: last.valid,
-        tokens: Schedule::new(config).steps_until(last.epoch) * config.tokens_per_step(),
-        epochs,
-        elapsed: start.elapsed(),
-    })
-}
-
-/// One device by itself; several with the weights updated on the first. Burn's sharded optimizer
-/// could not clip by the norm of all gradients.
-fn strategy_of<LC: LearningComponentsTypes>(
-    devices: &[<LC::Backend as BackendTypes>::Device],
-) -> TrainingStrategy<LC> {
-    let main = MultiDeviceOptim::OptimMainDevice;
-    TrainingStrategy::Default(ExecutionStrategy::multi(devices.to_vec(), main))
-}
-
-/// Checks that there is a target to validate with.
-fn check_targets(windows: &impl Windows) -> Result<(), TrainError> {
-    let has_answers = windows.has_answers();
-    for index in 0..windows.len() {
-        if read_window(windows, index, has_answers)?.counted() > 0 {
-            return Ok(());
-        }
-    }
-    Err(TrainError::NoTargets { step: None })
-}
-
-/// Has parameters of less precision than f32 stay so when a checkpoint is loaded, whose numbers are
-/// f32.
-struct KeepPrecision;
-
-impl<B: Backend> ModuleMapper<B> for KeepPrecision {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let dtype = param.val().dtype();
-        if at_least_f32(dtype) == dtype {
-            return param;
-        }
-        param.load_mapper(move |tensor| tensor.cast(dtype).detach())
-    }
-}
-
-/// The model of a checkpoint, all of whose files are read: Burn's learner panics where it cannot, or
-/// where they are of another decoder.
-fn load_checked<B: AutodiffBackend, O, S: LrScheduler>(
-    directory: &RunDirectory,
-    epoch: usize,
-    model: FusedKvDecoder<B>,
-    _optimizer: &O,
-    _scheduler: &S,
-    device: &B::Device,
-) -> Result<FusedKvDecoder<B>, TrainError>
-where
-    O: Optimizer<FusedKvDecoder<B>, B>,
-{
-    let record = read_part(directory, "model", epoch, device)?;
-    check_record(directory, epoch, &model, &record)?;
-    read_part::<B, O::Record>(directory, "optim", epoch, device)?;
-    read_part::<B, S::Record<B>>(directory, "scheduler", epoch, device)?;
-    Ok(model.load_record(record))
-}
-
-fn check_record<B: Backend>(
-    directory: &RunDirectory,
-    epoch: usize,
-    model: &FusedKvDecoder<B>,
-    record: &DecoderRecord<B>,
-) -> Result<(), TrainError> {
-    let checked = model.check_record(record);
-    checked.map_err(|error| TrainError::Unreadable {
-        path: directory.part("model", epoch).with_extension("mpk"),
-        reason: error.to_string(),
-    })
-}
-
-fn read_part<B: Backend, R: Record<B>>(
-    directory: &RunDirectory,
-    part: &str,
-    epoch: usize,
-    device: &B::Device,
-) -> Result<R, TrainError> {
-    let path = directory.part(part, epoch);
-    let recorder = CompleteFileRecorder::default();
-    Recorder::<B>::load(&recorder, path.clone(), device).map_err(|error| TrainError::Unreadable {
-        path: path.with_extension("mpk"),
-        reason: error.to_string(),
-    })
 }

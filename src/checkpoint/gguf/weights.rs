@@ -40,18 +40,18 @@ pub(super) fn write(
         Saved::of(format, dtype).ok_or_else(unsaved)
     };
     let specs = model.tensors.iter().map(|tensor| &tensor.spec);
-    let planned: Result<Vec<_>, _> = specs.map(|spec| Ok((spec, saved(spec)?))).collect();
-    let planned = planned.map_err(|error: CheckpointError| error)?;
+    let planned = specs.map(|spec| Ok((spec, saved(spec)?)));
+    let planned: Vec<_> = planned.collect::<Result<_, CheckpointError>>()?;
     let mut out = Replacement::create(&path).map_err(failed)?;
     out.write_all(&file_header(planned.iter().copied()))
         .map_err(failed)?;
     let mut scales = Vec::new();
-    for Planned {
-        source,
-        spec,
-        change,
-    } in &model.tensors
-    {
+    for (tensor, (_, saved)) in model.tensors.iter().zip(planned) {
+        let Planned {
+            source,
+            spec,
+            change,
+        } = tensor;
         // Whole heads at a time, where rows within a head change their places.
         let rows = match change {
             Change::Interleaved => model.head_dim,
@@ -66,7 +66,7 @@ pub(super) fn write(
                 Change::Interleaved => separate(numbers, model.head_dim, columns),
             }
             bytes.clear();
-            let dtype = match saved(spec)? {
+            let dtype = match saved {
                 Saved::Float(dtype) => dtype,
                 Saved::Int8 => {
                     let mut packed =

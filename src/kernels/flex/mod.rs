@@ -10,8 +10,6 @@ mod assign;
 mod attention;
 #[cfg(feature = "train")]
 mod autodiff;
-#[cfg(test)]
-mod dispatch;
 mod heads;
 mod linear;
 #[cfg(feature = "train")]

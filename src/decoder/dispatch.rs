@@ -1,38 +1,16 @@
-//! That the kernels chosen are those that are meant: a fallback computes the same, and slowly.
+//! That the kernels a decoder is computed by are those that are meant: a fallback computes the same, and
+//! slowly.
 
 use std::collections::BTreeSet;
 
 use burn_flex::{Flex, FlexDevice};
-use pulp::Arch;
 
-use super::ARCH;
+use super::{FusedKvDecoder, Logits, WeightFormat};
+use crate::cache::CacheDtype;
+use crate::config::FusedKvDecoderConfig;
 use crate::kernels::work::done_by;
-use crate::{
-    CacheDtype, FusedKvDecoder, FusedKvDecoderConfig, KvPlan, Logits, TokenBatch, WeightFormat,
-};
-
-/// The widest vectors that the processor has and the kernels are compiled for.
-#[test]
-fn vectors_are_the_processors() {
-    #[cfg(target_arch = "x86_64")]
-    match *ARCH {
-        Arch::V4(_) => assert!(std::is_x86_feature_detected!("avx512f")),
-        Arch::V3(_) => {
-            let all = ["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"];
-            let has = [
-                std::is_x86_feature_detected!("avx512f"),
-                std::is_x86_feature_detected!("avx512bw"),
-                std::is_x86_feature_detected!("avx512cd"),
-                std::is_x86_feature_detected!("avx512dq"),
-                std::is_x86_feature_detected!("avx512vl"),
-            ];
-            assert!(!has.iter().all(|&has| has), "{all:?} are there, unused");
-        }
-        _ => assert!(!std::is_x86_feature_detected!("avx2")),
-    }
-    #[cfg(target_arch = "aarch64")]
-    assert!(matches!(*ARCH, Arch::Neon(_)));
-}
+use crate::plan::KvPlan;
+use crate::tokens::TokenBatch;
 
 /// Wide enough that products of few rows are worth threads.
 fn decoder(plan: KvPlan) -> FusedKvDecoder<Flex> {
