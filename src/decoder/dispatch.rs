@@ -69,7 +69,11 @@ fn nothing_that_has_a_kernel_is_left_to_burn() {
                 for lens in [&[40][..], &[40, 33]] {
                     let [prefill, decode] = kernels(&model, cache, lens);
                     let what = format!("{method}, {format} weights, {cache} cache, {lens:?}");
-                    for kernel in prefill.iter().filter(|kernel| kernel.ends_with("Burn's")) {
+                    // Several matrices of many rows are taken one by one.
+                    let left = (prefill.iter())
+                        .filter(|kernel| kernel.ends_with("Burn's"))
+                        .filter(|kernel| **kernel != "linear_each, Burn's");
+                    for kernel in left {
                         assert_eq!(*kernel, many, "prefill of {what}");
                     }
                     assert!(prefill.contains(many), "prefill of {what}: {prefill:?}");

@@ -45,8 +45,7 @@ impl<B: Backend> FeedForward<B> {
 
     /// f(gate(x)) ⊙ up(x), `[batch, seq, ffn_size]`.
     pub(super) fn inner(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let gate = self.gate_proj.forward(x.clone());
-        let up = self.up_proj.forward(x);
+        let [gate, up] = Projection::forward_each([&self.gate_proj, &self.up_proj], &x);
         gated(self.activation, gate, up)
     }
 }

@@ -6,6 +6,7 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::weight::Weight;
+use crate::kernels::linear_each;
 
 /// `x · weight + bias`.
 #[derive(Module, Debug)]
@@ -35,7 +36,23 @@ impl<B: Backend> Projection<B> {
     /// - x: `[batch, seq, input]`
     /// - output: `[batch, seq, output]`
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let product = self.weight.product(x);
+        self.biased(self.weight.product(x))
+    }
+
+    /// [`forward`](Self::forward) of several projections of the same x.
+    pub(super) fn forward_each<const N: usize>(
+        projections: [&Self; N],
+        x: &Tensor<B, 3>,
+    ) -> [Tensor<B, 3>; N] {
+        let factors = projections.map(|projection| projection.weight.factor());
+        let mut products = linear_each(x, &factors).into_iter();
+        projections.map(|projection| {
+            let product = products.next().expect("a product for every projection");
+            projection.biased(product)
+        })
+    }
+
+    fn biased(&self, product: Tensor<B, 3>) -> Tensor<B, 3> {
         match &self.bias {
             Some(bias) => product + bias.val().unsqueeze(),
             None => product,

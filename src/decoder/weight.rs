@@ -12,6 +12,7 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{DType, Tensor};
 use thiserror::Error;
 
+use crate::kernels::operands::Factor;
 use crate::kernels::packed::{Codes, Packed, PackedRows};
 use crate::kernels::{linear, linear_packed, tied_head};
 use crate::numbers::numbers;
@@ -261,6 +262,14 @@ impl<B: Backend> Weight<B> {
         match self {
             Self::Float(param) => linear(x, param.val()),
             Self::Packed(packed) => linear_packed(x, &packed.matrix),
+        }
+    }
+
+    /// What rows are multiplied with.
+    pub(super) fn factor(&self) -> Factor<B> {
+        match self {
+            Self::Float(param) => Factor::Float(param.val()),
+            Self::Packed(packed) => Factor::Packed(packed.matrix.clone()),
         }
     }
 

@@ -30,7 +30,7 @@ use attention::generic_attention;
 pub(crate) use attention::{blended, same_for_all_tokens};
 #[cfg(feature = "train")]
 pub(crate) use loss::{Lost, Soft, Taught, cross_entropy, lost};
-use operands::{FusionForm, Term, Visibility};
+use operands::{Factor, FusionForm, Term, Visibility};
 use packed::Packed;
 #[cfg(any(
     feature = "flex",
@@ -69,6 +69,26 @@ pub(crate) fn linear<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tenso
     let [_, output] = weight.dims();
     let rows = x.reshape([1, batch * seq, width]);
     burn::tensor::module::linear(rows, weight, None).reshape([batch, seq, output])
+}
+
+/// [`linear`], or [`linear_packed`], by several matrices: one step among threads where they have few
+/// rows to share.
+pub(crate) fn linear_each<B: Backend>(
+    x: &Tensor<B, 3>,
+    weights: &[Factor<B>],
+) -> Vec<Tensor<B, 3>> {
+    if let Some(outputs) = kernel!(linear_each(x, weights)) {
+        #[cfg(test)]
+        weights
+            .iter()
+            .for_each(|weight| work::linear(x.dims(), weight.dims()));
+        return outputs;
+    }
+    let product = |weight: &Factor<B>| match weight {
+        Factor::Float(weight) => linear(x.clone(), weight.clone()),
+        Factor::Packed(weight) => linear_packed(x.clone(), weight),
+    };
+    weights.iter().map(product).collect()
 }
 
 /// `x · embeddingᵀ` over the last dimension, `[batch, seq, width]` times `[vocab_size, width]`: the

@@ -1,4 +1,4 @@
-//! What attention is computed of.
+//! What products and attention are computed of.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -6,8 +6,27 @@ use std::sync::Arc;
 
 use burn::tensor::{Bool, Tensor, TensorData, backend::Backend};
 
+use super::packed::Packed;
 use super::stored::Stored;
 use crate::holes::Holes;
+
+/// A matrix `[input, output]` that rows are multiplied with.
+#[derive(Clone, Debug)]
+pub(crate) enum Factor<B: Backend> {
+    /// In any layout.
+    Float(Tensor<B, 2>),
+    Packed(Packed<B>),
+}
+
+#[cfg(test)]
+impl<B: Backend> Factor<B> {
+    pub fn dims(&self) -> [usize; 2] {
+        match self {
+            Self::Float(weight) => weight.dims(),
+            Self::Packed(weight) => weight.dims(),
+        }
+    }
+}
 
 /// How attention treats a blend of sources; both give the same result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::operands::{Term, Visibility};
+use super::operands::{Factor, Term, Visibility};
 use super::packed::Packed;
 
 /// The kernels of one backend. Each function computes what the one of its name in
@@ -23,6 +23,13 @@ pub(super) trait Kernels {
     }
 
     fn linear_packed<B: Backend>(_x: &Tensor<B, 3>, _weight: &Packed<B>) -> Option<Tensor<B, 3>> {
+        None
+    }
+
+    fn linear_each<B: Backend>(
+        _x: &Tensor<B, 3>,
+        _weights: &[Factor<B>],
+    ) -> Option<Vec<Tensor<B, 3>>> {
         None
     }
 

@@ -10,6 +10,7 @@ mod assign;
 mod attention;
 #[cfg(feature = "train")]
 mod autodiff;
+mod few_rows;
 mod heads;
 mod linear;
 #[cfg(feature = "train")]
@@ -17,8 +18,10 @@ mod loss;
 mod pointwise;
 mod rows;
 mod simd;
+mod team;
 #[cfg(test)]
 mod tests;
+mod widen;
 
 use std::any::{Any, TypeId};
 use std::sync::LazyLock;
@@ -34,12 +37,12 @@ pub(super) use adam_w::adam_w;
 pub(super) use assign::assign_rows;
 use attention::attention;
 use heads::{rope, swap_heads};
-use linear::{linear, linear_packed};
+use linear::{linear, linear_each, linear_packed};
 #[cfg(feature = "train")]
 pub(super) use loss::{cross_entropy, lost};
 use pointwise::{rms_norm, swiglu};
 
-use super::operands::{Term, Visibility};
+use super::operands::{Factor, Term, Visibility};
 use super::packed::Packed;
 use super::table::Kernels;
 
@@ -70,12 +73,10 @@ impl Kernels for FlexKernels {
         (TypeId::of::<B>() == TypeId::of::<Flex>()).then_some(TOKENS_PER_PASS)
     }
 
-    /// A thread of the pool takes part in what it asks the others for. Any other thread hands the work
-    /// over and sleeps until it is done, some hundred times for a decoded token.
     fn among_threads<B: Backend, R: Send, W: FnOnce() -> R + Send>(work: W) -> Result<R, W> {
         // What tests count is counted by thread.
         match TypeId::of::<B>() == TypeId::of::<Flex>() && !cfg!(test) {
-            true => Ok(rayon::scope(|_| work())),
+            true => Ok(team::among_threads(work)),
             false => Err(work),
         }
     }
@@ -86,6 +87,13 @@ impl Kernels for FlexKernels {
 
     fn linear_packed<B: Backend>(x: &Tensor<B, 3>, weight: &Packed<B>) -> Option<Tensor<B, 3>> {
         linear_packed(x, weight)
+    }
+
+    fn linear_each<B: Backend>(
+        x: &Tensor<B, 3>,
+        weights: &[Factor<B>],
+    ) -> Option<Vec<Tensor<B, 3>>> {
+        linear_each(x, weights)
     }
 
     fn attention<B: Backend>(

@@ -7,7 +7,8 @@ use burn_flex::FlexTensor;
 use half::{bf16, f16};
 use pulp::Simd;
 
-use super::simd::{self, widen_bf16, widen_f16};
+use super::simd::{widen_bf16, widen_f16};
+use super::widen::{Coded, Int4, Int8};
 use super::{float_tensor, int_tensor};
 use crate::kernels::packed::{Codes, GROUP, Packed};
 
@@ -108,12 +109,12 @@ pub(super) struct Groups<'a> {
     offsets: Option<&'a [f16]>,
 }
 
-/// Scales or offsets of the groups of a piece.
-pub(super) type OfPiece = [f32; PIECE / GROUP];
-
 impl GroupStorage {
-    /// Of a packed matrix, or of the one that it is the transpose of.
-    pub fn new<B: Backend>(matrix: &Packed<B>) -> Option<Self> {
+    /// Of a packed matrix whose groups are of inputs: one row per output.
+    pub fn of_outputs<B: Backend>(matrix: &Packed<B>) -> Option<Self> {
+        if !matrix.transposed {
+            return None;
+        }
         let floats = |tensor: &Tensor<B, 2>| {
             let tensor = float_tensor(tensor)?.to_contiguous();
             (tensor.dtype() == DType::F16).then_some(tensor)
@@ -146,40 +147,54 @@ impl GroupStorage {
     }
 }
 
-impl Groups<'_> {
+impl<'a> Groups<'a> {
+    pub fn codes(&self) -> Codes {
+        self.kind
+    }
+
+    pub fn rows(&self) -> usize {
+        self.scales.len() / self.per_row()
+    }
+
     /// Groups of a row.
     pub fn per_row(&self) -> usize {
         self.columns.div_ceil(GROUP)
     }
 
-    /// The codes of some groups of a row, as many as a piece has at most, without their scales.
-    #[inline(always)]
-    pub fn codes(&self, row: usize, groups: Range<usize>, to: &mut [f32]) {
-        let (first, len) = (row * self.per_row() + groups.start, groups.len());
-        let bytes = &self.bytes[first * self.kind.bytes()..][..len * self.kind.bytes()];
-        match self.kind {
-            Codes::Int8 => (to.iter_mut().zip(bytes)).for_each(|(to, x)| *to = f32::from(*x)),
-            Codes::Int4 => {
-                let mut halves = [0; PIECE];
-                unpack(bytes, &mut halves);
-                (to.iter_mut().zip(&halves[..len * GROUP])).for_each(|(to, x)| *to = f32::from(*x));
-            }
-        }
+    /// The bytes of some rows.
+    pub fn bytes(&self, rows: Range<usize>) -> &'a [i8] {
+        let per_row = self.per_row() * self.kind.bytes();
+        &self.bytes[rows.start * per_row..rows.end * per_row]
     }
 
-    /// The scales of such groups.
-    #[inline(always)]
-    pub fn scales(&self, row: usize, groups: Range<usize>) -> OfPiece {
-        wide(&self.scales[row * self.per_row() + groups.start..][..groups.len()])
+    /// The scales of the groups of some rows.
+    pub fn scales(&self, rows: Range<usize>) -> &'a [f16] {
+        &self.scales[rows.start * self.per_row()..rows.end * self.per_row()]
     }
 
     /// The offsets of such groups, if they have any.
+    pub fn offsets(&self, rows: Range<usize>) -> Option<&'a [f16]> {
+        let groups = rows.start * self.per_row()..rows.end * self.per_row();
+        self.offsets.map(|offsets| &offsets[groups])
+    }
+
     #[inline(always)]
-    pub fn offsets(&self, row: usize, groups: Range<usize>) -> Option<OfPiece> {
-        let offsets = self.offsets?;
-        Some(wide(
-            &offsets[row * self.per_row() + groups.start..][..groups.len()],
-        ))
+    fn widen_coded<S: Simd, C: Coded>(&self, simd: S, row: usize, to: &mut [f32]) {
+        let groups = self.bytes(row..row + 1).chunks_exact(C::CODES.bytes());
+        let scales = self.scales(row..row + 1);
+        let offsets = self.offsets(row..row + 1);
+        for (g, (to, bytes)) in to.chunks_mut(GROUP).zip(groups).enumerate() {
+            let scale = simd.splat_f32s(widen_f16(scales[g]));
+            let offset = offsets.map_or(0.0, |offsets| widen_f16(offsets[g]));
+            let offset = simd.splat_f32s(offset);
+            let mut group = [0.0; GROUP];
+            let (vectors, _) = S::as_mut_simd_f32s(&mut group);
+            for (i, vector) in vectors.iter_mut().enumerate() {
+                let codes = C::vector(simd, bytes, i * S::F32_LANES);
+                *vector = simd.mul_add_f32s(codes, scale, offset);
+            }
+            to.copy_from_slice(&group[..to.len()]);
+        }
     }
 }
 
@@ -190,49 +205,9 @@ impl Matrix for Groups<'_> {
 
     #[inline(always)]
     fn widen<S: Simd>(&self, simd: S, row: usize, to: &mut [f32]) {
-        let mut codes = [0.0; PIECE];
-        for (i, to) in to.chunks_mut(PIECE).enumerate() {
-            let first = i * (PIECE / GROUP);
-            let groups = first..first + to.len().div_ceil(GROUP);
-            self.codes(row, groups.clone(), &mut codes);
-            let scales = self.scales(row, groups.clone());
-            let offsets = self.offsets(row, groups).unwrap_or_default();
-            let codes = codes.as_chunks_mut::<GROUP>().0.iter_mut();
-            let steps = scales.into_iter().zip(offsets);
-            for (to, (codes, (scale, offset))) in to.chunks_mut(GROUP).zip(codes.zip(steps)) {
-                simd::scale(simd, scale, offset, codes);
-                to.copy_from_slice(&codes[..to.len()]);
-            }
+        match self.kind {
+            Codes::Int8 => self.widen_coded::<S, Int8>(simd, row, to),
+            Codes::Int4 => self.widen_coded::<S, Int4>(simd, row, to),
         }
     }
-}
-
-/// Both halves of every byte: of a group all lower ones, then all upper ones. A function of its own:
-/// beside a loop that makes floats of them, compilers take vectors of groups rather than of bytes,
-/// which is many times slower.
-#[inline(never)]
-fn unpack(bytes: &[i8], halves: &mut [u8; PIECE]) {
-    let (bytes, _) = bytes.as_chunks::<{ Codes::Int4.bytes() }>();
-    let (halves, _) = halves.as_chunks_mut::<GROUP>();
-    for (to, bytes) in halves.iter_mut().zip(bytes) {
-        for j in 0..GROUP / 2 {
-            to[j] = bytes[j] as u8 & 15;
-        }
-        for j in 0..GROUP / 2 {
-            to[j + GROUP / 2] = bytes[j] as u8 >> 4;
-        }
-    }
-}
-
-/// As many as a piece has at most: a loop of known length becomes vectors.
-#[inline(always)]
-fn wide(numbers: &[f16]) -> OfPiece {
-    let mut all = [f16::ZERO; PIECE / GROUP];
-    all[..numbers.len()].copy_from_slice(numbers);
-    // Not `map`, which would be a function for no processor in particular.
-    let mut wide = [0.0; PIECE / GROUP];
-    for (wide, x) in wide.iter_mut().zip(all) {
-        *wide = widen_f16(x);
-    }
-    wide
 }

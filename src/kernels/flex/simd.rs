@@ -29,56 +29,6 @@ pub(super) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     simd.reduce_sum_f32s(sum) + tail
 }
 
-/// Σ_g scales[g] · (a_g · b_g) over groups of N numbers; a and b have as many.
-#[inline(always)]
-pub(super) fn dot_groups<S: Simd, const N: usize>(
-    simd: S,
-    a: &[[f32; N]],
-    b: &[[f32; N]],
-    scales: &[f32],
-) -> f32 {
-    // Vectors of a group: N is a multiple of every length that there is.
-    let len = N / S::F32_LANES;
-    let (a, _) = S::as_simd_f32s(a.as_flattened());
-    let (b, _) = S::as_simd_f32s(b.as_flattened());
-    let product = |a: &[S::f32s], b: &[S::f32s]| {
-        let mut product = simd.mul_f32s(a[0], b[0]);
-        for (&a, &b) in a[1..].iter().zip(&b[1..]) {
-            product = simd.mul_add_f32s(a, b, product);
-        }
-        product
-    };
-    // Groups take turns, because each waits for the last addition to its sum.
-    let (mut even, mut odd) = (simd.splat_f32s(0.0), simd.splat_f32s(0.0));
-    let (pairs, last) = scales.as_chunks::<2>();
-    let (a_pairs, a_last) = a.split_at(pairs.len() * 2 * len);
-    let (b_pairs, b_last) = b.split_at(pairs.len() * 2 * len);
-    let vectors = a_pairs
-        .chunks_exact(2 * len)
-        .zip(b_pairs.chunks_exact(2 * len));
-    for ((a, b), scales) in vectors.zip(pairs) {
-        let first = product(&a[..len], &b[..len]);
-        even = simd.mul_add_f32s(first, simd.splat_f32s(scales[0]), even);
-        let second = product(&a[len..], &b[len..]);
-        odd = simd.mul_add_f32s(second, simd.splat_f32s(scales[1]), odd);
-    }
-    if let [scale] = last {
-        let last = product(&a_last[..len], &b_last[..len]);
-        even = simd.mul_add_f32s(last, simd.splat_f32s(*scale), even);
-    }
-    simd.reduce_sum_f32s(simd.add_f32s(even, odd))
-}
-
-/// `x = x · scale + offset`, for as many numbers as fill vectors.
-#[inline(always)]
-pub(super) fn scale<S: Simd>(simd: S, scale: f32, offset: f32, x: &mut [f32]) {
-    let (scale, offset) = (simd.splat_f32s(scale), simd.splat_f32s(offset));
-    let (x, _) = S::as_mut_simd_f32s(x);
-    for x in x {
-        *x = simd.mul_add_f32s(*x, scale, offset);
-    }
-}
-
 /// `y += a·x`. Both slices have the same length.
 #[inline(always)]
 pub(super) fn axpy<S: Simd>(simd: S, a: f32, x: &[f32], y: &mut [f32]) {

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::holes::Holes;
 use crate::kernels::attention::generic_attention;
-use crate::kernels::operands::{Term, Visibility};
+use crate::kernels::operands::{Factor, Term, Visibility};
 use crate::kernels::packed::{Codes, Packed, PackedRows};
 use crate::kernels::stored::Stored;
 use crate::numbers::numbers;
@@ -107,6 +107,41 @@ proptest! {
         let scale = (input as f64).sqrt().recip();
         let found = linear(&x, &weight).map(|found| found * scale);
         assert_same(found, expected * scale);
+    }
+
+    /// Each to the bit what it is by itself, whatever it stands beside.
+    #[test]
+    fn products_by_several_matrices_are_each_ones(
+        rows in 1usize..20,
+        input in 1usize..300,
+        outputs in prop::collection::vec(1usize..900, 1..4),
+        formats in prop::collection::vec(0usize..5, 3),
+    ) {
+        let x = random([1, rows, input]);
+        let weight = |(output, format): (&usize, &usize)| {
+            let weight = random([*output, input]);
+            match format {
+                0 => Factor::Float(random([input, *output])),
+                1 => Factor::Float(weight.transpose()),
+                2 => Factor::Float(weight.cast(DType::F16).transpose()),
+                _ => {
+                    let codes = [Codes::Int8, Codes::Int4][format - 3];
+                    let mut packed = PackedRows::with_capacity(codes, *output, input);
+                    packed.push(&numbers(weight)).unwrap();
+                    Factor::Packed(Packed::new(packed, &FlexDevice).transpose())
+                }
+            }
+        };
+        let weights: Vec<_> = outputs.iter().zip(&formats).map(weight).collect();
+        let together = crate::kernels::linear_each(&x, &weights);
+        prop_assert_eq!(together.len(), weights.len());
+        for (found, weight) in together.into_iter().zip(weights) {
+            let alone = match weight {
+                Factor::Float(weight) => crate::kernels::linear(x.clone(), weight),
+                Factor::Packed(weight) => crate::kernels::linear_packed(x.clone(), &weight),
+            };
+            found.into_data().assert_eq(&alone.into_data(), true);
+        }
     }
 
     /// Widths that do and do not fill a group or a vector, rows on both sides of where tiles begin.

@@ -1,0 +1,372 @@
+//! Matrix products with few rows, as in decoding: a weight is read once, as fast as memory gives it, and
+//! several matrices that the same rows are multiplied with are one step among threads.
+
+use std::ops::Range;
+
+use burn::tensor::{DType, Tensor, backend::Backend};
+use burn_flex::FlexTensor;
+use half::f16;
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::rows::{Floats, GroupStorage, Groups, Matrix as _, PIECE};
+use super::simd::widen_f16;
+use super::widen::{Coded, Int4, Int8};
+use super::{ARCH, PARALLEL, float_tensor, simd};
+use crate::kernels::packed::{Codes, GROUP, Packed};
+#[cfg(test)]
+use crate::kernels::work::is_done_by;
+
+/// Rows up to which memory is the limit.
+pub(super) const FEW: usize = 16;
+/// Columns a thread works on at a time: their sums stay in the first-level cache.
+const COLUMNS: usize = 1024;
+/// Parts that the sum over a weight's rows is divided into, for threads to share: each is a piece of
+/// memory of its own, which is read faster than every thread's share of each row.
+const PARTS: usize = 8;
+/// Weight rows added in one pass over the sums.
+const UNROLL: usize = 4;
+/// Shares of the outputs for every thread, so that one that is late leaves some to others.
+const SHARES: usize = 4;
+/// Scales that are widened at a time, together with those of the same rows' other groups.
+const SCALES: usize = 2048;
+
+/// The tensors of a matrix `[input, output]`, as they lie.
+pub(super) enum Held {
+    /// f32, an input's row after another's.
+    Inputs(FlexTensor),
+    /// Floats, an output's row after another's: `[output, input]`.
+    Outputs(FlexTensor),
+    /// Groups, an output's row after another's.
+    Groups(GroupStorage),
+}
+
+impl Held {
+    /// None if it is not Flex's, or does not lie in one piece.
+    pub fn floats<B: Backend>(weight: &Tensor<B, 2>) -> Option<Self> {
+        let weight = float_tensor(weight)?;
+        if weight.dtype() == DType::F32 && weight.as_slice::<f32>().is_some() {
+            return Some(Self::Inputs(weight));
+        }
+        let outputs = weight.transpose(0, 1);
+        Floats::new(&outputs)?;
+        Some(Self::Outputs(outputs))
+    }
+
+    /// None as of [`GroupStorage::of_outputs`].
+    pub fn groups<B: Backend>(weight: &Packed<B>) -> Option<Self> {
+        GroupStorage::of_outputs(weight).map(Self::Groups)
+    }
+
+    fn matrix(&self) -> Option<Matrix<'_>> {
+        Some(match self {
+            Self::Inputs(weight) => Matrix::Inputs {
+                weight: weight.as_slice()?,
+                output: weight.layout().shape()[1],
+            },
+            Self::Outputs(weight) => Matrix::Outputs {
+                weight: Floats::new(weight)?,
+                output: weight.layout().shape()[0],
+            },
+            Self::Groups(weight) => Matrix::Groups(weight.groups()?),
+        })
+    }
+}
+
+/// What a [`Held`] holds.
+#[derive(Clone, Copy)]
+enum Matrix<'a> {
+    Inputs { weight: &'a [f32], output: usize },
+    Outputs { weight: Floats<'a>, output: usize },
+    Groups(Groups<'a>),
+}
+
+/// What a thread does at a time: sums over some inputs for some outputs.
+struct Share {
+    inputs: Range<usize>,
+    outputs: Range<usize>,
+}
+
+/// Rows, and what products of groups need of them besides.
+struct X<'a> {
+    rows: &'a [f32],
+    input: usize,
+    /// The rows in groups, `[rows, groups]`, the last group filled up with zeros; and the sum of each.
+    groups: Vec<[f32; GROUP]>,
+    sums: Vec<f32>,
+}
+
+/// The products of `x` `[rows, input]` with every matrix, each `[rows, output]`. How they are divided among
+/// threads depends on neither the number of threads nor that of rows where sums are, so that those are
+/// the same for any.
+pub(super) fn products(x: &[f32], input: usize, matrices: &[Held]) -> Option<Vec<Vec<f32>>> {
+    let matrices: Vec<_> = matrices.iter().map(Held::matrix).collect::<Option<_>>()?;
+    #[cfg(test)]
+    for matrix in &matrices {
+        is_done_by(match matrix {
+            Matrix::Inputs { .. } => "by_input",
+            Matrix::Outputs { .. } => "by_output",
+            Matrix::Groups(_) => "by_groups",
+        });
+    }
+    let x = X::new(x, input, &matrices);
+    let n_rows = x.rows.len() / input;
+    let shares = |(i, matrix): (usize, &Matrix)| {
+        let shares = matrix.shares(input).into_iter();
+        shares.map(move |share| (i, share)).collect::<Vec<_>>()
+    };
+    let shares: Vec<_> = matrices.iter().enumerate().flat_map(shares).collect();
+    let product = |(i, share): &(usize, Share)| matrices[*i].product(&x, share);
+    let outputs: usize = matrices.iter().map(Matrix::output).sum();
+    let parts: Vec<Vec<f32>> = match input * outputs < PARALLEL {
+        true => shares.iter().map(product).collect(),
+        false => shares.par_iter().map(product).collect(),
+    };
+    let zeros = |matrix: &Matrix| vec![0.0; n_rows * matrix.output()];
+    let mut products: Vec<_> = matrices.iter().map(zeros).collect();
+    for ((i, share), part) in shares.iter().zip(parts) {
+        let (outputs, output) = (&share.outputs, matrices[*i].output());
+        let rows = products[*i].chunks_mut(output);
+        for (row, part) in rows.zip(part.chunks(outputs.len())) {
+            let row = &mut row[outputs.clone()];
+            row.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
+        }
+    }
+    Some(products)
+}
+
+impl<'a> X<'a> {
+    fn new(rows: &'a [f32], input: usize, matrices: &[Matrix]) -> Self {
+        let (mut groups, mut sums) = (Vec::new(), Vec::new());
+        if matrices.iter().any(|m| matches!(m, Matrix::Groups(_))) {
+            groups = vec![[0.0; GROUP]; rows.len() / input * input.div_ceil(GROUP)];
+            let padded = groups.chunks_mut(input.div_ceil(GROUP));
+            for (to, row) in padded.zip(rows.chunks(input)) {
+                to.as_flattened_mut()[..input].copy_from_slice(row);
+            }
+            sums.extend(groups.iter().map(|group| group.iter().sum::<f32>()));
+        }
+        Self {
+            rows,
+            input,
+            groups,
+            sums,
+        }
+    }
+}
+
+impl Matrix<'_> {
+    fn output(&self) -> usize {
+        match self {
+            Self::Inputs { output, .. } | Self::Outputs { output, .. } => *output,
+            Self::Groups(groups) => groups.rows(),
+        }
+    }
+
+    fn shares(&self, input: usize) -> Vec<Share> {
+        let output = self.output();
+        // Sums over inputs are formed in parts where every output is in each row of memory.
+        let (part, width) = match self {
+            Self::Inputs { .. } => (input.div_ceil(PARTS).next_multiple_of(UNROLL), COLUMNS),
+            Self::Outputs { .. } | Self::Groups(_) => {
+                let shares = SHARES * rayon::current_num_threads();
+                (input, COLUMNS.min(output.div_ceil(shares)))
+            }
+        };
+        let of_part = |from: usize| {
+            (0..output).step_by(width).map(move |left| Share {
+                inputs: from..(from + part).min(input),
+                outputs: left..(left + width).min(output),
+            })
+        };
+        (0..input).step_by(part).flat_map(of_part).collect()
+    }
+
+    /// `[rows, outputs of the share]`.
+    fn product(&self, x: &X, share: &Share) -> Vec<f32> {
+        let Share { inputs, outputs } = share;
+        let mut products = vec![0.0; x.rows.len() / x.input * outputs.len()];
+        match *self {
+            Self::Inputs { weight, output } => ARCH.dispatch(SumOfRows {
+                x: x.rows,
+                weight,
+                inputs: inputs.clone(),
+                columns: outputs.clone(),
+                output,
+                sums: &mut products,
+            }),
+            Self::Outputs { weight, .. } => ARCH.dispatch(Products {
+                x: x.rows,
+                weight,
+                outputs: outputs.clone(),
+                products: &mut products,
+            }),
+            Self::Groups(weight) => ARCH.dispatch(GroupProducts {
+                x,
+                weight,
+                outputs: outputs.clone(),
+                products: &mut products,
+            }),
+        }
+        products
+    }
+}
+
+/// Σ_i x[row][i] · weight[i][columns] for a range of i.
+struct SumOfRows<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    inputs: Range<usize>,
+    columns: Range<usize>,
+    output: usize,
+    sums: &'a mut [f32],
+}
+
+impl WithSimd for SumOfRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let input = self.weight.len() / self.output;
+        let width = self.columns.len();
+        let weight_row = |i: usize| &self.weight[i * self.output + self.columns.start..][..width];
+        let unrolled = self.inputs.end - self.inputs.len() % UNROLL;
+        for i in (self.inputs.start..unrolled).step_by(UNROLL) {
+            let weights: [&[f32]; UNROLL] = std::array::from_fn(|u| weight_row(i + u));
+            for (x, sums) in self.x.chunks(input).zip(self.sums.chunks_mut(width)) {
+                add_rows(simd, &x[i..], weights, sums);
+            }
+        }
+        for i in unrolled..self.inputs.end {
+            for (x, sums) in self.x.chunks(input).zip(self.sums.chunks_mut(width)) {
+                simd::axpy(simd, x[i], weight_row(i), sums);
+            }
+        }
+    }
+}
+
+/// `sums += Σ_u x[u] · weights[u]`.
+#[inline(always)]
+fn add_rows<S: Simd>(simd: S, x: &[f32], weights: [&[f32]; UNROLL], sums: &mut [f32]) {
+    let factors: [S::f32s; UNROLL] = std::array::from_fn(|u| simd.splat_f32s(x[u]));
+    let [(w0, t0), (w1, t1), (w2, t2), (w3, t3)] = weights.map(S::as_simd_f32s);
+    let (sums, sums_tail) = S::as_mut_simd_f32s(sums);
+    for ((((sum, &w0), &w1), &w2), &w3) in sums.iter_mut().zip(w0).zip(w1).zip(w2).zip(w3) {
+        let low = simd.mul_add_f32s(factors[0], w0, *sum);
+        let low = simd.mul_add_f32s(factors[1], w1, low);
+        let high = simd.mul_f32s(factors[2], w2);
+        let high = simd.mul_add_f32s(factors[3], w3, high);
+        *sum = simd.add_f32s(low, high);
+    }
+    for (j, sum) in sums_tail.iter_mut().enumerate() {
+        *sum += x[0] * t0[j] + x[1] * t1[j] + x[2] * t2[j] + x[3] * t3[j];
+    }
+}
+
+/// x[row] · weight[j] for all rows and some j.
+struct Products<'a> {
+    x: &'a [f32],
+    weight: Floats<'a>,
+    outputs: Range<usize>,
+    products: &'a mut [f32],
+}
+
+impl WithSimd for Products<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (width, input) = (self.outputs.len(), self.weight.columns());
+        let mut scratch = [0.0; PIECE];
+        for (j, output) in self.outputs.enumerate() {
+            for from in (0..input).step_by(PIECE) {
+                let piece = from..(from + PIECE).min(input);
+                let weight = self.weight.piece(output, piece.clone(), &mut scratch);
+                for (row, x) in self.x.chunks(input).enumerate() {
+                    self.products[row * width + j] += simd::dot(simd, &x[piece.clone()], weight);
+                }
+            }
+        }
+    }
+}
+
+/// The same in groups: a group's scale is taken times the product of its codes, its offset times the
+/// sum of x.
+struct GroupProducts<'a> {
+    x: &'a X<'a>,
+    weight: Groups<'a>,
+    outputs: Range<usize>,
+    products: &'a mut [f32],
+}
+
+impl WithSimd for GroupProducts<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match self.weight.codes() {
+            Codes::Int8 => self.coded::<S, Int8>(simd),
+            Codes::Int4 => self.coded::<S, Int4>(simd),
+        }
+    }
+}
+
+impl GroupProducts<'_> {
+    #[inline(always)]
+    fn coded<S: Simd, C: Coded>(self, simd: S) {
+        let (width, per_row) = (self.outputs.len(), self.weight.per_row());
+        let Self { x, weight, .. } = self;
+        let at_once = (SCALES / per_row).clamp(1, width);
+        let mut buffers = [(); 2].map(|()| vec![0.0; at_once * per_row]);
+        let [scales, offsets] = &mut buffers;
+        for first in (0..width).step_by(at_once) {
+            let last = (first + at_once).min(width);
+            let outputs = self.outputs.start + first..self.outputs.start + last;
+            // Of several rows in one go, which has hardly an end that fills no vector.
+            let scales = widened(weight.scales(outputs.clone()), scales);
+            let offsets =
+                (weight.offsets(outputs.clone())).map(|numbers| widened(numbers, &mut *offsets));
+            let bytes = weight.bytes(outputs);
+            let bytes = bytes.chunks_exact(per_row * C::CODES.bytes());
+            for ((j, bytes), scales) in (first..last).zip(bytes).zip(scales.chunks(per_row)) {
+                let rows = x.groups.chunks(per_row);
+                for (row, x) in rows.enumerate() {
+                    self.products[row * width + j] = dot_codes::<S, C>(simd, bytes, x, scales);
+                }
+            }
+            if let Some(offsets) = offsets {
+                for (j, offsets) in (first..last).zip(offsets.chunks(per_row)) {
+                    for (row, sums) in x.sums.chunks(per_row).enumerate() {
+                        self.products[row * width + j] += simd::dot(simd, offsets, sums);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn widened<'a>(numbers: &[f16], to: &'a mut [f32]) -> &'a [f32] {
+    let to = &mut to[..numbers.len()];
+    (to.iter_mut().zip(numbers)).for_each(|(to, x)| *to = widen_f16(*x));
+    to
+}
+
+/// Σ_g scales[g] · (codes of g · x_g).
+#[inline(always)]
+fn dot_codes<S: Simd, C: Coded>(simd: S, bytes: &[i8], x: &[[f32; GROUP]], scales: &[f32]) -> f32 {
+    // Groups take turns, because each waits for the last addition to its sum.
+    let mut sums = [simd.splat_f32s(0.0); 2];
+    let groups = bytes.chunks_exact(C::CODES.bytes()).zip(x).zip(scales);
+    for (g, ((bytes, x), scale)) in groups.enumerate() {
+        let (x, _) = S::as_simd_f32s(x);
+        let mut product = simd.mul_f32s(C::vector(simd, bytes, 0), x[0]);
+        for (i, &x) in x.iter().enumerate().skip(1) {
+            let codes = C::vector(simd, bytes, i * S::F32_LANES);
+            product = simd.mul_add_f32s(codes, x, product);
+        }
+        let sum = &mut sums[g % 2];
+        *sum = simd.mul_add_f32s(product, simd.splat_f32s(*scale), *sum);
+    }
+    simd.reduce_sum_f32s(simd.add_f32s(sums[0], sums[1]))
+}

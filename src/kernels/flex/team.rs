@@ -1,0 +1,75 @@
+//! Threads that stay awake while a pass goes through its many small parallel steps.
+
+use std::hint::spin_loop;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{LazyLock, Mutex, PoisonError, TryLockError};
+use std::thread;
+
+use rayon::{ThreadPool, ThreadPoolBuilder, Yield, yield_now};
+
+/// As many threads as rayon's global pool has, for one pass at a time: beneath all that a thread helps
+/// with there is then nothing but its own place in the team, so that no two wait for each other. None
+/// where the threads are not to be had.
+static TEAM: LazyLock<Option<Mutex<ThreadPool>>> = LazyLock::new(|| {
+    let threads = ThreadPoolBuilder::new().thread_name(|i| format!("fusedkv-{i}"));
+    threads.build().ok().map(Mutex::new)
+});
+
+/// How often a thread looks for work in vain before it lets others of the machine go first.
+const PATIENCE: usize = 1 << 12;
+
+/// Does `work` on one thread of a team whose other threads look for shares of it all the while.
+///
+/// A decoded token has some hundred parallel steps of a few microseconds each: a thread that sleeps
+/// between two of them takes as long to wake as the step takes.
+///
+/// On a thread of a pool it is done there, among that pool's threads; and in rayon's global pool while
+/// another pass has the team.
+pub(super) fn among_threads<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    if rayon::current_thread_index().is_some() {
+        return work();
+    }
+    let team = match TEAM.as_ref().map(Mutex::try_lock) {
+        Some(Ok(team)) => team,
+        // All that a panic leaves behind is idle threads.
+        Some(Err(TryLockError::Poisoned(team))) => team.into_inner(),
+        Some(Err(TryLockError::WouldBlock)) | None => return rayon::scope(|_| work()),
+    };
+    let work = Mutex::new(Some(work));
+    let over = AtomicBool::new(false);
+    let results = team.broadcast(|thread| {
+        if thread.index() > 0 {
+            help(&over);
+            return None;
+        }
+        let _panic_or_not = Ends(&over);
+        let work = work.lock().unwrap_or_else(PoisonError::into_inner).take();
+        work.map(|work| work())
+    });
+    let result = results.into_iter().flatten().next();
+    result.expect("the first thread of a team does the work")
+}
+
+/// Takes shares of the work until it is over.
+fn help(over: &AtomicBool) {
+    let mut in_vain = 0;
+    while !over.load(Ordering::Acquire) {
+        if let Some(Yield::Executed) = yield_now() {
+            in_vain = 0;
+        } else if in_vain < PATIENCE {
+            in_vain += 1;
+            spin_loop();
+        } else {
+            thread::yield_now();
+        }
+    }
+}
+
+/// Says so when it is dropped.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
