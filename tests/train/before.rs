@@ -55,7 +55,7 @@ fn a_run_of_before_goes_on() {
     let run = Run::new(directory.path())
         .with_progress(Progress::Quiet)
         .with_resume(true);
-    let trained = train::<Autodiff<Flex>>(&config, tokens, &run, &FlexDevice).unwrap();
+    let trained = in_turn(|| train::<Autodiff<Flex>>(&config, tokens, &run, &FlexDevice)).unwrap();
     let epochs: Vec<_> = trained.epochs.iter().map(|losses| losses.epoch).collect();
     assert_eq!(epochs, [1, 2]);
     assert!(trained.valid_loss < trained.epochs[0].valid);

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::PoisonError;
 
 use burn::module::{AutodiffModule, Module, ModuleVisitor, Param};
 use burn::tensor::backend::Backend;
@@ -17,7 +16,7 @@ use fusedkv::train::{
 use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan};
 use tempfile::{TempDir, tempdir};
 
-use super::{TURN, VOCAB, config, decoder, tokens};
+use super::{VOCAB, config, decoder, in_turn, tokens};
 
 type Train = Autodiff<Flex>;
 
@@ -27,10 +26,9 @@ fn models() -> (FusedKvDecoder<Flex>, FusedKvDecoder<Train>) {
     let mut config = config();
     config.model.plan = KvPlan::Standard;
     let teacher = super::run(&config, directory.path(), false).unwrap().model;
-    let student = convert(
-        &FusedKvDecoder::<Train>::from_inner(teacher.clone()),
-        &KvPlan::FusedKv { storage_layers: 2 },
-    );
+    let standard = FusedKvDecoder::<Train>::from_inner(teacher.clone());
+    let plan = KvPlan::FusedKv { storage_layers: 2 };
+    let student = in_turn(|| convert(&standard, &plan));
     (teacher, student.unwrap())
 }
 
@@ -48,13 +46,12 @@ fn run(
     resume: bool,
     devices: usize,
 ) -> Result<Trained<Flex>, TrainError> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let run = Run::new(directory)
         .with_resume(resume)
         .with_progress(Progress::Quiet);
     let (train, valid) = TokenWindows::split(tokens(), 16, 0.2).unwrap();
     let devices = vec![FlexDevice; devices];
-    distill(config, student, teacher, train, valid, &run, &devices)
+    in_turn(|| distill(config, student, teacher, train, valid, &run, &devices))
 }
 
 /// The divergence of every step.

@@ -25,8 +25,13 @@ use tempfile::tempdir;
 
 const VOCAB: usize = 16;
 
-/// A backend's random numbers are global: trainings that must repeat take turns.
-static TURN: Mutex<()> = Mutex::new(());
+/// Does what draws random numbers, or trains, while no other test does. A backend's random numbers are
+/// global: whoever draws some in the middle of a training that must repeat changes it.
+fn in_turn<R>(work: impl FnOnce() -> R) -> R {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    work()
+}
 
 fn decoder(plan: KvPlan) -> FusedKvDecoderConfig {
     FusedKvDecoderConfig::new(VOCAB, plan)
@@ -69,11 +74,10 @@ fn run(
     directory: &Path,
     resume: bool,
 ) -> Result<Trained<Flex>, TrainError> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let run = Run::new(directory)
         .with_resume(resume)
         .with_progress(Progress::Quiet);
-    train::<Autodiff<Flex>>(config, tokens(), &run, &FlexDevice)
+    in_turn(|| train::<Autodiff<Flex>>(config, tokens(), &run, &FlexDevice))
 }
 
 fn logits<B: Backend>(model: &FusedKvDecoder<B>, device: &B::Device) -> burn::tensor::TensorData {
@@ -300,10 +304,7 @@ fn observers_are_told_the_loss_of_all_parts_of_a_step() {
             .with_progress(Progress::Quiet)
             .with_observer(move |report| told.lock().unwrap().push(report.loss))
     };
-    {
-        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        train::<Autodiff<Flex>>(&config, tokens(), &run, &FlexDevice).unwrap();
-    }
+    in_turn(|| train::<Autodiff<Flex>>(&config, tokens(), &run, &FlexDevice)).unwrap();
     let logged = log(directory.path())
         .into_iter()
         .filter_map(|line| match line {
@@ -340,11 +341,9 @@ fn the_best_epochs_model_can_be_loaded() {
     for token in &mut tokens[800..] {
         *token = VOCAB as u32 - 1 - *token;
     }
-    let trained = {
-        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let run = Run::new(directory.path()).with_progress(Progress::Quiet);
-        train::<Autodiff<Flex>>(&config, tokens.clone(), &run, &FlexDevice).unwrap()
-    };
+    let run = Run::new(directory.path()).with_progress(Progress::Quiet);
+    let train = || train::<Autodiff<Flex>>(&config, tokens.clone(), &run, &FlexDevice);
+    let trained = in_turn(train).unwrap();
     let lowest = trained.epochs.iter().map(|losses| losses.valid);
     let lowest = lowest.fold(f64::MAX, f64::min);
     assert!(lowest < trained.valid_loss);
@@ -367,9 +366,8 @@ fn training_goes_on_from_a_given_model() {
         loaded.unwrap().model
     };
     let more = |config: &TrainingConfig, name: &str| {
-        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let run = Run::new(directory.path().join(name)).with_progress(Progress::Quiet);
-        train_from::<Autodiff<Flex>>(config, load(), tokens(), &run, &FlexDevice)
+        in_turn(|| train_from::<Autodiff<Flex>>(config, load(), tokens(), &run, &FlexDevice))
     };
     // A rate so low that the model is still the one given.
     let still = short().with_learning_rate(1e-9);

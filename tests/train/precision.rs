@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::PoisonError;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::backend::Backend;
@@ -13,12 +12,14 @@ use fusedkv::train::{Progress, Run, Trained, TrainingConfig, train_from};
 use fusedkv::{FusedKvDecoder, KvPlan};
 use tempfile::tempdir;
 
-use super::{TURN, config, decoder, tokens};
+use super::{config, decoder, in_turn, tokens};
 
 fn save(path: &Path) {
     let model = decoder(KvPlan::FusedKv { storage_layers: 2 });
-    let model = model.init::<Flex>(&FlexDevice).unwrap();
-    save_checkpoint(path, &model, &SaveOptions::new()).unwrap();
+    in_turn(|| {
+        let model = model.init::<Flex>(&FlexDevice).unwrap();
+        save_checkpoint(path, &model, &SaveOptions::new()).unwrap();
+    });
 }
 
 fn run(
@@ -28,13 +29,12 @@ fn run(
     directory: &Path,
     resume: bool,
 ) -> Trained<Flex> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let model = load_checkpoint::<Autodiff<Flex>>(model, dtype, &FlexDevice);
     let model = model.unwrap().model;
     let run = Run::new(directory)
         .with_resume(resume)
         .with_progress(Progress::Quiet);
-    train_from(config, model, tokens(), &run, &FlexDevice).unwrap()
+    in_turn(|| train_from(config, model, tokens(), &run, &FlexDevice)).unwrap()
 }
 
 /// All parameters' numbers.

@@ -71,7 +71,6 @@ fn training_waits_for_the_checkpoint_of_an_epoch() {
         early: early.clone(),
     };
     let run = Run::new(directory.path()).with_progress(Progress::Quiet);
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    train_on::<Autodiff<Flex>>(&config, watching, valid, &run, &[FlexDevice]).unwrap();
+    in_turn(|| train_on::<Autodiff<Flex>>(&config, watching, valid, &run, &[FlexDevice])).unwrap();
     assert_eq!(*early.lock().unwrap(), BTreeSet::new());
 }

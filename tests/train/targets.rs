@@ -1,7 +1,6 @@
 //! Which targets count, and windows that are not what their data set says.
 
 use std::fs;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn_dataset::Dataset;
@@ -13,7 +12,7 @@ use fusedkv::train::{
 use fusedkv::{KvPlan, TokenBatch};
 use tempfile::tempdir;
 
-use super::{TURN, VOCAB, decoder, logits};
+use super::{VOCAB, decoder, in_turn, logits};
 
 const CONTEXT: usize = 12;
 
@@ -118,10 +117,10 @@ fn run(
     run: &Run,
     devices: usize,
 ) -> Result<Trained<Flex>, TrainError> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let [train, valid] = windows;
     let run = run.clone().with_progress(Progress::Quiet);
-    train_on::<Autodiff<Flex>>(config, train, valid, &run, &vec![FlexDevice; devices])
+    let devices = vec![FlexDevice; devices];
+    in_turn(|| train_on::<Autodiff<Flex>>(config, train, valid, &run, &devices))
 }
 
 fn fails(config: &TrainingConfig, train: Sequence, valid: Sequence) -> TrainError {
@@ -201,7 +200,8 @@ fn windows_without_a_target_that_counts_are_an_error() {
         "{error}"
     );
     let model = config().model.init::<Flex>(&FlexDevice).unwrap();
-    let error = evaluate(&model, &Sequence::new(30, none), 4, None).unwrap_err();
+    let evaluated = in_turn(|| evaluate(&model, &Sequence::new(30, none), 4, None));
+    let error = evaluated.unwrap_err();
     assert!(
         matches!(error, TrainError::NoTargets { step: None }),
         "{error}"
