@@ -239,7 +239,7 @@ fn teachers_and_parameters_that_do_not_fit_are_refused() {
 
     let quiet = Run::new(directory.path()).with_progress(Progress::Quiet);
     let from = |config: &TrainingConfig| {
-        train_from(config, student(), tokens(), &quiet, &FlexDevice).unwrap_err()
+        in_turn(|| train_from(config, student(), tokens(), &quiet, &FlexDevice)).unwrap_err()
     };
     let error = from(&distilling(None, hidden));
     assert!(matches!(error, TrainError::NoTeacher), "{error}");
