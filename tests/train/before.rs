@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use burn::tensor::{Distribution, Tensor};
+
 use super::*;
 
 fn golden() -> PathBuf {
@@ -31,12 +33,32 @@ fn logits(model: &FusedKvDecoder<Flex>) -> Vec<f32> {
 
 #[test]
 fn a_run_of_before_gives_its_model() {
-    let (model, losses) = Run::new(golden().join("run"))
-        .last::<Flex>(&FlexDevice)
-        .unwrap();
+    // Burn counts an optional module's parameters before it loads them, and draws them for that.
+    let last = || Run::new(golden().join("run")).last::<Flex>(&FlexDevice);
+    let (model, losses) = in_turn(last).unwrap();
     let saved = load_checkpoint::<Flex>(golden(), WeightDtype::F32, &FlexDevice).unwrap();
     assert_eq!(logits(&model), logits(&saved.model));
     assert_eq!(losses.epoch, 2);
+}
+
+/// A number drawn after a seed and `work`.
+fn drawn(work: impl FnOnce()) -> f32 {
+    in_turn(|| {
+        Flex::seed(&FlexDevice, 7);
+        work();
+        Tensor::<Flex, 1>::random([1], Distribution::Default, &FlexDevice).into_scalar()
+    })
+}
+
+/// Weights that files have are not drawn first.
+#[test]
+fn loading_a_directory_draws_no_random_numbers() {
+    let expected = drawn(|| {});
+    let directory = || {
+        let saved = load_checkpoint::<Flex>(golden(), WeightDtype::F32, &FlexDevice).unwrap();
+        logits(&saved.model);
+    };
+    assert_eq!(drawn(directory), expected);
 }
 
 #[test]

@@ -332,7 +332,7 @@ fn accumulated_gradients_have_the_norms_of_those_of_the_whole_batch() {
 #[test]
 fn the_best_epochs_model_can_be_loaded() {
     let directory = tempdir().unwrap();
-    let best = || Run::new(directory.path()).best::<Flex>(&FlexDevice);
+    let best = || in_turn(|| Run::new(directory.path()).best::<Flex>(&FlexDevice));
     let error = best().unwrap_err();
     assert!(matches!(error, TrainError::NoCheckpoint(_)), "{error}");
     // What is held out follows another rule: what is learned of the first makes it worse.
