@@ -10,8 +10,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::rows::{Floats, GroupStorage, Groups, Matrix as _, PIECE};
-use super::simd::widen_f16;
-use super::widen::{Coded, Int4, Int8};
+use super::widen::{self, Coded, Int4, Int8};
 use super::{ARCH, PARALLEL, float_tensor, simd};
 use crate::kernels::packed::{Codes, GROUP, Packed};
 #[cfg(test)]
@@ -281,7 +280,7 @@ impl WithSimd for Products<'_> {
         for (j, output) in self.outputs.enumerate() {
             for from in (0..input).step_by(PIECE) {
                 let piece = from..(from + PIECE).min(input);
-                let weight = self.weight.piece(output, piece.clone(), &mut scratch);
+                let weight = (self.weight).piece(simd, output, piece.clone(), &mut scratch);
                 for (row, x) in self.x.chunks(input).enumerate() {
                     self.products[row * width + j] += simd::dot(simd, &x[piece.clone()], weight);
                 }
@@ -323,9 +322,9 @@ impl GroupProducts<'_> {
             let last = (first + at_once).min(width);
             let outputs = self.outputs.start + first..self.outputs.start + last;
             // Of several rows in one go, which has hardly an end that fills no vector.
-            let scales = widened(weight.scales(outputs.clone()), scales);
-            let offsets =
-                (weight.offsets(outputs.clone())).map(|numbers| widened(numbers, &mut *offsets));
+            let scales = widened(simd, weight.scales(outputs.clone()), scales);
+            let offsets = (weight.offsets(outputs.clone()))
+                .map(|numbers| widened(simd, numbers, &mut *offsets));
             let bytes = weight.bytes(outputs);
             let bytes = bytes.chunks_exact(per_row * C::CODES.bytes());
             for ((j, bytes), scales) in (first..last).zip(bytes).zip(scales.chunks(per_row)) {
@@ -346,9 +345,9 @@ impl GroupProducts<'_> {
 }
 
 #[inline(always)]
-fn widened<'a>(numbers: &[f16], to: &'a mut [f32]) -> &'a [f32] {
+fn widened<'a, S: Simd>(simd: S, numbers: &[f16], to: &'a mut [f32]) -> &'a [f32] {
     let to = &mut to[..numbers.len()];
-    (to.iter_mut().zip(numbers)).for_each(|(to, x)| *to = widen_f16(*x));
+    widen::f16s(simd, numbers, to);
     to
 }
 

@@ -7,8 +7,7 @@ use burn_flex::FlexTensor;
 use half::{bf16, f16};
 use pulp::Simd;
 
-use super::simd::{widen_bf16, widen_f16};
-use super::widen::{Coded, Int4, Int8};
+use super::widen::{self, Coded, Int4, Int8, widen_f16};
 use super::{float_tensor, int_tensor};
 use crate::kernels::packed::{Codes, GROUP, Packed};
 
@@ -57,7 +56,13 @@ impl<'a> Floats<'a> {
     /// Some columns of a row: as they lie if they are f32, else widened in `scratch`, which has room
     /// for them.
     #[inline(always)]
-    pub fn piece<'t>(&self, row: usize, range: Range<usize>, scratch: &'t mut [f32]) -> &'t [f32]
+    pub fn piece<'t, S: Simd>(
+        &self,
+        simd: S,
+        row: usize,
+        range: Range<usize>,
+        scratch: &'t mut [f32],
+    ) -> &'t [f32]
     where
         'a: 't,
     {
@@ -66,12 +71,10 @@ impl<'a> Floats<'a> {
         match self.numbers {
             Numbers::F32(numbers) => return &numbers[start..][..range.len()],
             Numbers::F16(numbers) => {
-                let numbers = &numbers[start..][..range.len()];
-                (scratch.iter_mut().zip(numbers)).for_each(|(to, x)| *to = widen_f16(*x));
+                widen::f16s(simd, &numbers[start..][..range.len()], scratch);
             }
             Numbers::Bf16(numbers) => {
-                let numbers = &numbers[start..][..range.len()];
-                (scratch.iter_mut().zip(numbers)).for_each(|(to, x)| *to = widen_bf16(*x));
+                widen::bf16s(&numbers[start..][..range.len()], scratch);
             }
         }
         scratch
@@ -84,9 +87,9 @@ impl Matrix for Floats<'_> {
     }
 
     #[inline(always)]
-    fn widen<S: Simd>(&self, _: S, row: usize, to: &mut [f32]) {
+    fn widen<S: Simd>(&self, simd: S, row: usize, to: &mut [f32]) {
         // What is f32 already is multiplied where it lies.
-        self.piece(row, 0..self.columns, to);
+        self.piece(simd, row, 0..self.columns, to);
     }
 }
 

@@ -1,6 +1,5 @@
 //! What the kernels do with vectors of whatever length the processor has.
 
-use half::{bf16, f16};
 use pulp::Simd;
 use pulp::bytemuck::cast_slice_mut;
 
@@ -80,44 +79,4 @@ pub(super) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     }
     let n = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
     simd.transmute_f32s_u32s(simd.add_u32s(simd.transmute_u32s_f32s(power), n))
-}
-
-/// The number itself, by arithmetic that compilers turn into vectors: the exponent is moved to its
-/// place and its bias corrected by a product, which is exact and also right for subnormal numbers.
-/// What is not finite has all bits of the exponent set in both.
-#[inline(always)]
-pub(super) fn widen_f16(x: f16) -> f32 {
-    /// 2^112: biases of 127 against 15.
-    const BIAS: f32 = f32::from_bits((127 + 112) << 23);
-    let bits = u32::from(x.to_bits());
-    let not_finite = if bits & 0x7c00 == 0x7c00 {
-        0xff << 23
-    } else {
-        0
-    };
-    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * BIAS;
-    f32::from_bits(magnitude.to_bits() | not_finite | (bits & 0x8000) << 16)
-}
-
-/// The number itself.
-#[inline(always)]
-pub(super) fn widen_bf16(x: bf16) -> f32 {
-    f32::from_bits(u32::from(x.to_bits()) << 16)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_half_is_widened_to_itself() {
-        for bits in 0..=u16::MAX {
-            let x = f16::from_bits(bits);
-            if x.is_nan() {
-                assert!(widen_f16(x).is_nan(), "{bits:#x}");
-            } else {
-                assert_eq!(widen_f16(x).to_bits(), x.to_f32().to_bits(), "{bits:#x}");
-            }
-        }
-    }
 }

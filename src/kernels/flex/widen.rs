@@ -2,6 +2,7 @@
 
 use std::any::Any;
 
+use half::{bf16, f16};
 use pulp::Simd;
 use pulp::bytemuck::{cast, cast_slice_mut};
 #[cfg(target_arch = "x86_64")]
@@ -48,6 +49,43 @@ impl Coded for Int4 {
         let above = simd.or_u32s(codes, simd.splat_u32s(BASE.to_bits()));
         simd.sub_f32s(simd.transmute_f32s_u32s(above), simd.splat_f32s(BASE))
     }
+}
+
+/// Numbers as f32; as many of both.
+#[inline(always)]
+pub(super) fn f16s<S: Simd>(simd: S, numbers: &[f16], to: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(simd) = is::<S, V4>(simd) {
+        let (vectors, tail) = numbers.as_chunks::<16>();
+        let (to, to_tail) = to.as_chunks_mut::<16>();
+        for (to, numbers) in to.iter_mut().zip(vectors) {
+            let mut bits = [0; 16];
+            (bits.iter_mut().zip(numbers)).for_each(|(bits, x)| *bits = x.to_bits());
+            *to = cast(simd.avx512f._mm512_cvtph_ps(cast(bits)));
+        }
+        (to_tail.iter_mut().zip(tail)).for_each(|(to, x)| *to = widen_f16(*x));
+        return;
+    }
+    let _ = simd;
+    (to.iter_mut().zip(numbers)).for_each(|(to, x)| *to = widen_f16(*x));
+}
+
+/// Numbers as f32; as many of both.
+#[inline(always)]
+pub(super) fn bf16s(numbers: &[bf16], to: &mut [f32]) {
+    (to.iter_mut().zip(numbers)).for_each(|(to, x)| *to = widen_bf16(*x));
+}
+
+/// 8-bit codes times their scale as f32; as many of both.
+#[inline(always)]
+pub(super) fn scaled<S: Simd>(simd: S, codes: &[i8], scale: f32, to: &mut [f32]) {
+    let (to, to_tail) = S::as_mut_simd_f32s(to);
+    let (codes, tail) = codes.split_at(to.len() * S::F32_LANES);
+    let factor = simd.splat_f32s(scale);
+    for (to, codes) in to.iter_mut().zip(codes.chunks_exact(S::F32_LANES)) {
+        *to = simd.mul_f32s(signed(simd, codes), factor);
+    }
+    (to_tail.iter_mut().zip(tail)).for_each(|(to, x)| *to = f32::from(*x) * scale);
 }
 
 /// As many bytes as a vector has numbers, −128 to 127.
@@ -104,4 +142,44 @@ fn first<const N: usize>(bytes: &[i8]) -> [i8; 16] {
 #[inline(always)]
 fn is<S: Simd, T: Simd>(simd: S) -> Option<T> {
     (&simd as &dyn Any).downcast_ref::<T>().copied()
+}
+
+/// The number itself, by arithmetic that compilers turn into vectors: the exponent is moved to its
+/// place and its bias corrected by a product, which is exact and also right for subnormal numbers.
+/// What is not finite has all bits of the exponent set in both.
+#[inline(always)]
+pub(super) fn widen_f16(x: f16) -> f32 {
+    /// 2^112: biases of 127 against 15.
+    const BIAS: f32 = f32::from_bits((127 + 112) << 23);
+    let bits = u32::from(x.to_bits());
+    let not_finite = if bits & 0x7c00 == 0x7c00 {
+        0xff << 23
+    } else {
+        0
+    };
+    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * BIAS;
+    f32::from_bits(magnitude.to_bits() | not_finite | (bits & 0x8000) << 16)
+}
+
+/// The number itself.
+#[inline(always)]
+pub(super) fn widen_bf16(x: bf16) -> f32 {
+    f32::from_bits(u32::from(x.to_bits()) << 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_is_widened_to_itself() {
+        for bits in 0..=u16::MAX {
+            let x = f16::from_bits(bits);
+            if x.is_nan() {
+                assert!(widen_f16(x).is_nan(), "{bits:#x}");
+            } else {
+                assert_eq!(widen_f16(x).to_bits(), x.to_f32().to_bits(), "{bits:#x}");
+            }
+        }
+    }
 }

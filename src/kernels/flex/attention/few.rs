@@ -140,9 +140,12 @@ impl WithSimd for Part<'_> {
             let range = start..(start + TILE).min(self.keys.end);
             scores.fill(0.0);
             for (keys, queries) in keys.iter().zip(queries.chunks(n_rows * head_dim)) {
-                let tile = keys.tile(range.clone(), &mut scratch);
-                for (query, scores) in queries.chunks(head_dim).zip(scores.chunks_mut(TILE)) {
-                    add_scores(simd, query, tile, scores);
+                for part in parts(&range, keys.at_once()) {
+                    let first = part.start - start;
+                    let tile = keys.tile(simd, part, &mut scratch);
+                    for (query, scores) in queries.chunks(head_dim).zip(scores.chunks_mut(TILE)) {
+                        add_scores(simd, query, tile, &mut scores[first..]);
+                    }
                 }
             }
             for (row, scores) in scores.chunks_mut(TILE).enumerate() {
@@ -161,14 +164,25 @@ impl WithSimd for Part<'_> {
                 .iter()
                 .zip(state.weighted.chunks_mut(n_rows * head_dim))
             {
-                let tile = values.tile(range.clone(), &mut scratch);
-                for (scores, weighted) in scores.chunks(TILE).zip(weighted.chunks_mut(head_dim)) {
-                    add_values(simd, &scores[..range.len()], tile, weighted);
+                for part in parts(&range, values.at_once()) {
+                    let among = part.start - start..part.end - start;
+                    let tile = values.tile(simd, part, &mut scratch);
+                    let rows = scores.chunks(TILE).zip(weighted.chunks_mut(head_dim));
+                    for (scores, weighted) in rows {
+                        add_values(simd, &scores[among.clone()], tile, weighted);
+                    }
                 }
             }
         }
         state
     }
+}
+
+/// A range in parts of so many.
+fn parts(range: &Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let end = range.end;
+    let starts = range.clone().step_by(len);
+    starts.map(move |start| start..start.saturating_add(len).min(end))
 }
 
 impl Softmax {

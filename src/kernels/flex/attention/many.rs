@@ -110,7 +110,7 @@ impl Tile<'_> {
         for start in (first..end).step_by(TILE) {
             let range = start..(start + TILE).min(end);
             let scores = &mut scores[..range.len()];
-            let tile = keys.tile(range.clone(), &mut scratch);
+            let tile = keys.tile(simd, range.clone(), &mut scratch);
             scores_of::<S, HIGH>(simd, tile, &queries, scores);
             let lanes = WIDE * S::F32_LANES;
             let numbers: &mut [f32] = cast_slice_mut(&mut *scores);
@@ -120,7 +120,7 @@ impl Tile<'_> {
                 });
             }
             let decay = softmax(simd, scores, &mut max, &mut sum);
-            let tile = values.tile(range, &mut scratch);
+            let tile = values.tile(simd, range, &mut scratch);
             add_values::<S, HIGH>(simd, tile, scores, decay, &mut weighted);
         }
 

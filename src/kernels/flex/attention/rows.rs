@@ -6,7 +6,9 @@ use burn::tensor::{DType, backend::Backend};
 use burn_flex::FlexTensor;
 use half::{bf16, f16};
 
-use super::super::simd::{widen_bf16, widen_f16};
+use pulp::Simd;
+
+use super::super::widen;
 use super::super::{float_tensor, int_tensor};
 use crate::kernels::stored::Stored;
 
@@ -92,50 +94,62 @@ fn start_of(tensor: &FlexTensor, batch: usize, kv_head: usize) -> usize {
     layout.start_offset() + batch * strides[0].unsigned_abs() + kv_head * strides[1].unsigned_abs()
 }
 
+/// Numbers that are widened at a time for few queries: they stay in the first-level cache.
+const WIDENED: usize = 1 << 12;
+
 impl<'a> Rows<'a> {
+    /// Rows that are best asked for at a time, where they are read again and again.
+    pub fn at_once(&self) -> usize {
+        match self.lie_as_read() {
+            true => usize::MAX,
+            false => (WIDENED / self.head_dim).max(1),
+        }
+    }
+
+    fn lie_as_read(&self) -> bool {
+        matches!(self.numbers, Numbers::F32(_)) && self.stride == self.head_dim
+    }
+
     /// Rows `range` one behind the other: as they lie if they do, else converted in `scratch`, which
     /// grows to the largest tile.
     #[inline(always)]
-    pub fn tile<'t>(&self, range: Range<usize>, scratch: &'t mut Vec<f32>) -> &'t [f32]
+    pub fn tile<'t, S: Simd>(
+        &self,
+        simd: S,
+        range: Range<usize>,
+        scratch: &'t mut Vec<f32>,
+    ) -> &'t [f32]
     where
         'a: 't,
     {
         let (stride, width) = (self.stride, self.head_dim);
         let len = range.len() * width;
         if let Numbers::F32(rows) = self.numbers
-            && stride == width
+            && self.lie_as_read()
         {
             return &rows[range.start * stride..][..len];
         }
         let scratch = grown(scratch, len);
+        let rows = scratch.chunks_exact_mut(width).zip(range);
         match self.numbers {
-            Numbers::F32(rows) => {
-                for (to, key) in scratch.chunks_exact_mut(width).zip(range) {
-                    to.copy_from_slice(&rows[key * stride..][..width]);
+            Numbers::F32(numbers) => {
+                for (to, key) in rows {
+                    to.copy_from_slice(&numbers[key * stride..][..width]);
                 }
             }
-            Numbers::F16(rows) => {
-                for (to, key) in scratch.chunks_exact_mut(width).zip(range) {
-                    let row = &rows[key * stride..][..width];
-                    to.iter_mut()
-                        .zip(row)
-                        .for_each(|(to, x)| *to = widen_f16(*x));
+            Numbers::F16(numbers) => {
+                for (to, key) in rows {
+                    widen::f16s(simd, &numbers[key * stride..][..width], to);
                 }
             }
-            Numbers::Bf16(rows) => {
-                for (to, key) in scratch.chunks_exact_mut(width).zip(range) {
-                    let row = &rows[key * stride..][..width];
-                    to.iter_mut()
-                        .zip(row)
-                        .for_each(|(to, x)| *to = widen_bf16(*x));
+            Numbers::Bf16(numbers) => {
+                for (to, key) in rows {
+                    widen::bf16s(&numbers[key * stride..][..width], to);
                 }
             }
-            Numbers::Int8(rows, scales) => {
-                for (to, key) in scratch.chunks_exact_mut(width).zip(range) {
-                    let (row, scale) = (&rows[key * stride..][..width], scales[key]);
-                    to.iter_mut()
-                        .zip(row)
-                        .for_each(|(to, x)| *to = f32::from(*x) * scale);
+            Numbers::Int8(numbers, scales) => {
+                for (to, key) in rows {
+                    widen::scaled(simd, &numbers[key * stride..][..width], scales[key], to);
                 }
             }
         }
@@ -169,19 +183,24 @@ impl<'a> Blend<'a> {
 
     /// [`Rows::tile`] of the blend.
     #[inline(always)]
-    pub fn tile<'t>(&self, range: Range<usize>, scratch: &'t mut Scratch) -> &'t [f32]
+    pub fn tile<'t, S: Simd>(
+        &self,
+        simd: S,
+        range: Range<usize>,
+        scratch: &'t mut Scratch,
+    ) -> &'t [f32]
     where
         'a: 't,
     {
         let Scratch { source, blend } = scratch;
         if let [(rows, None)] = self.0[..] {
-            return rows.tile(range, source);
+            return rows.tile(simd, range, source);
         }
         let width = self.0.first().map_or(0, |(rows, _)| rows.head_dim);
         let blend = grown(blend, range.len() * width);
         blend.fill(0.0);
         for (rows, weight) in &self.0 {
-            let tile = rows.tile(range.clone(), source);
+            let tile = rows.tile(simd, range.clone(), source);
             match weight {
                 None => blend.iter_mut().zip(tile).for_each(|(sum, x)| *sum += x),
                 Some(weight) => {
