@@ -2,6 +2,7 @@
 //! from → output head.
 
 mod attention;
+mod by_name;
 #[cfg(all(test, feature = "flex"))]
 mod dispatch;
 mod embedding;
@@ -9,7 +10,9 @@ mod error;
 mod feed_forward;
 mod layer;
 mod layer_input;
+mod listed;
 mod matrices;
+mod module;
 mod norm;
 mod projection;
 mod record;
@@ -20,22 +23,22 @@ mod weight;
 
 use std::sync::Arc;
 
-use burn::module::{Initializer, Module};
+use burn::module::Initializer;
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
-pub use attention::Attention;
-pub use embedding::Embedding;
+use attention::Projected;
+use embedding::Embedding;
 pub use error::ForwardError;
-pub use feed_forward::FeedForward;
-pub use layer::DecoderLayer;
-pub use norm::Norm;
-pub use projection::Projection;
-pub use record::{DecoderRecord, PlanModule, PlanRecord, RecordError};
+pub(crate) use layer::DecoderLayer;
+use norm::Norm;
+pub(crate) use projection::Projection;
+pub use record::{DecoderRecord, PlanRecord, RecordError};
 pub use rope::{Rope, RopeAngles, RopeError};
 #[cfg(feature = "convert")]
 pub(crate) use stream::{Half, Stream};
-pub use weight::{PackedWeight, Weight, WeightError, WeightFormat};
+pub(crate) use weight::Weight;
+pub use weight::{WeightError, WeightFormat};
 
 use crate::attention::FusionForm;
 use crate::cache::{
@@ -52,7 +55,9 @@ use crate::tokens::TokenBatch;
 /// whose [block](crate::config::BlockConfig) says what its layers compute; all methods and families
 /// are this decoder.
 ///
-/// Should be created with [`FusedKvDecoderConfig::init`]. Field names are Hugging Face's.
+/// Should be created with [`FusedKvDecoderConfig::init`]. Its parameters have Hugging Face's names
+/// ([`parameter`](Self::parameter)); which there are follows from the plan and the block, and nothing
+/// that is done to a decoder changes it.
 ///
 /// ```
 /// use fusedkv::backend::{Flex, FlexDevice};
@@ -75,39 +80,34 @@ use crate::tokens::TokenBatch;
 /// assert_eq!((logits.dims(), cache.len()), ([1, 1, 64], 5));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Module, Debug)]
+#[derive(Clone, Debug)]
 pub struct FusedKvDecoder<B: Backend> {
-    /// First, so that a record of another plan is refused before anything is loaded.
-    plan: PlanModule<B>,
     /// `[vocab_size, hidden_size]`.
-    pub embed_tokens: Embedding<B>,
+    pub(crate) embed_tokens: Embedding<B>,
     /// What layers are given of the tokens themselves, in blocks that have it, one layer beside the
     /// other: `[vocab_size, n_layers · layer_input_size]`.
-    pub embed_tokens_per_layer: Option<Embedding<B>>,
+    pub(crate) embed_tokens_per_layer: Option<Embedding<B>>,
     /// `[hidden_size, n_layers · layer_input_size]`.
-    pub per_layer_model_projection: Option<Projection<B>>,
+    pub(crate) per_layer_model_projection: Option<Projection<B>>,
     /// Over layer_input_size.
-    pub per_layer_projection_norm: Option<Norm<B>>,
+    pub(crate) per_layer_projection_norm: Option<Norm<B>>,
     /// The layers, bottom first.
-    pub layers: Vec<DecoderLayer<B>>,
+    pub(crate) layers: Vec<DecoderLayer<B>>,
     /// Over hidden_size, before the head.
-    pub norm: Norm<B>,
+    pub(crate) norm: Norm<B>,
     /// `[hidden_size, vocab_size]`; none where the embedding is the head.
-    pub lm_head: Option<Projection<B>>,
+    pub(crate) lm_head: Option<Projection<B>>,
+    /// The plan, spelled out.
+    layout: Arc<KvLayout>,
     dropout: Dropout,
     /// Of every kind of layers; none where it does not rotate.
-    #[module(skip)]
     ropes: Arc<Vec<Option<Rope>>>,
     /// Of every kind of layers.
-    #[module(skip)]
     windows: Arc<Vec<Option<usize>>>,
     /// What every cached pass compares its cache with.
-    #[module(skip)]
     cache_shape: Arc<CacheShape>,
-    #[module(skip)]
     config: Arc<FusedKvDecoderConfig>,
     /// Tokens of all rows that a cached pass reads at once; none: all of them.
-    #[module(skip)]
     prefill_chunk: Option<usize>,
 }
 
@@ -145,8 +145,7 @@ impl FusedKvDecoderConfig {
     /// # Errors
     /// [`ConfigError`] as [`validate`](Self::validate).
     pub fn init<B: Backend>(&self, device: &B::Device) -> Result<FusedKvDecoder<B>, ConfigError> {
-        let plan = PlanModule::new(self.validate()?);
-        let layout = &plan.layout;
+        let layout = Arc::new(self.validate()?);
         let (kinds, _) = self.kinds();
         let rope = |spec: &LayerSpec| Some(Rope::new(spec.kv.head_dim, spec.kind.rope.clone()?));
         let embedding =
@@ -161,8 +160,8 @@ impl FusedKvDecoderConfig {
                 Projection::new(shape, false, &self.initializer(), device)
             }),
             per_layer_projection_norm: input.map(|input| Norm::new(input, self, device)),
-            layers: (0..self.n_layers)
-                .map(|index| DecoderLayer::new(self, layout, index, device))
+            layers: (layout.layers().iter().enumerate())
+                .map(|(index, layer)| DecoderLayer::new(self, layer, index, device))
                 .collect(),
             norm: Norm::new(self.hidden_size, self, device),
             lm_head: (!self.tie_embeddings).then(|| {
@@ -172,10 +171,10 @@ impl FusedKvDecoderConfig {
             dropout: DropoutConfig::new(self.dropout).init(),
             ropes: Arc::new(kinds.iter().map(rope).collect()),
             windows: Arc::new(kinds.iter().map(|spec| spec.kind.window).collect()),
-            cache_shape: Arc::new(self.cache_shape(layout)),
+            cache_shape: Arc::new(self.cache_shape(&layout)),
             config: Arc::new(self.clone()),
             prefill_chunk: kernels::tokens_per_pass::<B>(),
-            plan,
+            layout,
         })
     }
 
@@ -210,7 +209,7 @@ impl<B: Backend> FusedKvDecoder<B> {
 
     /// The plan, spelled out for this decoder's layers.
     pub fn layout(&self) -> &KvLayout {
-        &self.plan.layout
+        &self.layout
     }
 
     /// The float type that it computes in.
@@ -451,15 +450,17 @@ impl<B: Backend> FusedKvDecoder<B> {
         for (i, (layer, reach)) in layers.skip(first) {
             watch(i, &x);
             let span = &spans[layout.kind(i)];
-            let input = layer.attention_input(&x);
-            layer.self_attn.put(layout, i, &input, span, reach, store);
-            if reach.queries == 0 {
-                break;
-            }
+            let attention = &layer.self_attn;
+            let Projected {
+                query,
+                keys,
+                values,
+            } = attention.project(&layer.attention_input(&x), reach);
+            attention.put(keys, values, span, reach, store);
+            let Some(query) = query else { break };
             // From here on nobody reads the other positions.
             x = last(x, reach.queries);
-            let input = last(input, reach.queries);
-            let attended = layer.self_attn.forward(form, layout, i, input, span, store);
+            let attended = attention.forward(form, query, span, store);
             x = layer.add_attention(x, attended, &self.dropout);
             let output = layer.mlp.forward(layer.feed_forward_input(&x));
             x = layer.add_feed_forward(x, output, &self.dropout);

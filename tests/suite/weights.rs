@@ -2,6 +2,7 @@
 
 use burn::module::Module;
 use burn::record::{BinBytesRecorder, FullPrecisionSettings, Recorder};
+use burn::tensor::Tensor;
 use burn_ndarray::NdArray;
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::{
@@ -9,7 +10,7 @@ use fusedkv::{
 };
 use proptest::prelude::*;
 
-use crate::models::{Case, any_case, off, values};
+use crate::models::{Case, any_case, changed, off, values};
 
 const FORMATS: [WeightFormat; 4] = [
     WeightFormat::F16,
@@ -123,11 +124,12 @@ fn what_a_format_cannot_hold_is_refused() {
         (WeightFormat::Int8, 1e7),
         (WeightFormat::Int4, 1e5),
     ] {
-        let mut model = config.init::<Flex>(&FlexDevice).unwrap();
-        let up = &mut model.layers[1].mlp.up_proj.weight;
-        *up = up.clone().map(|weight| weight.zeros_like() + value);
-        let error = model.with_weights(format).unwrap_err();
+        let model = config.init::<Flex>(&FlexDevice).unwrap();
         let tensor = "model.layers.1.mlp.up_proj.weight".to_owned();
+        let large = |weight: Tensor<Flex, 2>| weight.zeros_like() + value;
+        let error = changed(model, &tensor, large)
+            .with_weights(format)
+            .unwrap_err();
         let expected = WeightError::Overflow {
             tensor,
             value,
