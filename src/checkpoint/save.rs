@@ -162,7 +162,8 @@ impl Saved {
             WeightFormat::F16 => Some(Self::Float(WeightDtype::F16)),
             WeightFormat::Bf16 => Some(Self::Float(WeightDtype::Bf16)),
             WeightFormat::Int8 => Some(Self::Int8),
-            WeightFormat::Int4 => None,
+            // The format has no tensors of others.
+            _ => None,
         }
     }
 

@@ -5,10 +5,10 @@ use burn::module::{Initializer, Module, Param};
 use burn::nn::Dropout;
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::Norm;
 use super::attention::Attention;
 use super::feed_forward::{FeedForward, gated};
 use super::listed::listed;
+use super::norm::Norm;
 use super::projection::{Projection, projections};
 use crate::config::{Activation, FusedKvDecoderConfig, NormPlacement};
 use crate::plan::LayerKv;

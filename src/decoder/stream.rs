@@ -4,7 +4,8 @@
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::attention::Projected;
-use super::{DecoderLayer, ForwardError, FusedKvDecoder, Norm, Projection, Span};
+use super::span::Span;
+use super::{DecoderLayer, ForwardError, FusedKvDecoder, Norm, Projection};
 use crate::cache::{KvStore, Uncached};
 use crate::plan::{KvPart, PerPart, Reach};
 use crate::tokens::TokenBatch;

@@ -9,7 +9,9 @@ use burn::module::Param;
 use burn::tensor::DType;
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::{Norm, Projection, Span, last};
+use super::norm::Norm;
+use super::projection::Projection;
+use super::span::{Span, last};
 use crate::attention::{FusionForm, attend};
 use crate::cache::KvStore;
 use crate::config::{FusedKvDecoderConfig, QkNorm};

@@ -8,7 +8,8 @@ use super::{Attention, Settings};
 use crate::attention::KvFusionConfig;
 use crate::config::FusedKvDecoderConfig;
 use crate::decoder::listed::listed;
-use crate::decoder::{Norm, Projection};
+use crate::decoder::norm::Norm;
+use crate::decoder::projection::Projection;
 use crate::plan::{KvPart, LayerKv};
 
 /// What an [`Attention`] is made of and taken apart to; which of the optional parts there are follows

@@ -5,7 +5,8 @@ use burn::tensor::{Tensor, backend::Backend};
 
 use crate::attention::{terms, weights_per_source};
 use crate::cache::KvStore;
-use crate::decoder::{Norm, Projection};
+use crate::decoder::norm::Norm;
+use crate::decoder::projection::Projection;
 use crate::kernels::operands::Term;
 use crate::kernels::same_for_all_tokens;
 use crate::plan::{BlendWeights, KvPart, KvShape, KvSource};
