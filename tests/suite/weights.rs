@@ -176,3 +176,21 @@ fn no_matrix_is_left_out() {
         assert_eq!(packed.weight_bytes() * 32, matrices.0 * 34);
     }
 }
+
+/// An embedding that is not the head is looked up.
+#[test]
+fn a_pass_reads_all_matrices_but_embeddings() {
+    let config = FusedKvDecoderConfig::tiny(64, KvPlan::Standard);
+    let model = |config: FusedKvDecoderConfig| config.init::<Flex>(&FlexDevice).unwrap();
+    let tied = model(config.clone().with_tie_embeddings(true));
+    assert_eq!(tied.weight_bytes_read(), tied.weight_bytes());
+    let mut of_layers = config.with_tie_embeddings(false);
+    of_layers.block.layer_input_size = Some(8);
+    let (layers, width) = (of_layers.n_layers, of_layers.hidden_size);
+    let untied = model(of_layers);
+    let looked_up = 4 * 64 * (width + 8 * layers);
+    assert_eq!(
+        untied.weight_bytes_read(),
+        untied.weight_bytes() - looked_up
+    );
+}

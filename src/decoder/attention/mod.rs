@@ -330,3 +330,41 @@ fn forward_all<B: Backend>(projections: &[&Projection<B>], x: Tensor<B, 3>) -> V
         .map(|projection| projection.forward(x.clone()))
         .collect()
 }
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn::module::Initializer;
+    use burn::tensor::Distribution;
+    use burn_flex::{Flex, FlexDevice};
+
+    use super::*;
+
+    /// Of any positions, wanted alike or not, each projection gives what it gives alone.
+    #[test]
+    fn projections_are_asked_together_and_answer_apart() {
+        let initializer = Initializer::Normal {
+            mean: 0.0,
+            std: 1.0,
+        };
+        let projection = |width| Projection::new([8, width], true, &initializer, &FlexDevice);
+        let projections: [Projection<Flex>; 3] = [3, 5, 4].map(projection);
+        let x = Tensor::<Flex, 3>::random([2, 6, 8], Distribution::Default, &FlexDevice);
+        for positions in [[6, 6, 6], [6, 2, 6], [0, 4, 4], [3, 3, 1], [0, 0, 0]] {
+            for missing in 0..4 {
+                let wanted = [0, 1, 2].map(|i| {
+                    let there = (i != missing).then_some(&projections[i]);
+                    (there, positions[i])
+                });
+                let found = project_together(&x, wanted);
+                for (found, (projection, positions)) in found.into_iter().zip(wanted) {
+                    let expected = projection.filter(|_| positions > 0);
+                    let expected = expected.map(|it| it.forward(last(x.clone(), positions)));
+                    assert_eq!(
+                        found.map(Tensor::into_data),
+                        expected.map(Tensor::into_data)
+                    );
+                }
+            }
+        }
+    }
+}

@@ -3,7 +3,7 @@
 use burn::module::{EmptyRecord, Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::source::{Added, OwnKeys, OwnValues, Source, there};
+use super::source::{Added, OwnKeys, OwnValues, Source, needed};
 use super::{Attention, Settings};
 use crate::attention::KvFusionConfig;
 use crate::config::FusedKvDecoderConfig;
@@ -239,12 +239,12 @@ impl<B: Backend> Parameters<B> {
         let stores = |part| layer.part(part).is_stored_by(settings.index);
         let mut k_proj = self.k_proj;
         let own_keys = stores(KvPart::Key).then(|| OwnKeys {
-            k_proj: there(k_proj.take(), "k_proj"),
+            k_proj: needed(k_proj.take(), "k_proj"),
             k_norm: self.k_norm,
         });
         let own_values = stores(KvPart::Value).then(|| match (settings.k_eq_v, &own_keys) {
-            (false, _) => OwnValues::Projected(there(self.v_proj, "v_proj")),
-            (true, None) => OwnValues::AsKeys(there(k_proj, "k_proj")),
+            (false, _) => OwnValues::Projected(needed(self.v_proj, "v_proj")),
+            (true, None) => OwnValues::AsKeys(needed(k_proj, "k_proj")),
             (true, Some(_)) => OwnValues::WithKeys,
         });
         Attention {

@@ -75,10 +75,10 @@ impl<B: Backend, O> Source<B, O> {
     ) -> Self {
         match plan {
             KvSource::Own { residual } => Self::Own {
-                own: there(own, "its own"),
+                own: needed(own, "a projection"),
                 added: residual.map(|lower| Added {
                     lower,
-                    alpha: there(alpha, "kv_residual"),
+                    alpha: needed(alpha, "kv_residual"),
                 }),
             },
             KvSource::AsIs(source) => Self::AsIs(*source),
@@ -89,7 +89,7 @@ impl<B: Backend, O> Source<B, O> {
                 own,
                 sources: sources.clone(),
                 shared: *shared,
-                weights: there(weights, "kv_fusion"),
+                weights: needed(weights, "kv_fusion"),
             },
         }
     }
@@ -164,6 +164,6 @@ impl<B: Backend, O> Source<B, O> {
 }
 
 /// A parameter that the plan needs.
-pub(super) fn there<T>(parameter: Option<T>, name: &str) -> T {
+pub(super) fn needed<T>(parameter: Option<T>, name: &str) -> T {
     parameter.unwrap_or_else(|| panic!("an attention without `{name}`, which its plan needs"))
 }
