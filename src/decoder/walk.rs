@@ -122,8 +122,9 @@ impl<B: Backend> FusedKvDecoder<B> {
     ///
     /// # Errors
     /// - [`ForwardError::Tokens`] if there are none
-    /// - [`CacheError::PlanMismatch`], [`CacheError::BatchMismatch`] or
-    ///   [`CacheError::OverCapacity`] if the cache cannot take the tokens
+    /// - [`ForwardError::Cache`] of [`PlanMismatch`](crate::CacheError::PlanMismatch),
+    ///   [`BatchMismatch`](crate::CacheError::BatchMismatch) or
+    ///   [`OverCapacity`](crate::CacheError::OverCapacity) if the cache cannot take the tokens
     /// - [`ForwardError::TooManyPositions`] beyond `max_positions`
     ///
     /// # Panics
