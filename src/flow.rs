@@ -56,7 +56,7 @@ pub fn information_flow<B: Backend>(model: &FusedKvDecoder<B>) -> InformationFlo
     };
     let layout = model.layout();
     for (layer, kv) in layout.layers().iter().enumerate() {
-        let fusion = model.layers[layer].self_attn.kv_fusion.as_ref();
+        let attention = &model.layers[layer].self_attn;
         for (part, flows) in [
             (KvPart::Key, &mut flow.keys),
             (KvPart::Value, &mut flow.values),
@@ -64,8 +64,8 @@ pub fn information_flow<B: Backend>(model: &FusedKvDecoder<B>) -> InformationFlo
             if kv.part(part).is_own() {
                 continue;
             }
-            let weight = fusion.and_then(|fusion| fusion.weight(part));
-            flows.push(layer_flow(layer, layout.sources(part, layer), weight));
+            let (sources, weights) = (layout.sources(part, layer), attention.blend(part));
+            flows.push(layer_flow(layer, sources, weights));
         }
     }
     flow

@@ -1,5 +1,5 @@
 //! The parameters of a decoder, told by its configuration and plan alone: what files hold, and what
-//! there is to count. Loading checks every one against the modules.
+//! there is to count. Loading checks every one against the modules, by the name of its place among them.
 
 use crate::config::{FusedKvDecoderConfig, NormPlacement};
 use crate::plan::{KvLayout, KvPart, LayerKv};
@@ -128,4 +128,37 @@ pub(crate) fn tensors(config: &FusedKvDecoderConfig, layout: &KvLayout) -> Vec<T
         tensors.push(TensorSpec::new(HEAD.to_owned(), embedding));
     }
     tensors
+}
+
+/// Where a walk through a decoder's modules stands.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ModulePath(Vec<(String, bool)>);
+
+impl ModulePath {
+    pub fn enter(&mut self, name: &str, container: &str) {
+        self.0
+            .push((name.to_owned(), container == "Struct:Projection"));
+    }
+
+    pub fn exit(&mut self) {
+        self.0.pop();
+    }
+
+    /// The name a checkpoint has for the parameter.
+    pub fn tensor(&self) -> String {
+        let mut names: Vec<&str> = self.0.iter().map(|(name, _)| &**name).collect();
+        if let Some(name @ &mut "gamma") = names.last_mut() {
+            *name = "weight";
+        }
+        if names.first() != Some(&"lm_head") {
+            names.insert(0, "model");
+        }
+        names.join(".")
+    }
+
+    /// Whether the parameter is of a projection: [in, out] in memory, [out, in] in files.
+    #[cfg(feature = "checkpoint")]
+    pub fn is_linear(&self) -> bool {
+        matches!(self.0.last(), Some((_, true)))
+    }
 }

@@ -71,16 +71,11 @@ impl Case {
     ) -> Result<Self, ConfigError> {
         let config = model.config();
         let costs = config.costs()?;
-        // An untied embedding is looked up, not read.
-        let not_read = match config.tie_embeddings {
-            true => 0,
-            false => model.embed_tokens.weight.bytes(),
-        };
         Ok(Self {
             method: method.to_owned(),
             batch,
             prompt,
-            weight_bytes: (model.weight_bytes() - not_read) as f64,
+            weight_bytes: model.weight_bytes_read() as f64,
             reads_per_cached_byte: costs.cache_bytes_read_per_token(prompt, 4) as f64
                 / (costs.cache_bytes_per_token(4) * prompt) as f64,
             prefill_flops: costs.prefill_flops(prompt) as f64 * batch as f64,

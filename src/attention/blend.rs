@@ -5,7 +5,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Distribution, Tensor, TensorData, backend::Backend};
 
 use crate::config::{FusionInit, FusionStart};
-use crate::plan::{KvPart, KvShape, KvSource, LayerKv};
+use crate::plan::{KvPart, KvShape, KvSource};
 
 /// Configuration of a [`KvFusion`].
 #[derive(Clone, Debug, PartialEq)]
@@ -31,7 +31,7 @@ impl KvFusionConfig {
         Some(KvFusion {
             key_weight,
             value_weight,
-            rotated_pairs: self.kv.rotary_dim / 2,
+            rotated_pairs: self.kv.shared_pairs(KvPart::Key),
         })
     }
 
@@ -86,43 +86,31 @@ impl<B: Backend> KvFusion<B> {
     /// The weights of keys or values, one per source, broadcastable to
     /// `[batch, n_kv_heads, seq, head_dim]`; those of keys with both channels of each pair.
     pub fn weights(&self, part: KvPart) -> Option<Vec<Tensor<B, 4>>> {
-        let weight = self.weight(part)?.val();
-        let pairs = self.rotated_pairs;
-        Some(per_source(match (part, weight.dims()) {
-            (KvPart::Key, dims @ [sources, _, _]) if dims != [sources, 1, 1] && pairs > 0 => {
-                let of_pairs = weight.clone().narrow(2, 0, pairs);
-                Tensor::cat(vec![of_pairs, weight], 2)
-            }
-            _ => weight,
-        }))
-    }
-
-    /// The parameter of keys or values.
-    pub(crate) fn weight(&self, part: KvPart) -> Option<&Param<Tensor<B, 3>>> {
-        match part {
-            KvPart::Key => self.key_weight.as_ref(),
-            KvPart::Value => self.value_weight.as_ref(),
-        }
-    }
-
-    #[cfg(feature = "convert")]
-    pub(crate) fn weight_mut(&mut self, part: KvPart) -> &mut Option<Param<Tensor<B, 3>>> {
-        match part {
-            KvPart::Key => &mut self.key_weight,
-            KvPart::Value => &mut self.value_weight,
-        }
+        let (weights, pairs) = match part {
+            KvPart::Key => (&self.key_weight, self.rotated_pairs),
+            KvPart::Value => (&self.value_weight, 0),
+        };
+        Some(weights_per_source(weights.as_ref()?.val(), pairs))
     }
 }
 
-fn per_source<B: Backend>(weight: Tensor<B, 3>) -> Vec<Tensor<B, 4>> {
-    let [sources, heads, channels] = weight.dims();
+/// The weights of a blend, one per source, broadcastable to `[batch, n_kv_heads, seq, head_dim]`, with
+/// both channels of each of the first `pairs`.
+pub(crate) fn weights_per_source<B: Backend>(
+    weights: Tensor<B, 3>,
+    pairs: usize,
+) -> Vec<Tensor<B, 4>> {
+    let weights = match weights.dims() {
+        dims @ [sources, _, _] if dims != [sources, 1, 1] && pairs > 0 => {
+            let of_pairs = weights.clone().narrow(2, 0, pairs);
+            Tensor::cat(vec![of_pairs, weights], 2)
+        }
+        _ => weights,
+    };
+    let [sources, heads, channels] = weights.dims();
+    let of = |source| weights.clone().narrow(0, source, 1);
     (0..sources)
-        .map(|source| {
-            weight
-                .clone()
-                .narrow(0, source, 1)
-                .reshape([1, heads, 1, channels])
-        })
+        .map(|source| of(source).reshape([1, heads, 1, channels]))
         .collect()
 }
 
@@ -133,37 +121,5 @@ pub(crate) fn lite_source(part: KvPart, sources: &[usize]) -> Option<usize> {
     match part {
         KvPart::Key => sources.max(),
         KvPart::Value => sources.min(),
-    }
-}
-
-/// The α of YOCO++ (arXiv 2604.13556): what a layer adds of a lower layer's cached keys and values
-/// to its own. At 0 it is YOCO.
-#[derive(Module, Debug)]
-pub struct KvResidual<B: Backend> {
-    /// α of the keys, `[1]`; none where nothing is added to them.
-    pub key_weight: Option<Param<Tensor<B, 1>>>,
-    /// α of the values, `[1]`; none where nothing is added to them.
-    pub value_weight: Option<Param<Tensor<B, 1>>>,
-}
-
-impl<B: Backend> KvResidual<B> {
-    /// Every α at `start`; nothing if the layer adds nothing.
-    pub(crate) fn new(layer: &LayerKv, start: f64, device: &B::Device) -> Option<Self> {
-        let [key_weight, value_weight] = KvPart::BOTH.map(|part| {
-            layer.part(part).residual()?;
-            Some(Param::from_tensor(Tensor::full([1], start, device)))
-        });
-        (key_weight.is_some() || value_weight.is_some()).then_some(Self {
-            key_weight,
-            value_weight,
-        })
-    }
-
-    /// α of the keys or of the values.
-    pub(crate) fn weight(&self, part: KvPart) -> Option<&Param<Tensor<B, 1>>> {
-        match part {
-            KvPart::Key => self.key_weight.as_ref(),
-            KvPart::Value => self.value_weight.as_ref(),
-        }
     }
 }

@@ -20,7 +20,8 @@ use crate::kernels::stored::Stored;
 use crate::kernels::{self, blended};
 #[cfg(feature = "convert")]
 pub(crate) use blend::lite_source;
-pub use blend::{KvFusion, KvFusionConfig, KvResidual};
+pub(crate) use blend::weights_per_source;
+pub use blend::{KvFusion, KvFusionConfig};
 pub use fused::{AttentionError, fused_attention};
 
 /// Each source with its weight; `weights` is none where sources are taken as they are.

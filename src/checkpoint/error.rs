@@ -177,12 +177,6 @@ pub enum CheckpointError {
         /// What is wrong with that.
         reason: &'static str,
     },
-    /// A parameter that the format has no tensor for, such as a bias that was added by hand.
-    #[error("the decoder has `{tensor}`, which checkpoints of its configuration do not")]
-    NotInFormat {
-        /// What the tensor would be called.
-        tensor: String,
-    },
     /// A block that the decoder's family has no key for.
     #[error(
         "the decoder's block.{field} is none that files of the family \"{family}\" can have, \

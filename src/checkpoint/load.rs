@@ -11,14 +11,13 @@ use super::TOKENIZER;
 use super::config::{self, ModelConfig};
 use super::error::CheckpointError;
 use super::families;
-use super::names::ModulePath;
 use super::numbers::{Number, WeightDtype};
 use super::tensors::{FileTensor, file_tensors};
 use super::weights::Weights;
 use crate::config::ConfigError;
 use crate::decoder::{FusedKvDecoder, Weight, WeightFormat};
 use crate::kernels::packed::Packed;
-use crate::parameters::{TensorSpec, layer_tensors, tensors};
+use crate::parameters::{ModulePath, TensorSpec, layer_tensors, tensors};
 use crate::plan::{KvPlan, LayerKv};
 use crate::tokenizer::Tokenizer;
 

@@ -45,8 +45,6 @@ pub use error::CheckpointError;
 #[cfg(feature = "train")]
 pub(crate) use load::check_vocabulary;
 pub use load::{LoadOptions, LoadedCheckpoint, load_checkpoint};
-#[cfg(feature = "train")]
-pub(crate) use names::ModulePath;
 pub use numbers::WeightDtype;
 pub use plan::plan_of_config;
 pub use rows::RowWriter;

@@ -1,6 +1,6 @@
 //! From a decoder to a directory, all of it or nothing.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -14,14 +14,14 @@ use serde_json::{Map, Value, json};
 use super::directory;
 use super::error::CheckpointError;
 use super::load::check_vocabulary;
-use super::names::{self, ModulePath, ParameterVisitor};
+use super::names::{self, ParameterVisitor};
 use super::numbers::{Overflow, WeightDtype, encode};
 use super::tensors::{FileTensor, file_tensors};
 use super::weights::int8_tensors;
 use super::{CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER, WEIGHTS, config};
 use crate::decoder::{FusedKvDecoder, Weight, WeightFormat};
 use crate::file;
-use crate::parameters::{TensorSpec, tensors};
+use crate::parameters::{ModulePath, TensorSpec};
 use crate::tokenizer::Tokenizer;
 
 /// Bytes per shard unless told otherwise, as Hugging Face's libraries have it.
@@ -102,7 +102,6 @@ impl SaveOptions {
 /// [`CheckpointError::Write`]; [`CheckpointError::Family`] for a block that files of its family cannot
 /// have; [`CheckpointError::Overflow`] for weights too large for the float
 /// type; [`CheckpointError::WeightFormat`] for weights of 4 bits where `options` has no float type;
-/// [`CheckpointError::NotInFormat`] for parameters the format does not have;
 /// [`CheckpointError::Vocabulary`] for a tokenizer with more tokens than the model;
 /// [`CheckpointError::ShardBytes`].
 pub fn save_checkpoint<B: Backend>(
@@ -117,7 +116,6 @@ pub fn save_checkpoint<B: Backend>(
     if let Some(tokenizer) = &options.tokenizer {
         check_vocabulary(directory, tokenizer, model.config().vocab_size)?;
     }
-    check_parameters(model)?;
     let planned = planned(model, options.dtype)?;
     let dtype = options
         .dtype
@@ -164,7 +162,8 @@ impl Saved {
             WeightFormat::F16 => Some(Self::Float(WeightDtype::F16)),
             WeightFormat::Bf16 => Some(Self::Float(WeightDtype::Bf16)),
             WeightFormat::Int8 => Some(Self::Int8),
-            WeightFormat::Int4 => None,
+            // The format has no tensors of others.
+            _ => None,
         }
     }
 
@@ -221,35 +220,6 @@ fn planned<B: Backend>(
     };
     let tensors = file_tensors(model.config(), model.layout());
     tensors.into_iter().map(planned).collect()
-}
-
-/// That every parameter is a tensor of the format.
-fn check_parameters<B: Backend>(model: &FusedKvDecoder<B>) -> Result<(), CheckpointError> {
-    let tensors = tensors(model.config(), model.layout());
-    let mut unknown = Unknown {
-        known: tensors.into_iter().map(|spec| spec.name).collect(),
-        found: None,
-    };
-    names::visit(model, &mut unknown);
-    match unknown.found {
-        Some(tensor) => Err(CheckpointError::NotInFormat { tensor }),
-        None => Ok(()),
-    }
-}
-
-/// The first parameter that is not known.
-struct Unknown {
-    known: BTreeSet<String>,
-    found: Option<String>,
-}
-
-impl<B: Backend> ParameterVisitor<B> for Unknown {
-    fn parameter<const D: usize>(&mut self, path: &ModulePath, _: &Param<Tensor<B, D>>) {
-        let name = path.tensor();
-        if self.found.is_none() && !self.known.contains(&name) {
-            self.found = Some(name);
-        }
-    }
 }
 
 /// `model.safetensors`, `model-00001-of-00002.safetensors`, the index.
@@ -453,7 +423,7 @@ impl<B: Backend> ShardWriter<'_, B> {
             _ => None,
         };
         let (shard, spec, dtype) = self.next()?;
-        debug_assert_eq!(spec.name, path.tensor());
+        assert_eq!(spec.name, path.tensor(), "`parameters` names them in order");
         let dtype = match (dtype, packed) {
             (Saved::Float(dtype), _) => dtype,
             (Saved::Int8, packed) => {

@@ -15,7 +15,7 @@ use super::normal::NormalEquations;
 use super::regression::Regressions;
 use super::report::{FitError, LayerMatch};
 use crate::decoder::{DecoderLayer, ForwardError, FusedKvDecoder, Half, Projection, Stream};
-use crate::plan::LayerKv;
+use crate::plan::{KvPart, LayerKv};
 use crate::tokens::TokenBatch;
 
 /// One batch in both decoders, at the same place.
@@ -127,7 +127,8 @@ pub(super) fn fit_half<B: Backend>(
     // Nothing is lost where both are the same.
     if before > 0.0 {
         let kept = converted.layers[index].clone();
-        if half == Half::Attention && kept.self_attn.kv_fusion.is_some() {
+        let blends = KvPart::BOTH.map(|part| kept.self_attn.blend(part).is_some());
+        if half == Half::Attention && blends.contains(&true) {
             let mut blends = Regressions::new(converted, index);
             for pair in pairs.iter() {
                 blends.add(&pair.converted, &pair.standard);

@@ -20,8 +20,8 @@ mod report;
 mod sources;
 mod stages;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{DType, Tensor, backend::Backend};
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Tensor, backend::Backend};
 
 pub use error::ConvertError;
 pub use report::{ConversionReport, FitError, LayerFit, LayerMatch, Stage, StageReport};
@@ -80,22 +80,10 @@ pub fn convert<B: Backend>(
     converted.norm = model.norm.clone();
     converted.lm_head = model.lm_head.clone();
     for (to, from) in converted.layers.iter_mut().zip(&model.layers) {
-        let (fusion, residual) = (
-            to.self_attn.kv_fusion.take(),
-            to.self_attn.kv_residual.take(),
-        );
-        let keeps_k_proj = to.self_attn.k_proj.is_some();
-        let keeps_k_norm = to.self_attn.k_norm.is_some();
-        let keeps_v_proj = to.self_attn.v_proj.is_some();
         // Everything but what the plan decides is the standard decoder's.
+        let attention = (to.self_attn.clone()).with_modules_of(&from.self_attn, model.dtype());
         *to = from.clone();
-        let to = &mut to.self_attn;
-        to.k_proj = to.k_proj.take().filter(|_| keeps_k_proj);
-        to.k_norm = to.k_norm.take().filter(|_| keeps_k_norm);
-        to.v_proj = to.v_proj.take().filter(|_| keeps_v_proj);
-        let dtype = model.dtype();
-        to.kv_fusion = fusion.map(|fusion| cast(fusion, dtype));
-        to.kv_residual = residual.map(|residual| cast(residual, dtype));
+        to.self_attn = attention;
     }
     Ok(converted)
 }
@@ -172,18 +160,5 @@ struct Draw;
 impl<B: Backend> ModuleVisitor<B> for Draw {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         param.val();
-    }
-}
-
-/// A module whose parameters are floats of type `dtype`.
-fn cast<B: Backend, M: Module<B>>(module: M, dtype: DType) -> M {
-    module.map(&mut Cast(dtype))
-}
-
-struct Cast(DType);
-
-impl<B: Backend> ModuleMapper<B> for Cast {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        param.map(|tensor| tensor.cast(self.0))
     }
 }

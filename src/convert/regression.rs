@@ -49,9 +49,11 @@ impl Regressions {
     pub fn solve<B: Backend>(&self, model: &mut FusedKvDecoder<B>) -> LayerFit {
         let (key_weights, key) = self.parts[KvPart::Key].solve();
         let (value_weights, value) = self.parts[KvPart::Value].solve();
-        if let Some(fusion) = &mut model.layers[self.layer].self_attn.kv_fusion {
-            set(fusion.weight_mut(KvPart::Key), key_weights);
-            set(fusion.weight_mut(KvPart::Value), value_weights);
+        let attention = &mut model.layers[self.layer].self_attn;
+        for (part, weights) in [(KvPart::Key, key_weights), (KvPart::Value, value_weights)] {
+            if let Some(blend) = attention.blend_mut(part) {
+                set(blend, weights);
+            }
         }
         LayerFit {
             layer: self.layer,
@@ -61,13 +63,11 @@ impl Regressions {
     }
 }
 
-fn set<B: Backend>(param: &mut Option<Param<Tensor<B, 3>>>, weights: Vec<f64>) {
-    if let Some(old) = param.take() {
-        *param = Some(old.map(|old| {
-            let data = TensorData::new(weights, old.dims());
-            Tensor::from_data(data, (&old.device(), old.dtype())).require_grad()
-        }));
-    }
+fn set<B: Backend>(param: &mut Param<Tensor<B, 3>>, weights: Vec<f64>) {
+    *param = param.clone().map(|old| {
+        let data = TensorData::new(weights, old.dims());
+        Tensor::from_data(data, (&old.device(), old.dtype())).require_grad()
+    });
 }
 
 /// The normal equations of one layer's keys or values: for every weight group g (kv head and

@@ -3,14 +3,17 @@
 use burn::module::{Initializer, Module};
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
+use super::listed::listed;
 use super::weight::Weight;
 
 /// A vector for every token.
 #[derive(Module, Debug)]
 pub struct Embedding<B: Backend> {
     /// `[vocab_size, hidden_size]`.
-    pub weight: Weight<B>,
+    pub(crate) weight: Weight<B>,
 }
+
+listed!(EmbeddingRecord: weight);
 
 impl<B: Backend> Embedding<B> {
     pub(super) fn new(shape: [usize; 2], initializer: &Initializer, device: &B::Device) -> Self {

@@ -4,6 +4,7 @@ use burn::module::Module;
 use burn::tensor::activation::{gelu, gelu_approximate};
 use burn::tensor::{Tensor, backend::Backend};
 
+use super::listed::listed;
 use super::projection::{Projection, projections};
 use crate::config::{Activation, FusedKvDecoderConfig};
 use crate::kernels::swiglu;
@@ -14,16 +15,17 @@ use crate::kernels::swiglu;
 #[derive(Module, Debug)]
 pub struct FeedForward<B: Backend> {
     /// `[hidden_size, ffn_size]`.
-    pub gate_proj: Projection<B>,
+    pub(crate) gate_proj: Projection<B>,
     /// `[hidden_size, ffn_size]`.
-    pub up_proj: Projection<B>,
+    pub(crate) up_proj: Projection<B>,
     /// `[ffn_size, hidden_size]`.
-    pub down_proj: Projection<B>,
+    pub(crate) down_proj: Projection<B>,
     #[module(skip)]
     activation: Activation,
 }
 
 projections!(FeedForward: gate_proj, up_proj, down_proj);
+listed!(FeedForwardRecord: gate_proj, up_proj, down_proj);
 
 impl<B: Backend> FeedForward<B> {
     pub(super) fn new(config: &FusedKvDecoderConfig, ffn_size: usize, device: &B::Device) -> Self {

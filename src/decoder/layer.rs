@@ -5,37 +5,38 @@ use burn::module::{Initializer, Module, Param};
 use burn::nn::Dropout;
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::Norm;
 use super::attention::Attention;
 use super::feed_forward::{FeedForward, gated};
+use super::listed::listed;
+use super::norm::Norm;
 use super::projection::{Projection, projections};
 use crate::config::{Activation, FusedKvDecoderConfig, NormPlacement};
-use crate::plan::KvLayout;
+use crate::plan::LayerKv;
 
 /// The parameters of one layer; the decoder walks through them. Field names are Hugging Face's.
 #[derive(Module, Debug)]
 pub struct DecoderLayer<B: Backend> {
     /// Over hidden_size, before attention; none with [`NormPlacement::Post`].
-    pub input_layernorm: Option<Norm<B>>,
+    input_layernorm: Option<Norm<B>>,
     /// The attention.
-    pub self_attn: Attention<B>,
+    pub(crate) self_attn: Attention<B>,
     /// Over hidden_size, after attention; with [`NormPlacement::Pre`] that is before feed-forward.
-    pub post_attention_layernorm: Norm<B>,
+    post_attention_layernorm: Norm<B>,
     /// Over hidden_size, before feed-forward, with [`NormPlacement::Sandwich`].
-    pub pre_feedforward_layernorm: Option<Norm<B>>,
+    pre_feedforward_layernorm: Option<Norm<B>>,
     /// The feed-forward block.
-    pub mlp: FeedForward<B>,
+    pub(super) mlp: FeedForward<B>,
     /// Over hidden_size, after feed-forward; none with [`NormPlacement::Pre`].
-    pub post_feedforward_layernorm: Option<Norm<B>>,
+    pub(super) post_feedforward_layernorm: Option<Norm<B>>,
     /// What it is given of the tokens themselves, in blocks that have it:
     /// `[hidden_size, layer_input_size]`.
-    pub per_layer_input_gate: Option<Projection<B>>,
+    per_layer_input_gate: Option<Projection<B>>,
     /// `[layer_input_size, hidden_size]`.
-    pub per_layer_projection: Option<Projection<B>>,
+    per_layer_projection: Option<Projection<B>>,
     /// Over hidden_size.
-    pub post_per_layer_input_norm: Option<Norm<B>>,
+    post_per_layer_input_norm: Option<Norm<B>>,
     /// `[1]`: what the layer's output is multiplied with, in blocks that have it.
-    pub layer_scalar: Option<Param<Tensor<B, 1>>>,
+    layer_scalar: Option<Param<Tensor<B, 1>>>,
     #[module(skip)]
     activation: Activation,
     #[module(skip)]
@@ -43,11 +44,22 @@ pub struct DecoderLayer<B: Backend> {
 }
 
 projections!(DecoderLayer: ; per_layer_input_gate, per_layer_projection);
+listed!(DecoderLayerRecord: input_layernorm,
+    self_attn,
+    post_attention_layernorm,
+    pre_feedforward_layernorm,
+    mlp,
+    post_feedforward_layernorm,
+    per_layer_input_gate,
+    per_layer_projection,
+    post_per_layer_input_norm,
+    layer_scalar
+);
 
 impl<B: Backend> DecoderLayer<B> {
     pub(super) fn new(
         config: &FusedKvDecoderConfig,
-        layout: &KvLayout,
+        layer: &LayerKv,
         index: usize,
         device: &B::Device,
     ) -> Self {
@@ -59,7 +71,7 @@ impl<B: Backend> DecoderLayer<B> {
         let projection = |shape| Projection::new(shape, false, &config.initializer(), device);
         Self {
             input_layernorm: placement.is_before().then(norm),
-            self_attn: Attention::new(config, layout, index, device),
+            self_attn: Attention::new(config, layer, index, device),
             post_attention_layernorm: norm(),
             pre_feedforward_layernorm: sandwich.then(norm),
             mlp: FeedForward::new(config, ffn_size, device),

@@ -2,7 +2,8 @@
 
 use burn::tensor::{Int, Tensor, backend::Backend};
 
-use super::{FusedKvDecoder, last};
+use super::FusedKvDecoder;
+use super::span::last;
 use crate::plan::Reach;
 
 impl<B: Backend> FusedKvDecoder<B> {

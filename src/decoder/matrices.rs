@@ -45,6 +45,19 @@ impl<B: Backend> FusedKvDecoder<B> {
             .sum()
     }
 
+    /// Those of them that a pass over any number of tokens reads whole: all but embeddings, of which it
+    /// looks up the tokens' rows, where they are not the head as well.
+    pub fn weight_bytes_read(&self) -> usize {
+        let looked_up = |name: &str| match name {
+            EMBEDDING => self.lm_head.is_some(),
+            name => name == LAYER_EMBEDDING,
+        };
+        let read = self.weights().into_iter();
+        read.filter(|(name, _)| !looked_up(name))
+            .map(|(_, weight)| weight.bytes())
+            .sum()
+    }
+
     /// Every matrix, by its name in files.
     pub(crate) fn weights(&self) -> Vec<(String, &Weight<B>)> {
         let mut all = vec![(EMBEDDING.to_owned(), &self.embed_tokens.weight)];

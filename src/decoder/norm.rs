@@ -3,6 +3,7 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
+use super::listed::listed;
 use crate::config::FusedKvDecoderConfig;
 use crate::kernels::rms_norm;
 
@@ -11,10 +12,12 @@ use crate::kernels::rms_norm;
 #[derive(Module, Debug)]
 pub struct Norm<B: Backend> {
     /// `[width]`.
-    pub gamma: Param<Tensor<B, 1>>,
+    pub(crate) gamma: Param<Tensor<B, 1>>,
     epsilon: f64,
     unit_offset: bool,
 }
+
+listed!(NormRecord: gamma);
 
 impl<B: Backend> Norm<B> {
     /// One that multiplies with 1.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
+use super::listed::listed;
 use super::weight::Weight;
 use crate::kernels::linear_each;
 
@@ -12,10 +13,12 @@ use crate::kernels::linear_each;
 #[derive(Module, Debug)]
 pub struct Projection<B: Backend> {
     /// `[input, output]`.
-    pub weight: Weight<B>,
+    pub(crate) weight: Weight<B>,
     /// `[output]`.
-    pub bias: Option<Param<Tensor<B, 1>>>,
+    pub(crate) bias: Option<Param<Tensor<B, 1>>>,
 }
+
+listed!(ProjectionRecord: weight, bias);
 
 impl<B: Backend> Projection<B> {
     /// A bias starts at 0.

@@ -1,23 +1,20 @@
 //! Records of decoders, which carry the plan they are of.
 //!
-//! Burn loads a record module by module and drops an optional one that only the module or only the
-//! record has. A record of another plan would thus become a decoder without some of its weights, or
-//! with the weights of another method; [`FusedKvDecoder::try_load_record`] refuses it.
+//! Burn loads a record module by module, drops an optional one that only the module or only the record
+//! has, and looks at no shape. A record of another plan would thus become a decoder without some of its
+//! weights, or with the weights of another method. A decoder compares all of a record with itself first:
+//! [`FusedKvDecoder::try_load_record`] returns what differs, Burn's `load_record` panics with it.
 
-use std::marker::PhantomData;
-use std::sync::Arc;
-
-use burn::module::{
-    AutodiffModule, Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
-    ModuleVisitor,
-};
+use burn::module::{EmptyRecord, Module};
 use burn::record::{PrecisionSettings, Record};
-use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::FusedKvDecoder;
-use crate::plan::{KvLayout, KvPart, KvSource, LayerKv, SourceForm};
+use super::listed::tensors_of;
+use super::{DecoderLayer, Embedding, FusedKvDecoder, Norm, Projection};
+use crate::parameters::TensorSpec;
+use crate::plan::{KvLayout, KvSource, LayerKv, SourceForm};
 
 /// A record that is not of this decoder.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -44,10 +41,20 @@ pub enum RecordError {
     /// A parameter that only one of them has.
     #[error("the record {} `{parameter}`, which the decoder {}", has(*.in_record), has(!*.in_record))]
     Parameter {
-        /// Its path, as in `layers.3.self_attn.k_proj`.
+        /// Its name in a checkpoint, as in `model.layers.3.self_attn.k_proj.weight`.
         parameter: String,
         /// Whether it is the record that has it.
         in_record: bool,
+    },
+    /// A parameter of another shape.
+    #[error("`{parameter}` of the record has shape {record:?}, of the decoder {decoder:?}")]
+    Shape {
+        /// Its name in a checkpoint.
+        parameter: String,
+        /// Its shape in the record, as in memory.
+        record: Vec<usize>,
+        /// Its shape in the decoder.
+        decoder: Vec<usize>,
     },
 }
 
@@ -55,11 +62,40 @@ fn has(it: bool) -> &'static str {
     if it { "has" } else { "lacks" }
 }
 
-/// What a decoder's record is made of.
-pub type DecoderRecord<B> = <FusedKvDecoder<B> as Module<B>>::Record;
+/// A decoder's parameters, and the plan they are of.
+#[derive(Record)]
+pub struct DecoderRecord<B: Backend> {
+    /// Which layers store, what the others read.
+    pub plan: PlanRecord,
+    /// Vectors of tokens.
+    pub embed_tokens: RecordOf<B, Embedding<B>>,
+    /// What layers are given of the tokens themselves.
+    pub embed_tokens_per_layer: Option<RecordOf<B, Embedding<B>>>,
+    /// As `embed_tokens_per_layer`.
+    pub per_layer_model_projection: Option<RecordOf<B, Projection<B>>>,
+    /// As `embed_tokens_per_layer`.
+    pub per_layer_projection_norm: Option<RecordOf<B, Norm<B>>>,
+    /// The layers, bottom first.
+    pub layers: Vec<RecordOf<B, DecoderLayer<B>>>,
+    /// Before the head.
+    pub norm: RecordOf<B, Norm<B>>,
+    /// The head, where it is not the embedding.
+    pub lm_head: Option<RecordOf<B, Projection<B>>>,
+    // One for each field that was no parameter when records were first written: binary ones have a
+    // byte for it.
+    pub(super) dropout: EmptyRecord,
+    pub(super) ropes: EmptyRecord,
+    pub(super) windows: EmptyRecord,
+    pub(super) cache_shape: EmptyRecord,
+    pub(super) config: EmptyRecord,
+    pub(super) prefill_chunk: EmptyRecord,
+}
+
+/// The record of a module `M`.
+pub(super) type RecordOf<B, M> = <M as Module<B>>::Record;
 
 impl<B: Backend> FusedKvDecoder<B> {
-    /// [`Module::load_record`] of a record of this decoder's plan.
+    /// [`Module::load_record`] of a record of this decoder's plan, block and sizes.
     ///
     /// Records know their plan since version 0.1; older ones are told apart by what parameters they
     /// have.
@@ -68,86 +104,41 @@ impl<B: Backend> FusedKvDecoder<B> {
     /// [`RecordError`] naming the layer, or the parameter, that differs.
     pub fn try_load_record(self, record: DecoderRecord<B>) -> Result<Self, RecordError> {
         self.check_record(&record)?;
-        Ok(self.load_record(record))
+        Ok(self.load_checked(record))
     }
 
     /// Whether a record is of this decoder.
     pub(crate) fn check_record(&self, record: &DecoderRecord<B>) -> Result<(), RecordError> {
-        record.plan.check(&self.plan.layout)?;
+        record.plan.check(&self.layout)?;
         if record.layers.len() != self.layers.len() {
             return Err(RecordError::Depth {
                 record: record.layers.len(),
                 decoder: self.layers.len(),
             });
         }
-        let check = |parameter: &str, own: bool, in_record: bool| {
-            if own == in_record {
-                return Ok(());
+        let (found, expected) = (record.tensors(), tensors_of(self));
+        let alike = found.iter().zip(&expected).take_while(|(a, b)| a == b);
+        let at = alike.count();
+        let has = |tensors: &[TensorSpec], name: &str| tensors.iter().any(|t| t.name == name);
+        match (found.get(at), expected.get(at)) {
+            (Some(found), Some(expected)) if found.name == expected.name => {
+                Err(RecordError::Shape {
+                    parameter: found.name.clone(),
+                    record: found.shape.clone(),
+                    decoder: expected.shape.clone(),
+                })
             }
-            Err(RecordError::Parameter {
-                parameter: parameter.to_owned(),
-                in_record,
-            })
-        };
-        macro_rules! check_own {
-            ($($module:ident),+) => {
-                $(check(stringify!($module), self.$module.is_some(), record.$module.is_some())?;)+
-            };
+            (Some(one), _) if !has(&expected, &one.name) => Err(RecordError::Parameter {
+                parameter: one.name.clone(),
+                in_record: true,
+            }),
+            (_, Some(one)) => Err(RecordError::Parameter {
+                parameter: one.name.clone(),
+                in_record: false,
+            }),
+            (_, None) => Ok(()),
         }
-        check_own!(
-            lm_head,
-            embed_tokens_per_layer,
-            per_layer_model_projection,
-            per_layer_projection_norm
-        );
-        for (i, (own, record)) in self.layers.iter().zip(&record.layers).enumerate() {
-            // Whether one of them has what the other may lack.
-            macro_rules! has {
-                ($of:ident.$($module:ident).+ =>) => { $of.$($module).+.is_some() };
-                ($of:ident.$($module:ident).+ => $field:ident) => {
-                    $of.$($module).+.as_ref().is_some_and(|module| module.$field.is_some())
-                };
-            }
-            macro_rules! check {
-                ($($module:ident).+ => $($field:ident)?) => {{
-                    let own = has!(own.$($module).+ => $($field)?);
-                    let record = has!(record.$($module).+ => $($field)?);
-                    let name = concat!($(".", stringify!($module)),+ $(, ".", stringify!($field))?);
-                    check(&format!("layers.{i}{name}"), own, record)?;
-                }};
-            }
-            check!(input_layernorm =>);
-            check!(pre_feedforward_layernorm =>);
-            check!(post_feedforward_layernorm =>);
-            check!(per_layer_input_gate =>);
-            check!(per_layer_projection =>);
-            check!(post_per_layer_input_norm =>);
-            check!(layer_scalar =>);
-            check!(self_attn.q_proj.bias =>);
-            check!(self_attn.k_proj =>);
-            check!(self_attn.k_proj => bias);
-            check!(self_attn.v_proj =>);
-            check!(self_attn.v_proj => bias);
-            check!(self_attn.o_proj.bias =>);
-            check!(self_attn.q_norm =>);
-            check!(self_attn.k_norm =>);
-            check!(self_attn.kv_fusion => key_weight);
-            check!(self_attn.kv_fusion => value_weight);
-            check!(self_attn.kv_residual => key_weight);
-            check!(self_attn.kv_residual => value_weight);
-            check!(mlp.gate_proj.bias =>);
-            check!(mlp.up_proj.bias =>);
-            check!(mlp.down_proj.bias =>);
-        }
-        Ok(())
     }
-}
-
-/// A decoder's plan among its modules: no parameters, but a part of its record.
-#[derive(Clone, Debug)]
-pub struct PlanModule<B: Backend> {
-    pub(super) layout: Arc<KvLayout>,
-    backend: PhantomData<B>,
 }
 
 /// What each layer of a recorded decoder does; none in records of before they were kept.
@@ -155,6 +146,10 @@ pub struct PlanModule<B: Backend> {
 pub struct PlanRecord(Option<Vec<LayerKv>>);
 
 impl PlanRecord {
+    pub(super) fn new(layout: &KvLayout) -> Self {
+        Self(Some(layout.layers().to_vec()))
+    }
+
     fn check(&self, layout: &KvLayout) -> Result<(), RecordError> {
         let (Some(record), decoder) = (&self.0, layout.layers()) else {
             return Ok(());
@@ -238,81 +233,6 @@ impl<B: Backend> Record<B> for PlanRecord {
         Self(item.map(|layers| layers.into_iter().map(LayerKv::from).collect()))
     }
 }
-
-impl<B: Backend> PlanModule<B> {
-    pub(super) fn new(layout: KvLayout) -> Self {
-        Self::of(Arc::new(layout))
-    }
-
-    fn of(layout: Arc<KvLayout>) -> Self {
-        Self {
-            layout,
-            backend: PhantomData,
-        }
-    }
-}
-
-impl<B: Backend> Module<B> for PlanModule<B> {
-    type Record = PlanRecord;
-
-    /// # Panics
-    /// If the record is of another plan, because Burn's loading knows no errors;
-    /// [`FusedKvDecoder::try_load_record`] returns them.
-    fn load_record(self, record: PlanRecord) -> Self {
-        if let Err(error) = record.check(&self.layout) {
-            panic!("{error}; `try_load_record` returns this as an error");
-        }
-        self
-    }
-
-    fn into_record(self) -> PlanRecord {
-        PlanRecord(Some(self.layout.layers().to_vec()))
-    }
-
-    fn visit<V: ModuleVisitor<B>>(&self, _visitor: &mut V) {}
-
-    fn map<M: ModuleMapper<B>>(self, _mapper: &mut M) -> Self {
-        self
-    }
-
-    fn to_device(self, _device: &B::Device) -> Self {
-        self
-    }
-
-    fn fork(self, _device: &B::Device) -> Self {
-        self
-    }
-
-    fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
-        devices
-    }
-}
-
-impl<B: AutodiffBackend> AutodiffModule<B> for PlanModule<B> {
-    type InnerModule = PlanModule<B::InnerBackend>;
-
-    fn valid(&self) -> Self::InnerModule {
-        PlanModule::of(self.layout.clone())
-    }
-
-    fn from_inner(module: Self::InnerModule) -> Self {
-        Self::of(module.layout)
-    }
-}
-
-impl<B: Backend> ModuleDisplayDefault for PlanModule<B> {
-    fn content(&self, content: Content) -> Option<Content> {
-        let [keys, values] = KvPart::BOTH.map(|part| self.layout.n_stored(part));
-        let layers = self.layout.n_layers();
-        content
-            .add_formatted(&format!(
-                "of {layers} layers, {keys} store keys, {values} values"
-            ))
-            .optional()
-    }
-}
-
-impl<B: Backend> ModuleDisplay for PlanModule<B> {}
 
 #[cfg(test)]
 mod tests {

@@ -3,7 +3,9 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::{DecoderLayer, ForwardError, FusedKvDecoder, Norm, Projection, Span};
+use super::attention::Projected;
+use super::span::Span;
+use super::{DecoderLayer, ForwardError, FusedKvDecoder, Norm, Projection};
 use crate::cache::{KvStore, Uncached};
 use crate::plan::{KvPart, PerPart, Reach};
 use crate::tokens::TokenBatch;
@@ -55,11 +57,14 @@ impl<B: Backend> FusedKvDecoder<B> {
     pub(crate) fn put(&self, index: usize, stream: &mut Stream<B>) {
         let layer = &self.layers[index];
         let [_, seq, _] = stream.x.dims();
-        let all = everything(seq);
+        let stored = Reach {
+            queries: 0,
+            ..everything(seq)
+        };
         let input = layer.attention_input(&stream.x);
         let span = &stream.spans[self.layout().kind(index)];
-        let attention = &layer.self_attn;
-        attention.put(self.layout(), index, &input, span, &all, &mut stream.store);
+        let Projected { keys, values, .. } = layer.self_attn.project(&input, &stored);
+        (layer.self_attn).put(keys, values, span, &stored, &mut stream.store);
     }
 
     /// What the last projection of a half reads: the heads' outputs, or the feed-forward block's inner
@@ -70,8 +75,8 @@ impl<B: Backend> FusedKvDecoder<B> {
             Half::Attention => {
                 let input = layer.attention_input(&stream.x);
                 let span = &stream.spans[self.layout().kind(index)];
-                let attention = &layer.self_attn;
-                attention.heads(None, self.layout(), index, input, span, &stream.store)
+                let query = layer.self_attn.query(input);
+                (layer.self_attn).heads(None, query, span, &stream.store)
             }
             Half::FeedForward => layer.mlp.inner(layer.feed_forward_input(&stream.x)),
         };

@@ -91,19 +91,24 @@ impl KvShape {
     /// Weights of a head in a blend per channel: the two channels of a rotated pair of keys share
     /// one, so that scores stay a function of relative position.
     pub(crate) fn weights(&self, part: KvPart) -> usize {
+        self.head_dim - self.shared_pairs(part)
+    }
+
+    /// Pairs of channels that share a weight, the first ones.
+    pub(crate) fn shared_pairs(&self, part: KvPart) -> usize {
         match part {
-            KvPart::Key => self.head_dim - self.rotary_dim / 2,
-            KvPart::Value => self.head_dim,
+            KvPart::Key => self.rotary_dim / 2,
+            KvPart::Value => 0,
         }
     }
 
     /// Which of a head's [weights](Self::weights) a channel has: pairs first.
     #[cfg(feature = "convert")]
     pub(crate) fn weight_of(&self, part: KvPart, channel: usize) -> usize {
-        let pairs = self.rotary_dim / 2;
-        match part {
-            KvPart::Key if channel >= pairs => channel - pairs,
-            KvPart::Key | KvPart::Value => channel,
+        let pairs = self.shared_pairs(part);
+        match channel >= pairs {
+            true => channel - pairs,
+            false => channel,
         }
     }
 

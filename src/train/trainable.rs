@@ -8,8 +8,8 @@ use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
 use super::error::TrainError;
-use crate::checkpoint::ModulePath;
 use crate::decoder::FusedKvDecoder;
+use crate::parameters::ModulePath;
 use crate::plan::{KvLayout, KvPart};
 
 /// The parameters that train; the others stay as they are, without gradients or moments, and no

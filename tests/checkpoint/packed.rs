@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use burn::tensor::Tensor;
 use burn_ndarray::NdArray;
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::checkpoint::gguf::{GgufOptions, import_gguf};
@@ -15,7 +16,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
 use tempfile::tempdir;
 
 use crate::gguf::golden;
-use crate::models::{any_case, fixed, model, off, values};
+use crate::models::{any_case, changed, fixed, model, off, values};
 use crate::{load, parameters};
 
 const FORMATS: [WeightFormat; 4] = [
@@ -113,7 +114,7 @@ fn codes_and_scales_have_their_names() {
         (scales.dtype(), scales.shape()),
         (Dtype::F16, &[hidden, 1][..])
     );
-    let weight = floats.layers[1].mlp.down_proj.weight.val().transpose();
+    let weight = floats.parameter::<2>(name).unwrap().transpose();
     let weight: Vec<f32> = weight.into_data().iter().collect();
     for (row, weight) in weight.chunks(ffn).enumerate() {
         let scale = &scales.data()[2 * row..][..2];
@@ -237,9 +238,9 @@ fn what_cannot_be_packed_is_refused_before_anything_is_read() {
             ..
         }
     ));
-    let mut large = floats;
-    let up = &mut large.layers[1].mlp.up_proj.weight;
-    *up = up.clone().map(|weight| weight.zeros_like() + 1e7);
+    let up = "model.layers.1.mlp.up_proj.weight";
+    let large = |weight: Tensor<Flex, 2>| weight.zeros_like() + 1e7;
+    let large = changed(floats, up, large);
     save_checkpoint(directory.path(), &large, &SaveOptions::new()).unwrap();
     let error = load_as(directory.path(), WeightFormat::Int8).unwrap_err();
     assert!(

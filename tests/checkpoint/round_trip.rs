@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 use tempfile::tempdir;
 
-use crate::models::{any_case, fixed, model, plans};
+use crate::models::{any_case, changed, fixed, model, plans};
 use crate::{load, parameters};
 
 const DTYPES: [WeightDtype; 3] = [WeightDtype::F32, WeightDtype::F16, WeightDtype::Bf16];
@@ -106,7 +106,8 @@ proptest! {
         let trainable = load_checkpoint::<Autodiff<Flex>>(
             directory.path(), WeightDtype::F32, &FlexDevice,
         ).unwrap().model;
-        prop_assert!(trainable.embed_tokens.weight.val().is_require_grad());
+        let embedding = trainable.parameter::<2>("model.embed_tokens.weight").unwrap();
+        prop_assert!(embedding.is_require_grad());
     }
 }
 
@@ -117,11 +118,10 @@ fn linear_weights_are_stored_output_first() {
     save_checkpoint(directory.path(), &original, &SaveOptions::new()).unwrap();
     let file = fs::read(directory.path().join("model.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&file).unwrap();
-    let stored = tensors
-        .tensor("model.layers.2.mlp.down_proj.weight")
-        .unwrap();
+    let name = "model.layers.2.mlp.down_proj.weight";
+    let stored = tensors.tensor(name).unwrap();
     assert_eq!(stored.shape(), [12, 10]);
-    let weight = original.layers[2].mlp.down_proj.weight.val().transpose();
+    let weight = original.parameter::<2>(name).unwrap().transpose();
     assert_eq!(stored.data(), weight.into_data().as_bytes());
 }
 
@@ -147,13 +147,13 @@ fn a_tied_head_is_not_stored_and_its_copy_is_accepted() {
         "{error}"
     );
 
-    let mut copied = untied.clone();
-    let embedding = copied.embed_tokens.weight.val().transpose();
-    copied.lm_head.as_mut().unwrap().weight = burn::module::Param::from_tensor(embedding).into();
+    let embedding = untied.parameter::<2>("model.embed_tokens.weight");
+    let embedding = embedding.unwrap().transpose();
+    let copied = changed(untied, "lm_head.weight", |_| embedding);
     save_checkpoint(path, &copied, &SaveOptions::new()).unwrap();
     tie();
     let loaded = load(path).unwrap().model;
-    assert!(loaded.lm_head.is_none());
+    assert!(loaded.parameter::<2>("lm_head.weight").is_none());
     save_checkpoint(path, &loaded, &SaveOptions::new()).unwrap();
     let file = fs::read(path.join("model.safetensors")).unwrap();
     assert!(

@@ -1,5 +1,6 @@
 //! Caches of other numbers: what they take, and how far off they are.
 
+use burn::tensor::Tensor;
 use burn_ndarray::NdArray;
 use fusedkv::backend::Flex;
 use fusedkv::{
@@ -8,7 +9,7 @@ use fusedkv::{
 };
 use proptest::prelude::*;
 
-use crate::models::{Case, VOCAB, any_case, small, values};
+use crate::models::{Case, VOCAB, any_case, changed, small, values};
 
 /// Prefills all but the last token and decodes it: the cache, and the last logits.
 fn decode(
@@ -148,14 +149,14 @@ fn caches_of_other_numbers_are_cut_and_shuffled_alike() {
 #[test]
 fn an_overflow_in_the_cache_is_an_error_of_generation() {
     let plan = KvPlan::FusedKv { storage_layers: 2 };
-    let mut model = Case {
+    let model = Case {
         config: small(plan).with_max_positions(16),
         tokens: vec![],
         seed: 5,
     }
     .model::<Flex>();
-    let value = model.layers[0].self_attn.v_proj.as_mut().unwrap();
-    value.weight = value.weight.clone().map(|weight| weight * 1e6);
+    let values = "model.layers.0.self_attn.v_proj.weight";
+    let model = changed(model, values, |weight: Tensor<Flex, 2>| weight * 1e6);
     let settings = GenerationConfig::new().with_max_new_tokens(3);
     let generated = |dtype| -> Result<Vec<_>, _> {
         let settings = settings.clone().with_cache_dtype(dtype);

@@ -445,11 +445,10 @@ fn fusion_weights_start_where_they_are_told() {
             .with_fusion_init(init)
             .init::<F64>(&Default::default())
             .unwrap();
-        let fusion = model.layers[3].self_attn.kv_fusion.clone().unwrap();
-        let (key, value) = (
-            fusion.key_weight.unwrap().val(),
-            fusion.value_weight.unwrap().val(),
-        );
+        let [key, value] = ["key", "value"].map(|part| {
+            let name = format!("model.layers.3.self_attn.kv_fusion.{part}_weight");
+            model.parameter::<3>(&name).unwrap()
+        });
         assert_eq!((key.dims(), value.dims()), ([2, 2, 2], [2, 2, 4]));
         (values(&key), values(&value))
     };
@@ -467,9 +466,9 @@ fn fusion_weights_start_where_they_are_told() {
             .with_fusion_init(FusionInit::lite().with_residual(start))
             .init::<F64>(&Default::default())
             .unwrap();
-        let residual = model.layers[1].self_attn.kv_residual.as_ref().unwrap();
-        for alpha in [&residual.key_weight, &residual.value_weight] {
-            assert_eq!(values(&alpha.as_ref().unwrap().val()), [start]);
+        for part in ["key", "value"] {
+            let name = format!("model.layers.1.self_attn.kv_residual.{part}_weight");
+            assert_eq!(values(&model.parameter::<1>(&name).unwrap()), [start]);
         }
     }
 }

@@ -11,7 +11,7 @@ use fusedkv::{
 };
 use proptest::prelude::*;
 
-use crate::models::{Case, F64, VOCAB, any_case, difference, plans, values};
+use crate::models::{Case, F64, VOCAB, any_case, changed, difference, plans, values};
 
 /// A standard decoder, another plan for it, and a text.
 fn any_conversion() -> impl Strategy<Value = (Case, KvPlan)> {
@@ -114,10 +114,13 @@ proptest! {
             let layer = fit.layer;
             prop_assert!(*fitted.layout().layer(layer) != LayerKv::OWN);
             let [key, value] = KvPart::BOTH.map(|part| fitted.layout().sources(part, layer));
-            let fusion = fitted.layers[layer].self_attn.kv_fusion.as_ref();
+            let weights = |part| {
+                let name = format!("model.layers.{layer}.self_attn.kv_fusion.{part}_weight");
+                fitted.parameter::<3>(&name)
+            };
             let parts = [
-                (key, fit.key, fusion.and_then(|f| f.key_weight.as_ref()), 0),
-                (value, fit.value, fusion.and_then(|f| f.value_weight.as_ref()), 1),
+                (key, fit.key, weights("key"), 0),
+                (value, fit.value, weights("value"), 1),
             ];
             for (read, fit, weight, part) in parts {
                 let of = |layer: usize| match part {
@@ -126,8 +129,8 @@ proptest! {
                 };
                 let sources: Vec<_> = read.iter().map(|&s| of(s)).collect();
                 prop_assert!(fit.after <= fit.before + 1e-9);
-                let (weights, dims) = match weight {
-                    Some(weight) => (values(&weight.val()), weight.val().dims()),
+                let (weights, dims) = match &weight {
+                    Some(weight) => (values(weight), weight.dims()),
                     None => (vec![1.0], [1, 1, 1]),
                 };
                 let found = error(&sources, of(layer), &weights, dims, head_dim);
@@ -254,30 +257,27 @@ fn how_windows_are_batched_does_not_matter() {
 fn doubled() -> FusedKvDecoder<F64> {
     let mut config = crate::models::fixed(KvPlan::Standard);
     config.n_layers = 4;
-    let mut standard = crate::models::model::<F64>(&config, 3);
+    let standard = crate::models::model::<F64>(&config, 3);
     // Layer 2 computes the same keys and values as layer 1 does: nothing between changes the
     // stream.
-    for projection in ["o_proj", "down_proj"] {
-        let layer = &mut standard.layers[1];
-        let weight = match projection {
-            "o_proj" => &mut layer.self_attn.o_proj.weight,
-            _ => &mut layer.mlp.down_proj.weight,
-        };
-        *weight = weight.clone().map(|w| w * 0.0);
-    }
-    let lower = standard.layers[1].clone();
-    let upper = &mut standard.layers[2];
-    upper.input_layernorm = lower.input_layernorm;
-    upper.self_attn.k_proj = lower.self_attn.k_proj;
-    upper.self_attn.k_norm = lower.self_attn.k_norm.map(|mut norm| {
-        norm.gamma = norm.gamma.map(|gamma| gamma * 2.0);
-        norm
-    });
-    upper.self_attn.v_proj = lower.self_attn.v_proj.map(|mut linear| {
-        linear.weight = linear.weight.map(|weight| weight * 2.0);
-        linear
-    });
-    standard
+    let nothing = |weight: Tensor<F64, 2>| weight * 0.0;
+    let standard = changed(standard, "model.layers.1.self_attn.o_proj.weight", nothing);
+    let standard = changed(standard, "model.layers.1.mlp.down_proj.weight", nothing);
+    let standard = of_lower::<1>(standard, "input_layernorm", |gamma| gamma);
+    let standard = of_lower::<2>(standard, "self_attn.k_proj", |weight| weight);
+    let standard = of_lower::<1>(standard, "self_attn.k_norm", |gamma| gamma * 2.0);
+    of_lower::<2>(standard, "self_attn.v_proj", |weight| weight * 2.0)
+}
+
+/// With a weight in layer 2 that is what `change` makes of layer 1's.
+fn of_lower<const D: usize>(
+    model: FusedKvDecoder<F64>,
+    module: &str,
+    change: impl FnOnce(Tensor<F64, D>) -> Tensor<F64, D>,
+) -> FusedKvDecoder<F64> {
+    let [lower, upper] = [1, 2].map(|layer| format!("model.layers.{layer}.{module}.weight"));
+    let lower = model.parameter::<D>(&lower).unwrap();
+    changed(model, &upper, |_| change(lower))
 }
 
 /// A layer that is twice a stored one is fitted by weights of 2.
@@ -328,10 +328,7 @@ fn a_plan_that_loses_nothing_is_recovered() {
         .collect();
     let batch = || TokenBatch::from_rows(&[&text[..30]], VOCAB, &Default::default()).unwrap();
     let mixed = {
-        let mut standard = doubled();
-        let lower = standard.layers[1].self_attn.clone();
-        let upper = &mut standard.layers[2].self_attn;
-        (upper.k_proj, upper.k_norm) = (lower.k_proj, lower.k_norm);
+        let standard = of_lower::<1>(doubled(), "self_attn.k_norm", |gamma| gamma);
         // Channels of both heads alike, so that a projection can undo it whichever head reads.
         let mix = [[1.0, 0.5, 0.0], [-0.5, 1.0, 0.0], [0.0, 0.3, 2.0]];
         let mix = Tensor::<F64, 2>::from_data(mix, &Default::default());
@@ -340,11 +337,7 @@ fn a_plan_that_loses_nothing_is_recovered() {
             let range = [3 * block..3 * block + 3, 3 * block..3 * block + 3];
             whole = whole.slice_assign(range, mix.clone());
         }
-        upper.v_proj = lower.v_proj.map(|mut linear| {
-            linear.weight = linear.weight.map(|weight| weight.matmul(whole));
-            linear
-        });
-        standard
+        of_lower::<2>(standard, "self_attn.v_proj", |weight| weight.matmul(whole))
     };
     let blend = KvSource::Blend {
         sources: vec![0, 1],

@@ -9,7 +9,7 @@ use fusedkv::{
 };
 use proptest::prelude::*;
 
-use crate::models::{Case, F64, VOCAB, any_case, small};
+use crate::models::{Case, F64, VOCAB, any_case, changed, small};
 
 fn rows(tokens: impl Iterator<Item = GeneratedToken>, n: usize) -> Vec<Vec<u32>> {
     let mut rows = vec![vec![]; n];
@@ -156,13 +156,12 @@ fn wrong_settings_and_prompts_are_refused_before_any_work() {
 fn without<B: Backend>(unknown: usize) -> FusedKvDecoder<B> {
     let mut case = fixed_case();
     case.config.tie_embeddings = false;
-    let mut model = case.model::<B>();
-    model.embed_tokens.weight = model.embed_tokens.weight.map(|weight| {
+    let embedding = "model.embed_tokens.weight";
+    changed(case.model(), embedding, |weight: Tensor<B, 2>| {
         let [_, width] = weight.dims();
         let row = Tensor::full([1, width], f64::NAN, &weight.device());
         weight.slice_assign([unknown..unknown + 1, 0..width], row)
-    });
-    model
+    })
 }
 
 /// A row without numbers ends in its turn; the others are given what they are given without it.

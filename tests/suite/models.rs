@@ -5,6 +5,7 @@ mod formula;
 
 use std::ops::Range;
 
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Tensor, backend::Backend};
 use burn_ndarray::NdArray;
 use fusedkv::config::{
@@ -254,4 +255,46 @@ pub fn difference<B: Backend, const D: usize>(a: &Tensor<B, D>, b: &Tensor<B, D>
     let largest = off(&a, &b).min(off(&b, &a));
     assert!(largest.is_finite(), "not a number");
     largest
+}
+
+/// A decoder of which one parameter is what `change` makes of it.
+pub fn changed<B: Backend, const D: usize>(
+    model: FusedKvDecoder<B>,
+    name: &str,
+    change: impl FnOnce(Tensor<B, D>) -> Tensor<B, D>,
+) -> FusedKvDecoder<B> {
+    let old: Tensor<B, D> = model.parameter(name).unwrap();
+    let mut replace = Replace {
+        path: vec!["model".to_owned()],
+        name: name.replace("norm.weight", "norm.gamma"),
+        new: Some(change(old)),
+    };
+    let model = model.map(&mut replace);
+    assert!(replace.new.is_none(), "{name}");
+    model
+}
+
+struct Replace<B: Backend, const D: usize> {
+    path: Vec<String>,
+    name: String,
+    new: Option<Tensor<B, D>>,
+}
+
+impl<B: Backend, const D: usize> ModuleMapper<B> for Replace<B, D> {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const E: usize>(&mut self, param: Param<Tensor<B, E>>) -> Param<Tensor<B, E>> {
+        let path = self.path.join(".");
+        if path != self.name && path.strip_prefix("model.") != Some(&self.name) {
+            return param;
+        }
+        let new = self.new.take().unwrap().into_primitive();
+        param.map(|_| Tensor::from_primitive(new))
+    }
 }

@@ -1,12 +1,11 @@
 //! A FusedKV decoder against a decoder with a standard cache that is fed the materialised keys and
 //! values of every layer: fused and unfused caches give the same logits.
 
-use burn::module::Param;
 use burn::tensor::activation::{silu, softmax};
-use burn::tensor::{Bool, Distribution, Tensor};
+use burn::tensor::{Bool, Tensor};
 use fusedkv::BlockConfig;
 use fusedkv::config::RopeConfig;
-use fusedkv::decoder::{Projection, Rope};
+use fusedkv::decoder::Rope;
 use fusedkv::{FusedKvDecoder, KvPart, KvPlan, LayerKv, Logits, TokenBatch};
 use proptest::prelude::*;
 
@@ -14,6 +13,27 @@ use crate::models::{F64, VOCAB, any_case, difference};
 
 /// Keys and values of all layers, top ones included: what a standard decoder caches.
 type StandardCache = Vec<(Tensor<F64, 4>, Tensor<F64, 4>)>;
+
+/// `x · W + b`, b where there is one.
+fn linear(model: &FusedKvDecoder<F64>, name: &str, x: Tensor<F64, 3>) -> Tensor<F64, 3> {
+    let weight = model.parameter::<2>(&format!("{name}.weight")).unwrap();
+    let product = x.matmul(weight.unsqueeze());
+    match model.parameter::<1>(&format!("{name}.bias")) {
+        Some(bias) => product + bias.unsqueeze(),
+        None => product,
+    }
+}
+
+/// RMSNorm over the last dimension.
+fn norm<const D: usize>(
+    model: &FusedKvDecoder<F64>,
+    name: &str,
+    x: Tensor<F64, D>,
+) -> Tensor<F64, D> {
+    let gain = model.parameter::<1>(&format!("{name}.weight")).unwrap();
+    let mean = x.clone().square().mean_dim(D - 1);
+    x / (mean + model.config().rms_norm_eps).sqrt() * gain.unsqueeze()
+}
 
 /// One chunk through a standard decoder's loop: every layer appends its own (here: materialised)
 /// keys and values and attends to all it has, in the plainest way.
@@ -28,36 +48,38 @@ fn standard_chunk(
     let rope = Rope::new(c.head_dim, RopeConfig::new(c.rope_theta));
     let angles = rope.range(past, seq, &Default::default());
     let heads = |x: Tensor<F64, 3>, n: usize| x.reshape([batch, seq, n, c.head_dim]);
-    let mut x = (model.embed_tokens).forward(tokens.into_tensor(), model.dtype());
+    let embedding = model.parameter::<2>("model.embed_tokens.weight").unwrap();
+    let ids = tokens.into_tensor().reshape([batch * seq]);
+    let mut x = (embedding.clone().select(0, ids)).reshape([batch, seq, c.hidden_size]);
     let mut fresh: StandardCache = vec![];
-    for (i, layer) in model.layers.iter().enumerate() {
-        let attn = &layer.self_attn;
-        let y = layer.input_layernorm.as_ref().unwrap().forward(x.clone());
+    for i in 0..c.n_layers {
+        let name = |module: &str| format!("model.layers.{i}.{module}");
+        let of = |module: &str, x: &Tensor<F64, 3>| linear(model, &name(module), x.clone());
+        let y = norm(model, &name("input_layernorm"), x.clone());
         let (key, value) = match model.layout().layer(i) {
             layer if *layer == LayerKv::OWN => {
-                let key = heads(
-                    attn.k_proj.as_ref().unwrap().forward(y.clone()),
-                    c.n_kv_heads,
-                );
-                let key = attn.k_norm.as_ref().unwrap().forward(key).swap_dims(1, 2);
-                let value = heads(
-                    attn.v_proj.as_ref().unwrap().forward(y.clone()),
-                    c.n_kv_heads,
-                );
+                let key = heads(of("self_attn.k_proj", &y), c.n_kv_heads);
+                let key = norm(model, &name("self_attn.k_norm"), key).swap_dims(1, 2);
+                let value = heads(of("self_attn.v_proj", &y), c.n_kv_heads);
                 (angles.apply(key).unwrap(), value.swap_dims(1, 2))
             }
             _ => {
-                let fusion = attn.kv_fusion.as_ref().unwrap();
-                let [a, b] = KvPart::BOTH.map(|part| fusion.weights(part).unwrap());
-                let [s, t] = KvPart::BOTH.map(|part| model.layout().sources(part, i));
-                let blend = |i: usize| {
-                    (
-                        fresh[s[i]].0.clone() * a[i].clone(),
-                        fresh[t[i]].1.clone() * b[i].clone(),
-                    )
+                let weights = |part: &str| {
+                    let name = name(&format!("self_attn.kv_fusion.{part}_weight"));
+                    model.parameter::<3>(&name).unwrap()
                 };
-                let ((k0, v0), (k1, v1)) = (blend(0), blend(1));
-                (k0 + k1, v0 + v1)
+                // Both channels of a pair share a weight of keys.
+                let a = Tensor::cat(vec![weights("key"); 2], 2);
+                let b = weights("value");
+                let [s, t] = KvPart::BOTH.map(|part| model.layout().sources(part, i));
+                let weighted = |x: &Tensor<F64, 4>, weights: &Tensor<F64, 3>, source: usize| {
+                    let weight = weights.clone().narrow(0, source, 1);
+                    x.clone() * weight.reshape([1, c.n_kv_heads, 1, c.head_dim])
+                };
+                let sum = |i: usize| weighted(&fresh[s[i]].0, &a, i);
+                let key = sum(0) + sum(1);
+                let sum = |i: usize| weighted(&fresh[t[i]].1, &b, i);
+                (key, sum(0) + sum(1))
             }
         };
         fresh.push((key.clone(), value.clone()));
@@ -70,11 +92,8 @@ fn standard_chunk(
                 Tensor::cat(vec![values, value], 2),
             );
         }
-        let query = attn
-            .q_norm
-            .as_ref()
-            .unwrap()
-            .forward(heads(attn.q_proj.forward(y), c.n_heads));
+        let query = heads(of("self_attn.q_proj", &y), c.n_heads);
+        let query = norm(model, &name("self_attn.q_norm"), query);
         let query = angles.apply(query.swap_dims(1, 2)).unwrap();
         let group = c.n_heads / c.n_kv_heads;
         let outputs = (0..c.n_heads).map(|head| {
@@ -94,37 +113,14 @@ fn standard_chunk(
         });
         let output = Tensor::cat(outputs.collect(), 1).swap_dims(1, 2);
         let output = output.reshape([batch, seq, c.n_heads * c.head_dim]);
-        x = x + attn.o_proj.forward(output);
-        let y = layer.post_attention_layernorm.forward(x.clone());
-        let mlp = &layer.mlp;
-        let gated = silu(mlp.gate_proj.forward(y.clone())) * mlp.up_proj.forward(y);
-        x = x + mlp.down_proj.forward(gated);
+        x = x + of("self_attn.o_proj", &output);
+        let y = norm(model, &name("post_attention_layernorm"), x.clone());
+        let gated = silu(of("mlp.gate_proj", &y)) * of("mlp.up_proj", &y);
+        x = x + of("mlp.down_proj", &gated);
     }
-    let x = model.norm.forward(x);
-    match &model.lm_head {
-        Some(head) => head.forward(x),
-        None => x.matmul(model.embed_tokens.weight.val().transpose().unsqueeze()),
-    }
-}
-
-/// Gives every projection a bias.
-fn set_biases(model: &mut FusedKvDecoder<F64>) {
-    let set = |projection: &mut Projection<F64>| {
-        let [_, output] = projection.weight.dims();
-        let bias = Tensor::random([output], Distribution::Default, &Default::default());
-        projection.bias = Some(Param::from_tensor(bias));
-    };
-    for layer in &mut model.layers {
-        let (attn, mlp) = (&mut layer.self_attn, &mut layer.mlp);
-        let kv = attn.k_proj.iter_mut().chain(&mut attn.v_proj);
-        [&mut attn.q_proj, &mut attn.o_proj]
-            .into_iter()
-            .chain(kv)
-            .for_each(set);
-        let mlp = [&mut mlp.gate_proj, &mut mlp.up_proj, &mut mlp.down_proj];
-        mlp.into_iter().for_each(set);
-    }
-    model.lm_head.iter_mut().for_each(set);
+    let x = norm(model, "model.norm", x);
+    let head = model.parameter::<2>("lm_head.weight");
+    x.matmul(head.unwrap_or_else(|| embedding.transpose()).unsqueeze())
 }
 
 proptest! {
@@ -139,11 +135,10 @@ proptest! {
     ) {
         case.config.n_layers = case.config.n_layers.max(n + 1);
         // What the loop here computes.
-        case.config.block = BlockConfig::default();
-        let mut model = case.model_with::<F64>(KvPlan::FusedKv { storage_layers: n });
-        if biases {
-            set_biases(&mut model);
-        }
+        let block = &mut case.config.block;
+        *block = BlockConfig::default();
+        [block.qkv_bias, block.output_bias, block.mlp_bias] = [biases; 3];
+        let model = case.model_with::<F64>(KvPlan::FusedKv { storage_layers: n });
         let seq = case.tokens[0].len();
         let cut = 1 + cut.index(seq - 1);
         let mut fused = model.new_cache(case.tokens.len(), seq).unwrap();

@@ -2,6 +2,7 @@
 
 use burn::module::Module;
 use burn::record::{BinBytesRecorder, FullPrecisionSettings, Recorder};
+use burn::tensor::Tensor;
 use burn_ndarray::NdArray;
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::{
@@ -9,7 +10,7 @@ use fusedkv::{
 };
 use proptest::prelude::*;
 
-use crate::models::{Case, any_case, off, values};
+use crate::models::{Case, any_case, changed, off, values};
 
 const FORMATS: [WeightFormat; 4] = [
     WeightFormat::F16,
@@ -123,11 +124,12 @@ fn what_a_format_cannot_hold_is_refused() {
         (WeightFormat::Int8, 1e7),
         (WeightFormat::Int4, 1e5),
     ] {
-        let mut model = config.init::<Flex>(&FlexDevice).unwrap();
-        let up = &mut model.layers[1].mlp.up_proj.weight;
-        *up = up.clone().map(|weight| weight.zeros_like() + value);
-        let error = model.with_weights(format).unwrap_err();
+        let model = config.init::<Flex>(&FlexDevice).unwrap();
         let tensor = "model.layers.1.mlp.up_proj.weight".to_owned();
+        let large = |weight: Tensor<Flex, 2>| weight.zeros_like() + value;
+        let error = changed(model, &tensor, large)
+            .with_weights(format)
+            .unwrap_err();
         let expected = WeightError::Overflow {
             tensor,
             value,
@@ -173,4 +175,22 @@ fn no_matrix_is_left_out() {
         let packed = model.with_weights(WeightFormat::Int8).unwrap();
         assert_eq!(packed.weight_bytes() * 32, matrices.0 * 34);
     }
+}
+
+/// An embedding that is not the head is looked up.
+#[test]
+fn a_pass_reads_all_matrices_but_embeddings() {
+    let config = FusedKvDecoderConfig::tiny(64, KvPlan::Standard);
+    let model = |config: FusedKvDecoderConfig| config.init::<Flex>(&FlexDevice).unwrap();
+    let tied = model(config.clone().with_tie_embeddings(true));
+    assert_eq!(tied.weight_bytes_read(), tied.weight_bytes());
+    let mut of_layers = config.with_tie_embeddings(false);
+    of_layers.block.layer_input_size = Some(8);
+    let (layers, width) = (of_layers.n_layers, of_layers.hidden_size);
+    let untied = model(of_layers);
+    let looked_up = 4 * 64 * (width + 8 * layers);
+    assert_eq!(
+        untied.weight_bytes_read(),
+        untied.weight_bytes() - looked_up
+    );
 }
