@@ -47,7 +47,8 @@ impl<B: Backend> FeedForward<B> {
 
     /// f(gate(x)) ⊙ up(x), `[batch, seq, ffn_size]`.
     pub(super) fn inner(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let [gate, up] = Projection::forward_each([&self.gate_proj, &self.up_proj], &x);
+        let both = Projection::forward_each(&[&self.gate_proj, &self.up_proj], &x);
+        let [gate, up]: [_; 2] = both.try_into().expect("one of each projection");
         gated(self.activation, gate, up)
     }
 }

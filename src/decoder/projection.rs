@@ -42,17 +42,12 @@ impl<B: Backend> Projection<B> {
         self.biased(self.weight.product(x))
     }
 
-    /// [`forward`](Self::forward) of several projections of the same x.
-    pub(super) fn forward_each<const N: usize>(
-        projections: [&Self; N],
-        x: &Tensor<B, 3>,
-    ) -> [Tensor<B, 3>; N] {
-        let factors = projections.map(|projection| projection.weight.factor());
-        let mut products = linear_each(x, &factors).into_iter();
-        projections.map(|projection| {
-            let product = products.next().expect("a product for every projection");
-            projection.biased(product)
-        })
+    /// [`forward`](Self::forward) of several projections of the same x, as one step.
+    pub(super) fn forward_each(projections: &[&Self], x: &Tensor<B, 3>) -> Vec<Tensor<B, 3>> {
+        let factors: Vec<_> = projections.iter().map(|p| p.weight.factor()).collect();
+        let products = linear_each(x, &factors).into_iter();
+        let outputs = projections.iter().zip(products);
+        outputs.map(|(p, product)| p.biased(product)).collect()
     }
 
     fn biased(&self, product: Tensor<B, 3>) -> Tensor<B, 3> {

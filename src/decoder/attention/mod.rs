@@ -315,20 +315,12 @@ fn project_together<B: Backend, const N: usize>(
         if positions == 0 || projections.is_empty() {
             continue;
         }
-        let all = forward_all(&projections, last(x.clone(), positions));
+        let all = Projection::forward_each(&projections, &last(x.clone(), positions));
         for (place, output) in places.into_iter().zip(all) {
             outputs[place] = Some(output);
         }
     }
     outputs
-}
-
-/// What every projection gives of one input.
-fn forward_all<B: Backend>(projections: &[&Projection<B>], x: Tensor<B, 3>) -> Vec<Tensor<B, 3>> {
-    let outputs = projections.iter();
-    outputs
-        .map(|projection| projection.forward(x.clone()))
-        .collect()
 }
 
 #[cfg(all(test, feature = "flex"))]
