@@ -8,7 +8,7 @@ use burn::module::{
 use burn::tensor::backend::{AutodiffBackend, Backend};
 
 use super::FusedKvDecoder;
-use super::listed::Listed;
+use super::listed::{Listed, tensors_of};
 use super::record::{DecoderRecord, PlanRecord};
 use crate::parameters::{ModulePath, TensorSpec};
 use crate::plan::KvPart;
@@ -63,7 +63,7 @@ macro_rules! rebuild {
 }
 
 impl<B: Backend> DecoderRecord<B> {
-    /// Its tensors as [`tensors_of`](super::listed::tensors_of) a decoder.
+    /// Its tensors as [`tensors_of`] a decoder.
     pub(super) fn tensors(&self) -> Vec<TensorSpec> {
         let (mut path, mut tensors) = (ModulePath::default(), Vec::new());
         macro_rules! list {
@@ -122,13 +122,21 @@ impl<B: Backend> Module<B> for FusedKvDecoder<B> {
         with_modules!(visit!());
     }
 
+    /// # Panics
+    /// If the mapper gives a parameter another shape: some would be broadcast without a word.
     fn map<M: ModuleMapper<B>>(self, mapper: &mut M) -> Self {
-        rebuilt!(self, |name, module| {
+        let shapes = tensors_of(&self);
+        let mapped = rebuilt!(self, |name, module| {
             mapper.enter_module(name, DECODER);
             let module = Module::<B>::map(module, mapper);
             mapper.exit_module(name, DECODER);
             module
-        })
+        });
+        for (expected, found) in shapes.iter().zip(tensors_of(&mapped)) {
+            let (TensorSpec { name, shape }, found) = (expected, found.shape);
+            assert_eq!(found, *shape, "a mapper changed the shape of `{name}`");
+        }
+        mapped
     }
 
     /// # Panics

@@ -1,9 +1,11 @@
-//! Burn's records of decoders: they come back as they were, and those of another plan are refused.
+//! Burn's records of decoders: they come back as they were, and those of another plan are refused; so
+//! does what else Burn can do to a module leave a decoder what it is.
 
 use std::path::Path;
 
 use burn::module::Module;
 use burn::record::{BinBytesRecorder, BytesRecorder, FullPrecisionSettings, NamedMpkBytesRecorder};
+use burn::tensor::Tensor;
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::config::{LayerKind, NormPlacement, QkNorm, RopeConfig};
 use fusedkv::decoder::{DecoderRecord, PlanRecord, RecordError};
@@ -13,7 +15,7 @@ use fusedkv::{
 };
 use proptest::prelude::*;
 
-use crate::models::{VOCAB, fixed, model, plans, values};
+use crate::models::{VOCAB, changed, fixed, model, plans, values};
 
 fn logits(model: &FusedKvDecoder<Flex>) -> Vec<f64> {
     let tokens = TokenBatch::from_rows(&[vec![1, 2, 3]], VOCAB, &FlexDevice).unwrap();
@@ -325,4 +327,13 @@ fn burns_own_loading_refuses_a_record_without_a_part() {
     let mut record = decoder.clone().into_record();
     record.layers[2].self_attn.v_proj = None;
     let _ = decoder.load_record(record);
+}
+
+#[test]
+#[should_panic(expected = "a mapper changed the shape of `model.layers.1.input_layernorm.weight`")]
+fn mapping_leaves_parameters_their_shapes() {
+    let model = model::<Flex>(&fixed(KvPlan::Standard), 1);
+    // One number would count for every channel.
+    let narrow = |gain: Tensor<Flex, 1>| gain.narrow(0, 0, 1);
+    let _ = changed(model, "model.layers.1.input_layernorm.weight", narrow);
 }
