@@ -18,7 +18,9 @@ use crate::kernels::work::is_done_by;
 
 /// Rows up to which memory is the limit.
 pub(super) const FEW: usize = 16;
-/// Columns a thread works on at a time: their sums stay in the first-level cache.
+/// Sums that a thread has at a time, of all rows: they stay in the first-level cache.
+const SUMS: usize = 4096;
+/// Columns that it has at least: pieces of memory that are shorter are read slower.
 const COLUMNS: usize = 1024;
 /// Parts that the sum over a weight's rows is divided into, for threads to share: each is a piece of
 /// memory of its own, which is read faster than every thread's share of each row.
@@ -111,7 +113,7 @@ pub(super) fn products(x: &[f32], input: usize, matrices: &[Held]) -> Option<Vec
     let x = X::new(x, input, &matrices);
     let n_rows = x.rows.len() / input;
     let shares = |(i, matrix): (usize, &Matrix)| {
-        let shares = matrix.shares(input).into_iter();
+        let shares = matrix.shares(input, n_rows).into_iter();
         shares.map(move |share| (i, share)).collect::<Vec<_>>()
     };
     let shares: Vec<_> = matrices.iter().enumerate().flat_map(shares).collect();
@@ -162,11 +164,14 @@ impl Matrix<'_> {
         }
     }
 
-    fn shares(&self, input: usize) -> Vec<Share> {
+    fn shares(&self, input: usize, n_rows: usize) -> Vec<Share> {
         let output = self.output();
         // Sums over inputs are formed in parts where every output is in each row of memory.
         let (part, width) = match self {
-            Self::Inputs { .. } => (input.div_ceil(PARTS).next_multiple_of(UNROLL), COLUMNS),
+            Self::Inputs { .. } => (
+                input.div_ceil(PARTS).next_multiple_of(UNROLL),
+                (SUMS / n_rows).max(COLUMNS),
+            ),
             Self::Outputs { .. } | Self::Groups(_) => {
                 let shares = SHARES * rayon::current_num_threads();
                 (input, COLUMNS.min(output.div_ceil(shares)))
