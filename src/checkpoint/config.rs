@@ -9,7 +9,7 @@ use super::families;
 use super::keys::Keys;
 use super::numbers::WeightDtype;
 use super::{CONFIG, GENERATION_CONFIG};
-use crate::config::FusedKvDecoderConfig;
+use crate::config::{ConfigError, FusedKvDecoderConfig};
 
 /// What `config.json` and `generation_config.json` say.
 #[derive(Clone, Debug)]
@@ -18,6 +18,16 @@ pub(super) struct ModelConfig {
     /// Its plan is not resolved yet.
     pub decoder: FusedKvDecoderConfig,
     pub eos: Vec<u32>,
+}
+
+impl ModelConfig {
+    /// The error of a configuration that describes no decoder.
+    pub fn invalid(&self, source: ConfigError) -> CheckpointError {
+        CheckpointError::Config {
+            path: self.path.clone(),
+            source,
+        }
+    }
 }
 
 /// Reads both files.

@@ -8,9 +8,10 @@ use super::error::GgufError;
 use super::file::GgufFile;
 use super::model::{Model, Planned};
 use crate::checkpoint::numbers::{Overflow, WeightDtype, encode};
+use crate::checkpoint::read::too_large;
 use crate::checkpoint::save::{Saved, file_header};
 use crate::checkpoint::{CheckpointError, WEIGHTS};
-use crate::decoder::{WeightError, WeightFormat};
+use crate::decoder::WeightFormat;
 use crate::file::Replacement;
 use crate::kernels::packed::{Codes, PackedRows};
 use crate::parameters::TensorSpec;
@@ -70,17 +71,9 @@ pub(super) fn write(
                 Saved::Float(dtype) => dtype,
                 Saved::Int8 => {
                     let mut packed =
-                        PackedRows::with_capacity(Codes::Int8, numbers.len() / columns, columns);
-                    packed
-                        .push(numbers)
-                        .map_err(|value| CheckpointError::Weight {
-                            path: path.clone(),
-                            source: WeightError::Overflow {
-                                tensor: spec.name.clone(),
-                                value,
-                                format,
-                            },
-                        })?;
+                        PackedRows::new(Codes::Int8, numbers.len() / columns, columns);
+                    let written = packed.write(numbers);
+                    written.map_err(|value| too_large(&path, &spec.name, value, format))?;
                     scales.extend(packed.scale_bytes());
                     return Ok(out.write_all(&packed.code_bytes()).map_err(failed)?);
                 }
