@@ -1,17 +1,17 @@
 //! A decoder of the tensors in files, one after another.
 
-use std::collections::{HashMap, HashSet};
-use std::rc::Rc;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::module::{Module, ModuleMapper, Param, ParamId};
-use burn::tensor::{Tensor, TensorData, backend::Backend, bf16, f16};
+use burn::tensor::{Tensor, TensorData, backend::Backend};
 
 use super::config::ModelConfig;
 use super::error::CheckpointError;
 use super::names::ModulePath;
-use super::numbers::{Number, WeightDtype};
-use super::read::{self, Rows};
+use super::numbers::WeightDtype;
+use super::read::{Kind, Loaded, Reading, read_all};
 use super::tensors::{FileTensor, TensorFiles};
 use crate::decoder::{FusedKvDecoder, Weight, WeightFormat};
 use crate::kernels::packed::Packed;
@@ -20,7 +20,7 @@ use crate::parameters::TensorSpec;
 /// A parameter: a part of a tensor of files.
 #[derive(Clone, Debug)]
 pub(super) struct Part {
-    pub tensor: Rc<FileTensor>,
+    pub tensor: Arc<FileTensor>,
     pub number: usize,
 }
 
@@ -53,32 +53,57 @@ impl Filling<'_> {
         // Parameters have no memory before they are used, or replaced.
         let model = config.decoder.init::<B>(device);
         let mut model = model.map_err(|source| config.invalid(source))?;
-        let format = self.format;
-        let mut later = HashSet::new();
-        if format != WeightFormat::Model {
-            later.extend(model.weights().into_iter().map(|(name, _)| name));
-        }
-        let expected = self.expected.into_iter();
+        // Projections' matrices are [in, out] in memory and [out, in] in files.
+        let mut matrices = HashMap::new();
+        model.try_for_each_weight(|name, _, outputs| {
+            matrices.insert(name.to_owned(), outputs == 1);
+            Ok::<(), CheckpointError>(())
+        })?;
+        let of_model = self.format == WeightFormat::Model;
+        let planned = |part: Part| {
+            let kind = match (matrices.get(&part.spec().name), self.format.codes()) {
+                (Some(_), Some(codes)) => Kind::Packed(self.format, codes),
+                (Some(&linear), None) => Kind::Float {
+                    dtype: match self.format {
+                        WeightFormat::F16 => WeightDtype::F16,
+                        WeightFormat::Bf16 => WeightDtype::Bf16,
+                        _ => self.dtype,
+                    },
+                    transposed: linear && of_model,
+                },
+                (None, _) => Kind::Float {
+                    dtype: self.dtype,
+                    transposed: false,
+                },
+            };
+            (part, kind)
+        };
         let mut filler = Filler {
             path: ModulePath::default(),
-            expected: expected
-                .map(|part| (part.spec().name.clone(), part))
-                .collect(),
-            later,
+            waiting: self.expected.into_iter().map(planned).collect(),
+            ready: HashMap::new(),
+            later: HashSet::new(),
             files: self.files,
-            dtype: self.dtype,
             device,
             stopped: self.stopped,
             failed: None,
         };
+        if !of_model {
+            // They are what parameters of the decoder are not.
+            let all = std::mem::take(&mut filler.waiting).into_iter();
+            let (later, now): (Vec<_>, Vec<_>) =
+                all.partition(|(part, _)| matrices.contains_key(&part.spec().name));
+            filler.later = matrices.into_keys().collect();
+            filler.waiting = now.into_iter().chain(later).collect();
+        }
         model = model.map(&mut filler);
         if let Some(error) = filler.failed.take() {
             return Err(error);
         }
-        if format != WeightFormat::Model {
+        if !of_model {
             model.try_for_each_weight(|name, weight, outputs| {
                 if !filler.is_stopped() {
-                    *weight = filler.weight(name, weight.id(), format, outputs)?;
+                    *weight = filler.weight(name, weight.id(), outputs)?;
                 }
                 Ok::<(), CheckpointError>(())
             })?;
@@ -87,55 +112,65 @@ impl Filling<'_> {
     }
 }
 
+/// Bytes that are read before they are asked for, so that threads need not wait for each other at
+/// every tensor. Where a device copies what it is given, there are so many twice.
+const AHEAD: usize = 1 << 26;
+
 /// Replaces every parameter by its tensor.
 struct Filler<'f, B: Backend> {
     path: ModulePath,
-    /// By the name of the parameter.
-    expected: HashMap<String, Part>,
+    /// Parameters, about in the order they are asked for.
+    waiting: VecDeque<(Part, Kind)>,
+    /// Those that have been read, by name.
+    ready: HashMap<String, Loaded>,
     /// Matrices that become something else than a parameter of the decoder's float type.
     later: HashSet<String>,
     files: &'f dyn TensorFiles,
-    dtype: WeightDtype,
     device: &'f B::Device,
     stopped: &'f AtomicBool,
     failed: Option<CheckpointError>,
 }
 
-impl<'f, B: Backend> Filler<'f, B> {
+impl<B: Backend> Filler<'_, B> {
     fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::Relaxed)
     }
 
-    /// A parameter's rows and its shape.
-    fn take(&mut self, name: &str) -> Result<(Box<dyn Rows + 'f>, Vec<usize>), CheckpointError> {
-        let part = self.expected.remove(name);
-        let part = part.expect("checkpoints have the decoder's parameters");
-        let rows = self.files.rows(&part.tensor, part.number)?;
-        Ok((rows, part.spec().shape.clone()))
-    }
-
-    fn tensor<const D: usize>(&mut self, name: &str) -> Result<Tensor<B, D>, CheckpointError> {
-        // A bias is a vector.
-        let transposed = self.path.is_linear() && D == 2;
-        match self.dtype {
-            WeightDtype::F32 => self.tensor_of::<f32, D>(name, transposed),
-            WeightDtype::F16 => self.tensor_of::<f16, D>(name, transposed),
-            WeightDtype::Bf16 => self.tensor_of::<bf16, D>(name, transposed),
+    /// A parameter's numbers.
+    fn take(&mut self, name: &str) -> Result<Loaded, CheckpointError> {
+        loop {
+            if let Some(tensor) = self.ready.remove(name) {
+                return Ok(tensor);
+            }
+            self.read_ahead()?;
         }
     }
 
-    fn tensor_of<T: Number, const D: usize>(
-        &mut self,
-        name: &str,
-        transposed: bool,
-    ) -> Result<Tensor<B, D>, CheckpointError> {
-        let (rows, mut shape) = self.take(name)?;
-        let numbers = read::numbers::<T>(&*rows, transposed)?;
-        if transposed {
-            shape.reverse();
+    /// Reads some of those that are waiting, one at least.
+    fn read_ahead(&mut self) -> Result<(), CheckpointError> {
+        let (mut parts, mut readings, mut bytes) = (Vec::new(), Vec::new(), 0);
+        while bytes < AHEAD
+            && let Some((part, kind)) = self.waiting.pop_front()
+        {
+            let source = self.files.rows(&part.tensor, part.number)?;
+            let reading = Reading::new(source, kind);
+            bytes += reading.bytes();
+            readings.push(reading);
+            parts.push(part);
         }
-        let data = TensorData::new(numbers, shape);
-        Ok(Tensor::from_data(data, (self.device, T::DTYPE.in_memory())))
+        assert!(!parts.is_empty(), "checkpoints have the decoder's parameters");
+        read_all(&mut readings)?;
+        for (part, reading) in parts.into_iter().zip(readings) {
+            let spec = part.spec();
+            let tensor = reading.finish(spec.shape.clone());
+            self.ready.insert(spec.name.clone(), tensor);
+        }
+        Ok(())
+    }
+
+    fn float<const D: usize>(&self, data: TensorData) -> Tensor<B, D> {
+        let dtype = data.dtype;
+        Tensor::from_data(data, (self.device, dtype))
     }
 
     /// A matrix in a format that is not the decoder's float type; as it lies in the file, which has
@@ -144,29 +179,29 @@ impl<'f, B: Backend> Filler<'f, B> {
         &mut self,
         name: &str,
         id: ParamId,
-        format: WeightFormat,
         outputs: usize,
     ) -> Result<Weight<B>, CheckpointError> {
-        if let Some(codes) = format.codes() {
-            let (rows, _) = self.take(name)?;
-            let matrix = Packed::new(read::packed(&*rows, codes, format)?, self.device);
-            return Ok(Weight::packed(
-                id,
-                match outputs {
-                    0 => matrix,
-                    _ => matrix.transpose(),
-                },
-            ));
-        }
-        let matrix: Tensor<B, 2> = match format {
-            WeightFormat::F16 => self.tensor_of::<f16, 2>(name, false)?,
-            _ => self.tensor_of::<bf16, 2>(name, false)?,
-        };
-        let matrix = match outputs {
-            0 => matrix,
-            _ => matrix.transpose(),
-        };
-        Ok(Param::initialized(id, matrix).into())
+        let transposed = outputs == 1;
+        Ok(match self.take(name)? {
+            Loaded::Packed(rows) => {
+                let matrix = Packed::new(rows, self.device);
+                Weight::packed(
+                    id,
+                    match transposed {
+                        true => matrix.transpose(),
+                        false => matrix,
+                    },
+                )
+            }
+            Loaded::Float(data) => {
+                let matrix: Tensor<B, 2> = self.float(data);
+                let matrix = match transposed {
+                    true => matrix.transpose(),
+                    false => matrix,
+                };
+                Param::initialized(id, matrix).into()
+            }
+        })
     }
 }
 
@@ -185,8 +220,9 @@ impl<B: Backend> ModuleMapper<B> for Filler<'_, B> {
             return param;
         }
         let id = param.id;
-        match self.tensor(&name) {
-            Ok(tensor) => param.transform_for_load(tensor, id),
+        match self.take(&name) {
+            Ok(Loaded::Float(data)) => param.transform_for_load(self.float(data), id),
+            Ok(Loaded::Packed(_)) => unreachable!("packed matrices come later"),
             Err(error) => {
                 self.failed = Some(error);
                 param

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::panic::resume_unwind;
 use std::path::Path;
-use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -166,7 +166,8 @@ fn load<B: Backend>(
             format,
             stopped: &stopped,
         };
-        let model = filling.decoder::<B>(&config, device);
+        // Where the threads are that it is read by: from outside, every tensor would wake them.
+        let model = rayon::scope(|_| filling.decoder::<B>(&config, device));
         let tokenizer = tokenizer.join();
         (tokenizer.unwrap_or_else(|panic| resume_unwind(panic)), model)
     });
@@ -241,8 +242,8 @@ fn narrowed(
 
 /// Every parameter of files' tensors.
 fn parts(tensors: Vec<FileTensor>) -> Vec<Part> {
-    let tensors = tensors.into_iter().map(Rc::new);
-    let parts = |tensor: Rc<FileTensor>| {
+    let tensors = tensors.into_iter().map(Arc::new);
+    let parts = |tensor: Arc<FileTensor>| {
         let numbers = 0..tensor.parts.len();
         numbers.map(move |number| Part {
             tensor: tensor.clone(),

@@ -1,9 +1,10 @@
-//! From the rows of a file to the memory of a tensor, by all threads: each takes a piece of the file
-//! to its final place, so that there is no second copy.
+//! From the rows of files to the memory of tensors, by all threads: each takes a piece of a file to
+//! its final place, so that there is no second copy.
 
 use std::ops::Range;
 use std::path::Path;
 
+use burn::tensor::{TensorData, bf16, f16};
 use rayon::prelude::*;
 
 use super::error::CheckpointError;
@@ -105,55 +106,174 @@ fn rows_at_once(source: &dyn Rows) -> usize {
     (PIECE / (columns * together).max(1)).max(1) * together
 }
 
-/// The first error of pieces that are worked on at once.
-fn each<P: IndexedParallelIterator>(
-    pieces: P,
-    work: impl Fn(&mut Scratch, P::Item) -> Result<(), CheckpointError> + Sync,
-) -> Result<(), CheckpointError> {
-    let results = pieces.map_init(Scratch::default, |scratch, piece| work(scratch, piece).err());
-    let failed = results.find_first(Option::is_some).flatten();
+/// What a tensor is read as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Numbers in the order of the file or, for a matrix, that of its transpose.
+    Float {
+        dtype: WeightDtype,
+        transposed: bool,
+    },
+    /// A matrix in groups: as it is where the file has it so.
+    Packed(WeightFormat, Codes),
+}
+
+/// A tensor that has been read.
+pub(super) enum Loaded {
+    Float(TensorData),
+    Packed(PackedRows),
+}
+
+/// A tensor's memory.
+enum Numbers {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+    Packed(PackedRows),
+}
+
+/// A tensor on its way from a file.
+pub(super) struct Reading<'f> {
+    source: Box<dyn Rows + 'f>,
+    kind: Kind,
+    numbers: Numbers,
+}
+
+/// A piece of a tensor to be read.
+type Task<'t> = Box<dyn FnOnce(&mut Scratch) -> Result<(), CheckpointError> + Send + 't>;
+
+impl<'f> Reading<'f> {
+    pub fn new(source: Box<dyn Rows + 'f>, kind: Kind) -> Self {
+        let [rows, columns] = source.dims();
+        let numbers = match kind {
+            Kind::Packed(_, codes) => Numbers::Packed(PackedRows::new(codes, rows, columns)),
+            // Of the system, which clears it when it is first written.
+            Kind::Float { dtype, .. } => match dtype {
+                WeightDtype::F32 => Numbers::F32(bytemuck::zeroed_vec(rows * columns)),
+                WeightDtype::F16 => Numbers::F16(bytemuck::zeroed_vec(rows * columns)),
+                WeightDtype::Bf16 => Numbers::Bf16(bytemuck::zeroed_vec(rows * columns)),
+            },
+        };
+        Self {
+            source,
+            kind,
+            numbers,
+        }
+    }
+
+    /// Bytes it takes.
+    pub fn bytes(&self) -> usize {
+        match &self.numbers {
+            Numbers::F32(numbers) => size_of_val(&**numbers),
+            Numbers::F16(numbers) => size_of_val(&**numbers),
+            Numbers::Bf16(numbers) => size_of_val(&**numbers),
+            Numbers::Packed(rows) => rows.bytes.len(),
+        }
+    }
+
+    /// What has been read of a tensor that has this shape in the file.
+    pub fn finish(self, mut shape: Vec<usize>) -> Loaded {
+        if let Kind::Float {
+            transposed: true, ..
+        } = self.kind
+        {
+            shape.reverse();
+        }
+        Loaded::Float(match self.numbers {
+            Numbers::F32(numbers) => TensorData::new(numbers, shape),
+            Numbers::F16(numbers) => TensorData::new(numbers, shape),
+            Numbers::Bf16(numbers) => TensorData::new(numbers, shape),
+            Numbers::Packed(rows) => return Loaded::Packed(rows),
+        })
+    }
+
+    fn tasks(&mut self) -> Vec<Task<'_>> {
+        let source = &*self.source;
+        match (&mut self.numbers, self.kind) {
+            (Numbers::F32(to), Kind::Float { transposed, .. }) => floats(source, transposed, to),
+            (Numbers::F16(to), Kind::Float { transposed, .. }) => floats(source, transposed, to),
+            (Numbers::Bf16(to), Kind::Float { transposed, .. }) => floats(source, transposed, to),
+            (Numbers::Packed(to), Kind::Packed(format, _)) => packed(source, format, to),
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// Reads tensors, threads taking pieces of all of them.
+///
+/// # Errors
+/// The first in the tensors' order.
+pub(super) fn read_all(readings: &mut [Reading<'_>]) -> Result<(), CheckpointError> {
+    let tasks: Vec<Task<'_>> = readings.iter_mut().flat_map(Reading::tasks).collect();
+    let tasks = tasks.into_par_iter();
+    let errors = tasks.map_init(Scratch::default, |scratch, task| task(scratch).err());
+    let failed = errors.find_first(Option::is_some).flatten();
     failed.map_or(Ok(()), Err)
 }
 
-/// A tensor's numbers in the order of the file or, for a matrix, that of its transpose.
-pub(super) fn numbers<T: Number>(
-    source: &dyn Rows,
+/// The rows of every piece of a source.
+fn pieces(source: &dyn Rows, at_once: usize) -> impl Iterator<Item = Range<usize>> {
+    let [rows, _] = source.dims();
+    let ranges = (0..rows).step_by(at_once);
+    ranges.map(move |start| start..rows.min(start + at_once))
+}
+
+fn floats<'t, T: Number>(
+    source: &'t dyn Rows,
     transposed: bool,
-) -> Result<Vec<T>, CheckpointError> {
+    numbers: &'t mut [T],
+) -> Vec<Task<'t>> {
     let [rows, columns] = source.dims();
     let at_once = rows_at_once(source);
-    let range = |piece: usize| piece * at_once..rows.min((piece + 1) * at_once);
-    let mut all: Vec<T> = bytemuck::zeroed_vec(rows * columns);
-    if all.is_empty() {
-        return Ok(all);
-    }
+    let pieces = pieces(source, at_once);
     if !transposed {
-        let pieces = all.par_chunks_mut(at_once * columns).enumerate();
-        each(pieces, |scratch, (piece, to)| {
-            scratch.read(source, range(piece), to)
-        })?;
-        return Ok(all);
+        let pieces = pieces.zip(numbers.chunks_mut((at_once * columns).max(1)));
+        let task = |(rows, to)| -> Task<'t> {
+            Box::new(move |scratch: &mut Scratch| scratch.read(source, rows, to))
+        };
+        return pieces.map(task).collect();
     }
     // What becomes of a piece's rows is some columns of every row of the transpose.
-    let n_pieces = rows.div_ceil(at_once);
-    let mut parts: Vec<Vec<&mut [T]>> = (0..n_pieces)
+    let mut parts: Vec<Vec<&mut [T]>> = (0..rows.div_ceil(at_once))
         .map(|_| Vec::with_capacity(columns))
         .collect();
-    for row in all.chunks_mut(rows) {
+    for row in numbers.chunks_mut(rows.max(1)) {
         for (part, columns) in parts.iter_mut().zip(row.chunks_mut(at_once)) {
             part.push(columns);
         }
     }
-    let pieces = parts.into_par_iter().enumerate();
-    each(pieces, |scratch, (piece, to)| {
-        // Kept apart, because reading takes the rest.
-        let mut numbers = Vec::new();
-        let numbers = resized(&mut numbers, range(piece).len() * columns);
-        scratch.read(source, range(piece), numbers)?;
-        transpose(numbers, columns, to);
-        Ok(())
-    })?;
-    Ok(all)
+    let task = |(rows, to): (Range<usize>, _)| -> Task<'t> {
+        Box::new(move |scratch: &mut Scratch| {
+            let mut piece = vec![T::zeroed(); rows.len() * columns];
+            scratch.read(source, rows, &mut piece)?;
+            transpose(&piece, columns, to);
+            Ok(())
+        })
+    };
+    pieces.zip(parts).map(task).collect()
+}
+
+fn packed<'t>(
+    source: &'t dyn Rows,
+    format: WeightFormat,
+    numbers: &'t mut PackedRows,
+) -> Vec<Task<'t>> {
+    let [_, columns] = source.dims();
+    let at_once = rows_at_once(source);
+    let pieces = pieces(source, at_once).zip(numbers.parts(at_once));
+    let task = |(rows, mut to): (Range<usize>, RowsMut<'t>)| -> Task<'t> {
+        Box::new(move |scratch: &mut Scratch| {
+            if let Some(read) = source.stored_packed(rows.clone(), &mut to, &mut scratch.bytes) {
+                return read;
+            }
+            let wide = resized(&mut scratch.wide, rows.len() * columns);
+            source.widened(rows, wide, &mut scratch.bytes)?;
+            let (path, tensor) = source.place();
+            let written = to.write(wide);
+            written.map_err(|value| too_large(path, tensor, value, format))
+        })
+    };
+    pieces.map(task).collect()
 }
 
 /// `to[j][i] = from[i][j]`, square by square.
@@ -168,30 +288,6 @@ fn transpose<T: Copy>(from: &[T], columns: usize, mut to: Vec<&mut [T]>) {
             }
         }
     }
-}
-
-/// A matrix in groups: as it is where the file has it so.
-pub(super) fn packed(
-    source: &dyn Rows,
-    codes: Codes,
-    format: WeightFormat,
-) -> Result<PackedRows, CheckpointError> {
-    let [rows, columns] = source.dims();
-    let at_once = rows_at_once(source);
-    let range = |piece: usize| piece * at_once..rows.min((piece + 1) * at_once);
-    let mut packed = PackedRows::new(codes, rows, columns);
-    let pieces = packed.parts(at_once).into_par_iter().enumerate();
-    each(pieces, |scratch, (piece, mut to)| {
-        let rows = range(piece);
-        if let Some(read) = source.stored_packed(rows.clone(), &mut to, &mut scratch.bytes) {
-            return read;
-        }
-        let wide = resized(&mut scratch.wide, rows.len() * columns);
-        source.widened(rows, wide, &mut scratch.bytes)?;
-        let (path, tensor) = source.place();
-        to.write(wide).map_err(|value| too_large(path, tensor, value, format))
-    })?;
-    Ok(packed)
 }
 
 /// The error for a number that a format is too small for.

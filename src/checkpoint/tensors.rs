@@ -18,7 +18,7 @@ pub(super) struct FileTensor {
 }
 
 /// Files that a decoder's tensors are read from.
-pub(super) trait TensorFiles {
+pub(super) trait TensorFiles: Sync {
     /// What errors name.
     fn path(&self) -> &Path;
 

@@ -126,38 +126,69 @@ impl RowsMut<'_> {
         if !rows.iter().fold(true, |all, x| all & within(x)) {
             return rows.iter().find(|x| !within(x)).map_or(Ok(()), |&x| Err(x));
         }
-        let groups = rows.chunks(self.columns).flat_map(|row| row.chunks(GROUP));
-        let bytes = self.bytes.chunks_exact_mut(self.codes.bytes());
-        let mut offsets = self.offsets.iter_mut();
-        for ((group, bytes), scale) in groups.zip(bytes).zip(&mut *self.scales) {
-            let mut numbers = [0.0; GROUP];
-            numbers[..group.len()].copy_from_slice(group);
-            match self.codes {
-                Codes::Int8 => *scale = int8(&numbers, bytes),
-                Codes::Int4 => {
-                    let (of_group, offset) = int4(&numbers, group.len(), bytes);
-                    *scale = of_group;
-                    if let Some(to) = offsets.next() {
-                        *to = offset;
-                    }
-                }
-            }
-        }
+        let pack = Pack { rows, to: self };
+        #[cfg(feature = "flex")]
+        pulp::Arch::new().dispatch(pack);
+        #[cfg(not(feature = "flex"))]
+        pack.pack();
         Ok(())
     }
 }
 
+/// Numbers on their way to codes.
+struct Pack<'p, 'r> {
+    rows: &'p [f32],
+    to: &'p mut RowsMut<'r>,
+}
+
+#[cfg(feature = "flex")]
+impl pulp::WithSimd for Pack<'_, '_> {
+    type Output = ();
+
+    // In the vectors that the processor has.
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        self.pack();
+    }
+}
+
+impl Pack<'_, '_> {
+    #[inline(always)]
+    fn pack(self) {
+        let Self { rows, to } = self;
+        let per_row = to.columns.div_ceil(GROUP);
+        for (i, row) in rows.chunks(to.columns).enumerate() {
+            for (j, group) in row.chunks(GROUP).enumerate() {
+                let at = i * per_row + j;
+                let mut numbers = [0.0; GROUP];
+                numbers[..group.len()].copy_from_slice(group);
+                let bytes = &mut to.bytes[at * to.codes.bytes()..][..to.codes.bytes()];
+                match to.codes {
+                    Codes::Int8 => to.scales[at] = int8(&numbers, bytes),
+                    Codes::Int4 => {
+                        let (scale, offset) = int4(&numbers, group.len(), bytes);
+                        (to.scales[at], to.offsets[at]) = (scale, offset);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Loops instead of closures from here on: closures are functions of their own, which are compiled for
+// no processor in particular.
+
 /// The scale is the largest magnitude / 127, rounded so that no code is beyond 127.
+#[inline(always)]
 fn int8(group: &[f32; GROUP], codes: &mut [i8]) -> f16 {
-    let largest = maximum(group.map(f32::abs));
-    let scale = not_below(largest / 127.0);
+    let mut magnitudes = [0.0; GROUP];
+    for (magnitude, x) in magnitudes.iter_mut().zip(group) {
+        *magnitude = x.abs();
+    }
+    let scale = not_below(maximum(&magnitudes) / 127.0);
     let inverse = inverse(scale);
     for (code, x) in codes.iter_mut().zip(group) {
-        let x = (x * inverse).clamp(-127.0, 127.0);
-        // To the nearest, halves away from 0: `round` is a call where processors may lack it.
-        let whole = x as i32;
-        let rest = x - whole as f32;
-        *code = (whole + i32::from(rest >= 0.5) - i32::from(rest <= -0.5)) as i8;
+        *code = nearest((x * inverse).clamp(-127.0, 127.0)) as i8;
     }
     scale
 }
@@ -165,43 +196,60 @@ fn int8(group: &[f32; GROUP], codes: &mut [i8]) -> f16 {
 /// Scale and offset are those of the smallest squared error among a few: from the least to the
 /// largest number, and what linear regression on the codes makes of it. Of a group that is not whole
 /// the first `len` count.
+#[inline(always)]
 fn int4(group: &[f32; GROUP], len: usize, bytes: &mut [i8]) -> (f16, f16) {
-    // Where a group is not whole, what is least and largest of it is so of the whole as well.
-    let filled: [f32; GROUP] = std::array::from_fn(|i| group[if i < len { i } else { 0 }]);
-    let (least, most) = (-maximum(filled.map(|x| -x)), maximum(filled));
-    let counts: [f32; GROUP] = std::array::from_fn(|i| if i < len { 1.0 } else { 0.0 });
+    // What does not count is neither least nor largest, nor in a sum.
+    let (mut filled, mut negative, mut counts) = (*group, [0.0; GROUP], [0.0; GROUP]);
+    filled[len..].fill(group[0]);
+    counts[..len].fill(1.0);
+    for (negative, x) in negative.iter_mut().zip(&filled) {
+        *negative = -x;
+    }
+    let (least, most) = (-maximum(&negative), maximum(&filled));
     let n = len as f32;
     let mean = sum(group) / n;
     let mut tried = (not_below((most - least) / 15.0), f16::from_f32(least));
     let (mut best, mut error) = (tried, f32::INFINITY);
+    let mut codes = [0.0; GROUP];
+    let mut terms = [0.0; GROUP];
     for _ in 0..5 {
-        let (scale, offset) = (tried.0.to_f32(), tried.1.to_f32());
-        let inverse = inverse(tried.0);
-        let codes = group.map(|x| nibble(x, offset, inverse) as f32);
-        let off = |i: usize| (codes[i] * scale + offset - group[i]) * counts[i];
-        let now = sum(&std::array::from_fn(|i| off(i) * off(i)));
-        if now >= error {
+        let (scale, offset, inverse) = (tried.0.to_f32(), tried.1.to_f32(), inverse(tried.0));
+        for i in 0..GROUP {
+            codes[i] = nibble(group[i], offset, inverse) as f32;
+            let off = (codes[i] * scale + offset - group[i]) * counts[i];
+            terms[i] = off * off;
+        }
+        let now = sum(&terms);
+        // Nor what has become too large for an f16.
+        if now.is_nan() || now >= error {
             break;
         }
         (best, error) = (tried, now);
-        let mean_code = sum(&std::array::from_fn(|i| codes[i] * counts[i])) / n;
-        let from_mean: [f32; GROUP] = std::array::from_fn(|i| (codes[i] - mean_code) * counts[i]);
-        let covariance = sum(&std::array::from_fn(|i| from_mean[i] * (group[i] - mean)));
-        let variance = sum(&from_mean.map(|x| x * x));
+        for i in 0..GROUP {
+            terms[i] = codes[i] * counts[i];
+        }
+        let mean_code = sum(&terms) / n;
+        let mut squares = [0.0; GROUP];
+        for i in 0..GROUP {
+            let from_mean = (codes[i] - mean_code) * counts[i];
+            squares[i] = from_mean * from_mean;
+            terms[i] = from_mean * (group[i] - mean);
+        }
+        let variance = sum(&squares);
         if variance == 0.0 {
             break;
         }
-        let slope = covariance / variance;
+        let slope = sum(&terms) / variance;
         tried = (
             f16::from_f32(slope),
             f16::from_f32(mean - slope * mean_code),
         );
     }
-    let (scale, offset) = (best.0, best.1.to_f32());
-    let codes = group.map(|x| nibble(x, offset, inverse(scale)));
-    let (low, high) = codes.split_at(GROUP / 2);
-    for ((byte, low), high) in bytes.iter_mut().zip(low).zip(high) {
-        *byte = (low | high << 4) as i8;
+    let (offset, inverse) = (best.1.to_f32(), inverse(best.0));
+    for j in 0..GROUP / 2 {
+        let low = nibble(group[j], offset, inverse);
+        let high = nibble(group[j + GROUP / 2], offset, inverse);
+        bytes[j] = (low | high << 4) as i8;
     }
     best
 }
@@ -209,37 +257,56 @@ fn int4(group: &[f32; GROUP], len: usize, bytes: &mut [i8]) -> (f16, f16) {
 /// Sums that are taken side by side, in vectors.
 const LANES: usize = 8;
 
+#[inline(always)]
 fn sum(group: &[f32; GROUP]) -> f32 {
     let mut sums = [0.0; LANES];
-    for eight in group.as_chunks::<LANES>().0 {
-        for (sum, x) in sums.iter_mut().zip(eight) {
-            *sum += x;
-        }
+    for i in 0..GROUP {
+        sums[i % LANES] += group[i];
     }
-    sums.iter().sum()
+    let mut sum = 0.0;
+    for of_lane in sums {
+        sum += of_lane;
+    }
+    sum
 }
 
-fn maximum(group: [f32; GROUP]) -> f32 {
+#[inline(always)]
+fn maximum(group: &[f32; GROUP]) -> f32 {
     let mut most = [f32::NEG_INFINITY; LANES];
-    for eight in group.as_chunks::<LANES>().0 {
-        for (most, &x) in most.iter_mut().zip(eight) {
-            // `max` minds what is no number, which takes longer.
-            *most = if x > *most { x } else { *most };
-        }
+    for i in 0..GROUP {
+        // `max` minds what is no number, which takes longer.
+        let lane = &mut most[i % LANES];
+        *lane = if group[i] > *lane { group[i] } else { *lane };
     }
-    most.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    let mut maximum = f32::NEG_INFINITY;
+    for of_lane in most {
+        maximum = maximum.max(of_lane);
+    }
+    maximum
 }
 
 /// The code of a number, 0 to 15.
 #[inline(always)]
 fn nibble(x: f32, offset: f32, inverse: f32) -> i32 {
-    let x = ((x - offset) * inverse).clamp(0.0, 15.0);
-    let whole = x as i32;
-    whole + i32::from(x - whole as f32 >= 0.5)
+    nearest(((x - offset) * inverse).clamp(0.0, 15.0))
+}
+
+/// To the nearest, halves away from 0, of what is below 2^22: `round` is a call where a processor may
+/// lack it, and a conversion that minds what no integer is takes numbers one by one.
+#[inline(always)]
+fn nearest(x: f32) -> i32 {
+    /// Beside it floats are integers.
+    const WHOLE: f32 = 1.5 * (1 << 23) as f32;
+    let shifted = x + WHOLE;
+    // Halves have gone to the even neighbour.
+    let rest = x - (shifted - WHOLE);
+    let whole = shifted.to_bits() as i32 - WHOLE.to_bits() as i32;
+    whole + i32::from(rest == 0.5 && x > 0.0) - i32::from(rest == -0.5 && x < 0.0)
 }
 
 /// The f16 next to `x`, or above it where the next one is too small by so much that codes would be
 /// cut off: among the subnormal ones.
+#[inline(always)]
 fn not_below(x: f32) -> f16 {
     let next = f16::from_f32(x);
     match next.to_f32() * 1.003 < x {
@@ -249,6 +316,7 @@ fn not_below(x: f32) -> f16 {
 }
 
 /// 1 / scale; 0 where all numbers are the same, whose codes are then 0.
+#[inline(always)]
 fn inverse(scale: f16) -> f32 {
     match scale.to_f32() {
         0.0 => 0.0,
@@ -427,6 +495,17 @@ mod tests {
                 prop::collection::vec(number, rows * columns).prop_map(move |x| (columns, x))
             },
         )
+    }
+
+    #[test]
+    fn the_nearest_integer_is_that_of_round() {
+        let mut x = -127.0f32;
+        while x <= 127.0 {
+            for x in [x, x.next_up(), x.next_down()] {
+                assert_eq!(nearest(x), x.round() as i32, "{x}");
+            }
+            x += 0.125;
+        }
     }
 
     proptest! {
