@@ -343,7 +343,10 @@ fn pairs_of_bytes(vocab: usize) -> Value {
         .collect();
     let bytes = (0..256).map(|i| byte(i).to_string());
     let tokens = bytes.chain(pairs.iter().map(String::from_iter));
-    let vocab: Map<String, Value> = tokens.zip(0..).map(|(token, i)| (token, json!(i))).collect();
+    let vocab: Map<String, Value> = tokens
+        .zip(0..)
+        .map(|(token, i)| (token, json!(i)))
+        .collect();
     json!({
         "version": "1.0",
         "model": { "type": "BPE", "vocab": vocab, "merges": pairs }
@@ -358,8 +361,9 @@ impl Case {
         readings: &[Reading],
         starts: &[Start],
     ) -> Self {
-        let of_readings =
-            |figure: fn(&Reading) -> f64| median(&mut readings.iter().map(figure).collect::<Vec<_>>());
+        let of_readings = |figure: fn(&Reading) -> f64| {
+            median(&mut readings.iter().map(figure).collect::<Vec<_>>())
+        };
         let of_starts =
             |figure: fn(&Start) -> f64| median(&mut starts.iter().map(figure).collect::<Vec<_>>());
         let (read, buffered) = (of_readings(|r| r.whole), of_readings(|r| r.buffered));

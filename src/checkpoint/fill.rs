@@ -158,7 +158,10 @@ impl<B: Backend> Filler<'_, B> {
             readings.push(reading);
             parts.push(part);
         }
-        assert!(!parts.is_empty(), "checkpoints have the decoder's parameters");
+        assert!(
+            !parts.is_empty(),
+            "checkpoints have the decoder's parameters"
+        );
         read_all(&mut readings)?;
         for (part, reading) in parts.into_iter().zip(readings) {
             let spec = part.spec();

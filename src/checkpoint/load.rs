@@ -169,7 +169,10 @@ fn load<B: Backend>(
         // Where the threads are that it is read by: from outside, every tensor would wake them.
         let model = rayon::scope(|_| filling.decoder::<B>(&config, device));
         let tokenizer = tokenizer.join();
-        (tokenizer.unwrap_or_else(|panic| resume_unwind(panic)), model)
+        (
+            tokenizer.unwrap_or_else(|panic| resume_unwind(panic)),
+            model,
+        )
     });
     Ok(LoadedCheckpoint {
         tokenizer: tokenizer?,

@@ -245,7 +245,9 @@ mod tests {
     #[test]
     fn many_are_rounded_as_each_by_itself() {
         // Of every exponent, with mantissas around those half way between two.
-        let mantissas = [0, 1, 0x7fff, 0x8000, 0x8001, 0x1000, 0x0fff, 0x3000, 0x7f_ffff];
+        let mantissas = [
+            0, 1, 0x7fff, 0x8000, 0x8001, 0x1000, 0x0fff, 0x3000, 0x7f_ffff,
+        ];
         let from: Vec<f32> = (0..=255u32)
             .flat_map(|exponent| mantissas.map(|m| f32::from_bits(exponent << 23 | m)))
             .flat_map(|x| [x, -x])

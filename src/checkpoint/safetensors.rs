@@ -97,7 +97,12 @@ impl SafetensorsFile {
     }
 
     /// Fills `bytes` with those of a tensor from the `offset`th on.
-    pub fn read(&self, place: &Place, offset: u64, bytes: &mut [u8]) -> Result<(), CheckpointError> {
+    pub fn read(
+        &self,
+        place: &Place,
+        offset: u64,
+        bytes: &mut [u8],
+    ) -> Result<(), CheckpointError> {
         // The place has been checked to lie in the file.
         let read = self.file.read_at(place.start + offset, bytes);
         read.map_err(|source| CheckpointError::Read {

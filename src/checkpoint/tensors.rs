@@ -23,11 +23,8 @@ pub(super) trait TensorFiles: Sync {
     fn path(&self) -> &Path;
 
     /// A part of a tensor, by its number.
-    fn rows(
-        &self,
-        tensor: &FileTensor,
-        part: usize,
-    ) -> Result<Box<dyn Rows + '_>, CheckpointError>;
+    fn rows(&self, tensor: &FileTensor, part: usize)
+    -> Result<Box<dyn Rows + '_>, CheckpointError>;
 
     /// The error for a tensor that is not there.
     fn missing(&self, spec: &TensorSpec) -> CheckpointError {

@@ -70,8 +70,7 @@ pub(super) fn write(
             let dtype = match saved {
                 Saved::Float(dtype) => dtype,
                 Saved::Int8 => {
-                    let mut packed =
-                        PackedRows::new(Codes::Int8, numbers.len() / columns, columns);
+                    let mut packed = PackedRows::new(Codes::Int8, numbers.len() / columns, columns);
                     let written = packed.write(numbers);
                     written.map_err(|value| too_large(&path, &spec.name, value, format))?;
                     scales.extend(packed.scale_bytes());
