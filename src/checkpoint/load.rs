@@ -72,6 +72,31 @@ impl LoadOptions {
     }
 }
 
+impl LoadOptions {
+    pub(super) fn dtype(&self) -> WeightDtype {
+        self.dtype
+    }
+
+    /// That a backend has the numbers.
+    pub(super) fn check<B: Backend>(
+        &self,
+        path: &Path,
+        device: &B::Device,
+    ) -> Result<(), CheckpointError> {
+        if !B::supports_dtype(device, self.dtype.in_memory()) {
+            return Err(CheckpointError::UnsupportedDtype {
+                dtype: self.dtype,
+                backend: B::name(device),
+            });
+        }
+        let checked = self.weights.check::<B>(device);
+        checked.map_err(|source| CheckpointError::Weight {
+            path: path.to_owned(),
+            source,
+        })
+    }
+}
+
 impl From<WeightDtype> for LoadOptions {
     fn from(dtype: WeightDtype) -> Self {
         Self::new().with_dtype(dtype)
@@ -82,8 +107,9 @@ impl From<WeightDtype> for LoadOptions {
 ///
 /// Everything is checked before any weight is read: the configuration, the headers against the
 /// files' lengths, the tensors against the configuration. Nothing is allocated that the files do
-/// not bear out. Then each tensor is read in pieces into its final place, so that memory never
-/// exceeds the weights by more than a tensor that a device copies.
+/// not bear out. Then tensors are read by all threads, piece by piece to their final places, beside the
+/// tokenizer: memory exceeds the weights by 64 MiB, or one tensor, where a device copies what it is
+/// given, otherwise by a few pieces.
 ///
 /// Keys of `config.json` that are not of its family are ignored; a `dropout` is 0. A head that repeats a
 /// tied embedding is accepted.
@@ -122,48 +148,47 @@ fn load<B: Backend>(
     options: LoadOptions,
     device: &B::Device,
 ) -> Result<LoadedCheckpoint<B>, CheckpointError> {
-    let LoadOptions {
-        dtype,
-        weights: format,
-        plan,
-    } = options;
-    if !B::supports_dtype(device, dtype.in_memory()) {
-        return Err(CheckpointError::UnsupportedDtype {
-            dtype,
-            backend: B::name(device),
-        });
-    }
-    let in_directory = |source| CheckpointError::Weight {
-        path: directory.to_owned(),
-        source,
-    };
-    format.check::<B>(device).map_err(in_directory)?;
-    let mut config = config::read(directory)?;
+    options.check::<B>(directory, device)?;
+    let config = config::read(directory)?;
     let mut weights = Weights::open(directory)?;
     let held = check(&config, &mut weights)?;
-    let expected = planned(&mut config, plan, held, &weights)?;
     let tokenizer = directory.join(TOKENIZER);
+    let load_tokenizer = || match tokenizer.is_file() {
+        true => Ok(Some(Tokenizer::load(&tokenizer)?)),
+        false => Ok(None),
+    };
+    let files = (directory, &weights as &dyn TensorFiles, held);
+    loaded(config, files, options, load_tokenizer, device)
+}
+
+/// A model of tensors that are what its configuration asks for, and its tokenizer.
+pub(super) fn loaded<B: Backend, E: From<CheckpointError> + Send>(
+    mut config: ModelConfig,
+    (path, files, held): (&Path, &dyn TensorFiles, Vec<FileTensor>),
+    options: LoadOptions,
+    load_tokenizer: impl FnOnce() -> Result<Option<Tokenizer>, E> + Send,
+    device: &B::Device,
+) -> Result<LoadedCheckpoint<B>, E> {
+    let expected = planned(&mut config, options.plan, held, files)?;
     let stopped = AtomicBool::new(false);
-    let load_tokenizer = || {
-        if !tokenizer.is_file() {
-            return Ok(None);
-        }
-        let loaded = Tokenizer::load(&tokenizer).map_err(CheckpointError::from);
-        let loaded = loaded.and_then(|tokenizer| {
-            check_vocabulary(directory, &tokenizer, config.decoder.vocab_size)?;
-            Ok(Some(tokenizer))
+    let checked_tokenizer = || {
+        let tokenizer = load_tokenizer().and_then(|tokenizer| {
+            if let Some(tokenizer) = &tokenizer {
+                check_vocabulary(path, tokenizer, config.decoder.vocab_size)?;
+            }
+            Ok(tokenizer)
         });
-        stopped.store(loaded.is_err(), Ordering::Relaxed);
-        loaded
+        stopped.store(tokenizer.is_err(), Ordering::Relaxed);
+        tokenizer
     };
     // A large vocabulary takes as long as the weights of a small model.
     let (tokenizer, model) = thread::scope(|scope| {
-        let tokenizer = scope.spawn(load_tokenizer);
+        let tokenizer = scope.spawn(checked_tokenizer);
         let filling = Filling {
-            files: &weights,
+            files,
             expected,
-            dtype,
-            format,
+            dtype: options.dtype,
+            format: options.weights,
             stopped: &stopped,
         };
         // Where the threads are that it is read by: from outside, every tensor would wake them.

@@ -19,7 +19,7 @@ use crate::parameters::TensorSpec;
 /// Writes the model's tensors: matrices in a format, all else as numbers of type `dtype`. Takes the
 /// memory of a piece of a tensor, and of the scales.
 pub(super) fn write(
-    file: &mut GgufFile,
+    file: &GgufFile,
     model: &Model,
     (dtype, format): (WeightDtype, WeightFormat),
     directory: &Path,
@@ -95,15 +95,21 @@ pub(super) fn write(
 
 /// Rows 2j and 2j + 1 of each head become j and j + head_dim/2, as RoPE's pairs are in Hugging Face's
 /// files. `numbers` are whole heads of rows of `columns`.
-fn separate(numbers: &mut [f32], head_dim: usize, columns: usize) {
+pub(super) fn separate(numbers: &mut [f32], head_dim: usize, columns: usize) {
     let mut old = Vec::new();
     for head in numbers.chunks_exact_mut(head_dim * columns) {
         old.clear();
         old.extend_from_slice(head);
         for (row, to) in head.chunks_exact_mut(columns).enumerate() {
-            let (second, pair) = (row / (head_dim / 2), row % (head_dim / 2));
-            let from = (2 * pair + second) * columns;
+            let from = head_row(row, head_dim) * columns;
             to.copy_from_slice(&old[from..from + columns]);
         }
     }
+}
+
+/// Where the row that becomes `row` lies.
+pub(super) fn head_row(row: usize, head_dim: usize) -> usize {
+    let (head, row) = (row / head_dim, row % head_dim);
+    let (second, pair) = (row / (head_dim / 2), row % (head_dim / 2));
+    head * head_dim + 2 * pair + second
 }
