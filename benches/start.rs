@@ -25,6 +25,7 @@ use std::time::Instant;
 
 use burn::tensor::backend::Backend;
 use clap::{Parser, ValueEnum};
+use fusedkv::checkpoint::gguf::load_gguf;
 use fusedkv::checkpoint::{LoadOptions, SaveOptions, load_checkpoint, save_checkpoint};
 use fusedkv::tokenizer::Tokenizer;
 use fusedkv::{FusedKvDecoder, Logits, TokenBatch, WeightFormat};
@@ -70,7 +71,7 @@ struct Args {
     repeats: usize,
     #[command(flatten)]
     shape: Shape,
-    /// Directories in place of random ones
+    /// Directories, or GGUF files, in place of random ones
     #[arg(long, value_name = "PATH", value_delimiter = ',')]
     model: Vec<PathBuf>,
     /// What to compute on
@@ -212,7 +213,10 @@ impl Args {
         let memory = PeakMemory::start();
         let start = Instant::now();
         let options = LoadOptions::new().with_weights(*weights);
-        let model = load_checkpoint::<B>(path, options, device)?.model;
+        let model = match path.is_file() {
+            true => load_gguf::<B>(path, options, device)?.model,
+            false => load_checkpoint::<B>(path, options, device)?.model,
+        };
         let load = start.elapsed().as_secs_f64();
         let peak_bytes = memory.peak();
         self.token(&model, device)?;
@@ -268,8 +272,9 @@ impl Args {
             for file in files(path)? {
                 bytes += file.metadata()?.len();
             }
-            // Into the page cache.
+            // Into the page cache; and memory that the system has had in use is faster to get.
             self.process::<Reading>(path, "read", WeightFormat::Model)?;
+            self.process::<Start>(path, "start", WeightFormat::Model)?;
             let mut readings = Vec::new();
             let mut starts: Vec<Vec<Start>> = self.weights.iter().map(|_| Vec::new()).collect();
             for _ in 0..self.repeats {
