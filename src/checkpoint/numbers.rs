@@ -82,6 +82,9 @@ pub(super) trait Number: Element + Zeroable {
     /// numbers.
     fn bytes_mut(numbers: &mut [Self]) -> &mut [u8];
 
+    /// As many numbers, or twice as many, in the memory of others.
+    fn in_f32s(numbers: &mut [f32]) -> &mut [Self];
+
     /// Numbers of this machine from the little-endian ones of a file.
     fn from_file(numbers: &mut [Self]);
 
@@ -102,6 +105,10 @@ macro_rules! number {
             const DTYPE: WeightDtype = WeightDtype::$dtype;
 
             fn bytes_mut(numbers: &mut [Self]) -> &mut [u8] {
+                bytemuck::cast_slice_mut(numbers)
+            }
+
+            fn in_f32s(numbers: &mut [f32]) -> &mut [Self] {
                 bytemuck::cast_slice_mut(numbers)
             }
 

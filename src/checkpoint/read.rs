@@ -18,6 +18,9 @@ const PIECE: usize = 1 << 16;
 /// The sides of the squares that a matrix is transposed by: as many numbers as a line of the cache has.
 const SQUARE: usize = 16;
 
+/// Rows that are transposed at a time, however wide, at the least.
+const FEWEST: usize = 4 * SQUARE;
+
 /// A matrix, or a vector, in a file. Ranges are of its rows.
 pub(super) trait Rows: Sync {
     /// `[rows, columns]`; the numbers of a vector are rows.
@@ -65,6 +68,8 @@ pub(super) trait Rows: Sync {
 struct Scratch {
     bytes: Vec<u8>,
     wide: Vec<f32>,
+    /// Rows that are to be transposed, of any type.
+    rows: Vec<f32>,
 }
 
 impl Scratch {
@@ -92,9 +97,9 @@ impl Scratch {
 }
 
 /// The beginning of a buffer that grows.
-fn resized<T: Number>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+fn resized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if buffer.len() < len {
-        buffer.resize(len, T::zeroed());
+        buffer.resize(len, 0.0);
     }
     &mut buffer[..len]
 }
@@ -225,15 +230,16 @@ fn floats<'t, T: Number>(
 ) -> Vec<Task<'t>> {
     let [rows, columns] = source.dims();
     let at_once = rows_at_once(source);
-    let pieces = pieces(source, at_once);
     if !transposed {
-        let pieces = pieces.zip(numbers.chunks_mut((at_once * columns).max(1)));
+        let pieces = pieces(source, at_once).zip(numbers.chunks_mut((at_once * columns).max(1)));
         let task = |(rows, to)| -> Task<'t> {
             Box::new(move |scratch: &mut Scratch| scratch.read(source, rows, to))
         };
         return pieces.map(task).collect();
     }
-    // What becomes of a piece's rows is some columns of every row of the transpose.
+    // What becomes of a piece's rows is some columns of every row of the transpose: few enough that
+    // to say where they are takes little beside them.
+    let at_once = at_once.max(FEWEST.next_multiple_of(source.together()));
     let mut parts: Vec<Vec<&mut [T]>> = (0..rows.div_ceil(at_once))
         .map(|_| Vec::with_capacity(columns))
         .collect();
@@ -244,13 +250,16 @@ fn floats<'t, T: Number>(
     }
     let task = |(rows, to): (Range<usize>, _)| -> Task<'t> {
         Box::new(move |scratch: &mut Scratch| {
-            let mut piece = vec![T::zeroed(); rows.len() * columns];
-            scratch.read(source, rows, &mut piece)?;
-            transpose(&piece, columns, to);
-            Ok(())
+            let mut buffer = std::mem::take(&mut scratch.rows);
+            let piece = T::in_f32s(resized(&mut buffer, rows.len() * columns));
+            let piece = &mut piece[..rows.len() * columns];
+            let read = scratch.read(source, rows, piece);
+            transpose(piece, columns, to);
+            scratch.rows = buffer;
+            read
         })
     };
-    pieces.zip(parts).map(task).collect()
+    pieces(source, at_once).zip(parts).map(task).collect()
 }
 
 fn packed<'t>(

@@ -214,10 +214,14 @@ fn int4(group: &[f32; GROUP], len: usize, bytes: &mut [i8]) -> (f16, f16) {
     let mut terms = [0.0; GROUP];
     for _ in 0..5 {
         let (scale, offset, inverse) = (tried.0.to_f32(), tried.1.to_f32(), inverse(tried.0));
-        for i in 0..GROUP {
-            codes[i] = nibble(group[i], offset, inverse) as f32;
-            let off = (codes[i] * scale + offset - group[i]) * counts[i];
-            terms[i] = off * off;
+        let each = terms
+            .iter_mut()
+            .zip(&mut codes)
+            .zip(group.iter().zip(&counts));
+        for ((term, code), (&x, count)) in each {
+            *code = nibble(x, offset, inverse) as f32;
+            let off = (*code * scale + offset - x) * count;
+            *term = off * off;
         }
         let now = sum(&terms);
         // Nor what has become too large for an f16.
@@ -225,15 +229,16 @@ fn int4(group: &[f32; GROUP], len: usize, bytes: &mut [i8]) -> (f16, f16) {
             break;
         }
         (best, error) = (tried, now);
-        for i in 0..GROUP {
-            terms[i] = codes[i] * counts[i];
+        for ((term, code), count) in terms.iter_mut().zip(&codes).zip(&counts) {
+            *term = code * count;
         }
         let mean_code = sum(&terms) / n;
         let mut squares = [0.0; GROUP];
-        for i in 0..GROUP {
-            let from_mean = (codes[i] - mean_code) * counts[i];
-            squares[i] = from_mean * from_mean;
-            terms[i] = from_mean * (group[i] - mean);
+        let each = terms.iter_mut().zip(&mut squares).zip(&codes);
+        for (((term, square), code), (x, count)) in each.zip(group.iter().zip(&counts)) {
+            let from_mean = (code - mean_code) * count;
+            *square = from_mean * from_mean;
+            *term = from_mean * (x - mean);
         }
         let variance = sum(&squares);
         if variance == 0.0 {
@@ -246,10 +251,10 @@ fn int4(group: &[f32; GROUP], len: usize, bytes: &mut [i8]) -> (f16, f16) {
         );
     }
     let (offset, inverse) = (best.1.to_f32(), inverse(best.0));
-    for j in 0..GROUP / 2 {
-        let low = nibble(group[j], offset, inverse);
-        let high = nibble(group[j + GROUP / 2], offset, inverse);
-        bytes[j] = (low | high << 4) as i8;
+    let (low, high) = group.split_at(GROUP / 2);
+    for ((byte, &low), &high) in bytes.iter_mut().zip(low).zip(high) {
+        let (low, high) = (nibble(low, offset, inverse), nibble(high, offset, inverse));
+        *byte = (low | high << 4) as i8;
     }
     best
 }
@@ -260,8 +265,10 @@ const LANES: usize = 8;
 #[inline(always)]
 fn sum(group: &[f32; GROUP]) -> f32 {
     let mut sums = [0.0; LANES];
-    for i in 0..GROUP {
-        sums[i % LANES] += group[i];
+    for of_lanes in group.as_chunks::<LANES>().0 {
+        for (sum, x) in sums.iter_mut().zip(of_lanes) {
+            *sum += x;
+        }
     }
     let mut sum = 0.0;
     for of_lane in sums {
@@ -273,10 +280,11 @@ fn sum(group: &[f32; GROUP]) -> f32 {
 #[inline(always)]
 fn maximum(group: &[f32; GROUP]) -> f32 {
     let mut most = [f32::NEG_INFINITY; LANES];
-    for i in 0..GROUP {
-        // `max` minds what is no number, which takes longer.
-        let lane = &mut most[i % LANES];
-        *lane = if group[i] > *lane { group[i] } else { *lane };
+    for of_lanes in group.as_chunks::<LANES>().0 {
+        for (most, &x) in most.iter_mut().zip(of_lanes) {
+            // `max` minds what is no number, which takes longer.
+            *most = if x > *most { x } else { *most };
+        }
     }
     let mut maximum = f32::NEG_INFINITY;
     for of_lane in most {
