@@ -92,7 +92,7 @@ impl Int8Rows<'_> {
         self.read_scales(rows.clone(), to.scales)?;
         let columns = self.dims[1];
         let codes: &mut [u8] = bytemuck::cast_slice_mut(to.bytes);
-        if columns % GROUP == 0 {
+        if columns.is_multiple_of(GROUP) {
             return self.read_codes(rows, codes);
         }
         // In memory the last group of a row is wider than the row.
