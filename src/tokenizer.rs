@@ -83,11 +83,19 @@ impl Tokenizer {
     /// [`TokenizerError::Unreadable`] if it is missing or no tokenizer.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
         let path = path.as_ref();
-        let mut inner =
-            HfTokenizer::from_file(path).map_err(|error| TokenizerError::Unreadable {
-                path: path.to_owned(),
-                reason: error.to_string(),
-            })?;
+        let inner = HfTokenizer::from_file(path).map_err(|error| TokenizerError::Unreadable {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        })?;
+        Self::of(inner)
+    }
+
+    /// That of the text of a `tokenizer.json`.
+    pub(crate) fn from_json(json: &str) -> Result<Self, TokenizerError> {
+        Self::of(json.parse().map_err(failed)?)
+    }
+
+    fn of(mut inner: HfTokenizer) -> Result<Self, TokenizerError> {
         inner.with_padding(None);
         inner.with_truncation(None).map_err(failed)?;
         Ok(Self { inner })

@@ -9,7 +9,7 @@ use super::families;
 use super::keys::Keys;
 use super::numbers::WeightDtype;
 use super::{CONFIG, GENERATION_CONFIG};
-use crate::config::FusedKvDecoderConfig;
+use crate::config::{ConfigError, FusedKvDecoderConfig};
 
 /// What `config.json` and `generation_config.json` say.
 #[derive(Clone, Debug)]
@@ -18,6 +18,16 @@ pub(super) struct ModelConfig {
     /// Its plan is not resolved yet.
     pub decoder: FusedKvDecoderConfig,
     pub eos: Vec<u32>,
+}
+
+impl ModelConfig {
+    /// The error of a configuration that describes no decoder.
+    pub fn invalid(&self, source: ConfigError) -> CheckpointError {
+        CheckpointError::Config {
+            path: self.path.clone(),
+            source,
+        }
+    }
 }
 
 /// Reads both files.
@@ -29,19 +39,28 @@ pub(super) fn read(directory: &Path) -> Result<ModelConfig, CheckpointError> {
             file: CONFIG,
         });
     }
-    let config = Keys::read(path.clone())?;
-    let decoder = families::read(&config)?;
-    config.only("weight_format", &json!(INT8))?;
+    let config = Keys::read(path)?;
     let generation = directory.join(GENERATION_CONFIG);
     let mut eos = None;
     if generation.is_file() {
         eos = Keys::read(generation)?.token_ids("eos_token_id")?;
     }
-    if eos.is_none() {
-        eos = config.token_ids("eos_token_id")?;
-    }
+    of_keys(&config, eos)
+}
+
+/// What the keys of a `config.json` say; `eos` are those of a `generation_config.json`.
+pub(super) fn of_keys(
+    config: &Keys,
+    eos: Option<Vec<u32>>,
+) -> Result<ModelConfig, CheckpointError> {
+    let decoder = families::read(config)?;
+    config.only("weight_format", &json!(INT8))?;
+    let eos = match eos {
+        Some(eos) => Some(eos),
+        None => config.token_ids("eos_token_id")?,
+    };
     Ok(ModelConfig {
-        path,
+        path: config.path.clone(),
         decoder,
         eos: eos.unwrap_or_default(),
     })

@@ -1,23 +1,24 @@
 //! From a directory to a decoder, tensor by tensor.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::panic::resume_unwind;
 use std::path::Path;
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
-use burn::module::{Module, ModuleMapper, Param, ParamId};
-use burn::tensor::{Tensor, TensorData, backend::Backend, bf16, f16};
+use burn::tensor::backend::Backend;
 
 use super::TOKENIZER;
 use super::config::{self, ModelConfig};
 use super::error::CheckpointError;
 use super::families;
-use super::numbers::{Number, WeightDtype};
-use super::tensors::{FileTensor, file_tensors};
+use super::fill::{Filling, Part};
+use super::numbers::WeightDtype;
+use super::tensors::{FileTensor, TensorFiles, file_tensors};
 use super::weights::Weights;
-use crate::config::ConfigError;
-use crate::decoder::{FusedKvDecoder, Weight, WeightFormat};
-use crate::kernels::packed::Packed;
-use crate::parameters::{ModulePath, TensorSpec, layer_tensors, tensors};
+use crate::decoder::{FusedKvDecoder, WeightFormat};
+use crate::parameters::{TensorSpec, layer_tensors, tensors};
 use crate::plan::{KvPlan, LayerKv};
 use crate::tokenizer::Tokenizer;
 
@@ -71,6 +72,31 @@ impl LoadOptions {
     }
 }
 
+impl LoadOptions {
+    pub(super) fn dtype(&self) -> WeightDtype {
+        self.dtype
+    }
+
+    /// That a backend has the numbers.
+    pub(super) fn check<B: Backend>(
+        &self,
+        path: &Path,
+        device: &B::Device,
+    ) -> Result<(), CheckpointError> {
+        if !B::supports_dtype(device, self.dtype.in_memory()) {
+            return Err(CheckpointError::UnsupportedDtype {
+                dtype: self.dtype,
+                backend: B::name(device),
+            });
+        }
+        let checked = self.weights.check::<B>(device);
+        checked.map_err(|source| CheckpointError::Weight {
+            path: path.to_owned(),
+            source,
+        })
+    }
+}
+
 impl From<WeightDtype> for LoadOptions {
     fn from(dtype: WeightDtype) -> Self {
         Self::new().with_dtype(dtype)
@@ -81,8 +107,9 @@ impl From<WeightDtype> for LoadOptions {
 ///
 /// Everything is checked before any weight is read: the configuration, the headers against the
 /// files' lengths, the tensors against the configuration. Nothing is allocated that the files do
-/// not bear out. Then each tensor is read in pieces into its final place, so that memory never
-/// exceeds the weights by more than a tensor that a device copies.
+/// not bear out. Then tensors are read by all threads, piece by piece to their final places, beside the
+/// tokenizer: memory exceeds the weights by 64 MiB, or one tensor, where a device copies what it is
+/// given, otherwise by a few pieces.
 ///
 /// Keys of `config.json` that are not of its family are ignored; a `dropout` is 0. A head that repeats a
 /// tied embedding is accepted.
@@ -121,80 +148,79 @@ fn load<B: Backend>(
     options: LoadOptions,
     device: &B::Device,
 ) -> Result<LoadedCheckpoint<B>, CheckpointError> {
-    let LoadOptions {
-        dtype,
-        weights: format,
-        plan,
-    } = options;
-    if !B::supports_dtype(device, dtype.in_memory()) {
-        return Err(CheckpointError::UnsupportedDtype {
-            dtype,
-            backend: B::name(device),
-        });
-    }
-    let in_directory = |source| CheckpointError::Weight {
-        path: directory.to_owned(),
-        source,
-    };
-    format.check::<B>(device).map_err(in_directory)?;
-    let mut config = config::read(directory)?;
+    options.check::<B>(directory, device)?;
+    let config = config::read(directory)?;
     let mut weights = Weights::open(directory)?;
     let held = check(&config, &mut weights)?;
-    let mut expected = parts(held);
-    if let Some(plan) = plan {
-        config.decoder.plan = plan;
-        let layout = config.decoder.validate();
-        let layout = layout.map_err(|source| in_config(&config, source))?;
-        expected = narrowed(expected, tensors(&config.decoder, &layout), &weights)?;
-    }
-    let tokenizer = match directory.join(TOKENIZER) {
-        path if path.is_file() => Some(Tokenizer::load(path)?),
-        _ => None,
+    let tokenizer = directory.join(TOKENIZER);
+    let load_tokenizer = || match tokenizer.is_file() {
+        true => Ok(Some(Tokenizer::load(&tokenizer)?)),
+        false => Ok(None),
     };
-    if let Some(tokenizer) = &tokenizer {
-        check_vocabulary(directory, tokenizer, config.decoder.vocab_size)?;
-    }
-    // Parameters have no memory before they are used, or replaced.
-    let model = config.decoder.init::<B>(device);
-    let mut model = model.map_err(|source| in_config(&config, source))?;
-    let mut later = HashSet::new();
-    if format != WeightFormat::Model {
-        later.extend(model.weights().into_iter().map(|(name, _)| name));
-    }
-    let expected = (expected.into_iter())
-        .map(|(file, part)| (file.parts[part].name.clone(), (file, part)))
-        .collect();
-    let mut filler = Filler {
-        path: ModulePath::default(),
-        expected,
-        later,
-        weights,
-        dtype,
-        device,
-        failed: None,
+    let files = (directory, &weights as &dyn TensorFiles, held);
+    loaded(config, files, options, load_tokenizer, device)
+}
+
+/// A model of tensors that are what its configuration asks for, and its tokenizer.
+pub(super) fn loaded<B: Backend, E: From<CheckpointError> + Send>(
+    mut config: ModelConfig,
+    (path, files, held): (&Path, &dyn TensorFiles, Vec<FileTensor>),
+    options: LoadOptions,
+    load_tokenizer: impl FnOnce() -> Result<Option<Tokenizer>, E> + Send,
+    device: &B::Device,
+) -> Result<LoadedCheckpoint<B>, E> {
+    let expected = planned(&mut config, options.plan, held, files)?;
+    let stopped = AtomicBool::new(false);
+    let checked_tokenizer = || {
+        let tokenizer = load_tokenizer().and_then(|tokenizer| {
+            if let Some(tokenizer) = &tokenizer {
+                check_vocabulary(path, tokenizer, config.decoder.vocab_size)?;
+            }
+            Ok(tokenizer)
+        });
+        stopped.store(tokenizer.is_err(), Ordering::Relaxed);
+        tokenizer
     };
-    model = model.map(&mut filler);
-    if let Some(error) = filler.failed.take() {
-        return Err(error);
-    }
-    if format != WeightFormat::Model {
-        model.try_for_each_weight(|name, weight, outputs| {
-            *weight = filler.weight(name, weight.id(), format, outputs)?;
-            Ok::<(), CheckpointError>(())
-        })?;
-    }
+    // A large vocabulary takes as long as the weights of a small model.
+    let (tokenizer, model) = thread::scope(|scope| {
+        let tokenizer = scope.spawn(checked_tokenizer);
+        let filling = Filling {
+            files,
+            expected,
+            dtype: options.dtype,
+            format: options.weights,
+            stopped: &stopped,
+        };
+        // Where the threads are that it is read by: from outside, every tensor would wake them.
+        let model = rayon::scope(|_| filling.decoder::<B>(&config, device));
+        let tokenizer = tokenizer.join();
+        (
+            tokenizer.unwrap_or_else(|panic| resume_unwind(panic)),
+            model,
+        )
+    });
     Ok(LoadedCheckpoint {
-        model,
-        tokenizer,
+        tokenizer: tokenizer?,
+        model: model?,
         eos: config.eos,
     })
 }
 
-fn in_config(config: &ModelConfig, source: ConfigError) -> CheckpointError {
-    CheckpointError::Config {
-        path: config.path.clone(),
-        source,
-    }
+/// Has a decoder's configuration be of `plan`, where there is one: the parameters that it then has.
+fn planned(
+    config: &mut ModelConfig,
+    plan: Option<KvPlan>,
+    held: Vec<FileTensor>,
+    files: &dyn TensorFiles,
+) -> Result<Vec<Part>, CheckpointError> {
+    let parts = parts(held);
+    let Some(plan) = plan else {
+        return Ok(parts);
+    };
+    config.decoder.plan = plan;
+    let layout = config.decoder.validate();
+    let layout = layout.map_err(|source| config.invalid(source))?;
+    narrowed(parts, tensors(&config.decoder, &layout), files)
 }
 
 /// The tensors the configuration asks for, if they are what the files have. Nothing is made as
@@ -215,42 +241,42 @@ fn check(config: &ModelConfig, weights: &mut Weights) -> Result<Vec<FileTensor>,
         }
     }
     let layout = decoder.validate();
-    let layout = layout.map_err(|source| in_config(config, source))?;
+    let layout = layout.map_err(|source| config.invalid(source))?;
     let expected = file_tensors(decoder, &layout);
     weights.forget(|tensor| families::is_unread(decoder, tensor));
     weights.check_all(&expected)?;
     Ok(expected)
 }
 
-/// Of the tensors that files hold, the parameters that a decoder needs.
+/// Of the parameters that files hold, those that a decoder needs.
 fn narrowed(
-    held: Vec<(Rc<FileTensor>, usize)>,
+    held: Vec<Part>,
     needed: Vec<TensorSpec>,
-    weights: &Weights,
-) -> Result<Vec<(Rc<FileTensor>, usize)>, CheckpointError> {
+    files: &dyn TensorFiles,
+) -> Result<Vec<Part>, CheckpointError> {
     let held = held.into_iter();
-    let held: HashMap<String, _> = held
-        .map(|(file, part)| (file.parts[part].name.clone(), (file, part)))
-        .collect();
+    let held: HashMap<String, _> = held.map(|part| (part.spec().name.clone(), part)).collect();
     let find = |spec: TensorSpec| {
-        let place = held.get(&spec.name).cloned();
-        let (file, part) = place.ok_or_else(|| weights.missing(&spec))?;
-        let found = &file.parts[part].shape;
-        match *found == spec.shape {
-            true => Ok((file, part)),
+        let part = held.get(&spec.name).cloned();
+        let part = part.ok_or_else(|| files.missing(&spec))?;
+        match part.spec().shape == spec.shape {
+            true => Ok(part),
             // Weights of a blend of other sources.
-            false => Err(weights.shape(&spec, found.clone())),
+            false => Err(files.shape(&spec, part.spec().shape.clone())),
         }
     };
     needed.into_iter().map(find).collect()
 }
 
-/// Every parameter: the tensor it is in, and the number of its part.
-fn parts(tensors: Vec<FileTensor>) -> Vec<(Rc<FileTensor>, usize)> {
-    let tensors = tensors.into_iter().map(Rc::new);
-    let parts = |tensor: Rc<FileTensor>| {
-        let parts = 0..tensor.parts.len();
-        parts.map(move |part| (tensor.clone(), part))
+/// Every parameter of files' tensors.
+fn parts(tensors: Vec<FileTensor>) -> Vec<Part> {
+    let tensors = tensors.into_iter().map(Arc::new);
+    let parts = |tensor: Arc<FileTensor>| {
+        let numbers = 0..tensor.parts.len();
+        numbers.map(move |number| Part {
+            tensor: tensor.clone(),
+            number,
+        })
     };
     tensors.flat_map(parts).collect()
 }
@@ -268,111 +294,4 @@ pub(crate) fn check_vocabulary(
         });
     }
     Ok(())
-}
-
-/// Replaces every parameter by its tensor.
-struct Filler<'d, B: Backend> {
-    path: ModulePath,
-    /// By parameter: the tensor it is in, and the number of its part.
-    expected: HashMap<String, (Rc<FileTensor>, usize)>,
-    /// Matrices that become something else than a parameter of the decoder's float type.
-    later: HashSet<String>,
-    weights: Weights,
-    dtype: WeightDtype,
-    device: &'d B::Device,
-    failed: Option<CheckpointError>,
-}
-
-impl<B: Backend> Filler<'_, B> {
-    fn take(&mut self, name: &str) -> (Rc<FileTensor>, usize) {
-        let place = self.expected.remove(name);
-        place.expect("checkpoints have the decoder's parameters")
-    }
-
-    fn tensor<const D: usize>(
-        &mut self,
-        file: &FileTensor,
-        part: usize,
-    ) -> Result<Tensor<B, D>, CheckpointError> {
-        // A bias is a vector.
-        let transposed = self.path.is_linear() && D == 2;
-        match self.dtype {
-            WeightDtype::F32 => self.tensor_of::<f32, D>(file, part, transposed),
-            WeightDtype::F16 => self.tensor_of::<f16, D>(file, part, transposed),
-            WeightDtype::Bf16 => self.tensor_of::<bf16, D>(file, part, transposed),
-        }
-    }
-
-    fn tensor_of<T: Number, const D: usize>(
-        &mut self,
-        file: &FileTensor,
-        part: usize,
-        transposed: bool,
-    ) -> Result<Tensor<B, D>, CheckpointError> {
-        let numbers = self.weights.numbers::<T>(file, part, transposed)?;
-        let mut shape = file.parts[part].shape.clone();
-        if transposed {
-            shape.reverse();
-        }
-        let data = TensorData::new(numbers, shape);
-        Ok(Tensor::from_data(data, (self.device, T::DTYPE.in_memory())))
-    }
-
-    /// A matrix in a format that is not the decoder's float type; as it lies in the file, which has
-    /// a row for each output.
-    fn weight(
-        &mut self,
-        name: &str,
-        id: ParamId,
-        format: WeightFormat,
-        outputs: usize,
-    ) -> Result<Weight<B>, CheckpointError> {
-        let (file, part) = self.take(name);
-        if let Some(codes) = format.codes() {
-            let rows = self.weights.packed(&file, part, codes, format)?;
-            let matrix = Packed::new(rows, self.device);
-            return Ok(Weight::packed(
-                id,
-                match outputs {
-                    0 => matrix,
-                    _ => matrix.transpose(),
-                },
-            ));
-        }
-        let matrix: Tensor<B, 2> = match format {
-            WeightFormat::F16 => self.tensor_of::<f16, 2>(&file, part, false)?,
-            _ => self.tensor_of::<bf16, 2>(&file, part, false)?,
-        };
-        let matrix = match outputs {
-            0 => matrix,
-            _ => matrix.transpose(),
-        };
-        Ok(Param::initialized(id, matrix).into())
-    }
-}
-
-impl<B: Backend> ModuleMapper<B> for Filler<'_, B> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.path.exit();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let name = self.path.tensor();
-        if self.failed.is_some() || self.later.contains(&name) {
-            return param;
-        }
-        let (file, part) = self.take(&name);
-        let id = param.id;
-        match self.tensor(&file, part) {
-            Ok(tensor) => param.transform_for_load(tensor, id),
-            Err(error) => {
-                self.failed = Some(error);
-                param
-            }
-        }
-    }
 }

@@ -1,6 +1,8 @@
 //! The float types of weights, in files and in memory.
 
 use burn::tensor::{DType, Element, bf16, f16};
+use bytemuck::Zeroable;
+use half::slice::HalfFloatSliceExt;
 use safetensors::Dtype;
 
 /// The float type of weights.
@@ -73,29 +75,49 @@ impl WeightDtype {
 pub(super) struct Overflow(pub f64);
 
 /// A number of one of the [`WeightDtype`]s.
-pub(super) trait Number: Element {
+pub(super) trait Number: Element + Zeroable {
     const DTYPE: WeightDtype;
 
-    /// From as many little-endian bytes as the type has.
-    fn from_le(bytes: &[u8]) -> Self;
+    /// The memory of numbers, for the bytes of a file; [`from_file`](Self::from_file) makes them
+    /// numbers.
+    fn bytes_mut(numbers: &mut [Self]) -> &mut [u8];
+
+    /// As many numbers, or twice as many, in the memory of others.
+    fn in_f32s(numbers: &mut [f32]) -> &mut [Self];
+
+    /// Numbers of this machine from the little-endian ones of a file.
+    fn from_file(numbers: &mut [Self]);
 
     fn write_le(self, bytes: &mut Vec<u8>);
 
     /// Rounds to nearest, ties to even.
     fn round(x: f32) -> Self;
 
-    fn widen(self) -> f32;
+    /// [`round`](Self::round) of as many numbers.
+    fn round_all(from: &[f32], to: &mut [Self]);
+
+    fn is_finite(self) -> bool;
 }
 
 macro_rules! number {
-    ($type:ty, $dtype:ident, $bits:ty, $round:expr, $widen:expr) => {
+    ($type:ty, $dtype:ident, $bits:ty, $round:expr, $round_all:expr) => {
         impl Number for $type {
             const DTYPE: WeightDtype = WeightDtype::$dtype;
 
-            fn from_le(bytes: &[u8]) -> Self {
-                let mut bits = [0; size_of::<$bits>()];
-                bits.copy_from_slice(bytes);
-                Self::from_bits(<$bits>::from_le_bytes(bits))
+            fn bytes_mut(numbers: &mut [Self]) -> &mut [u8] {
+                bytemuck::cast_slice_mut(numbers)
+            }
+
+            fn in_f32s(numbers: &mut [f32]) -> &mut [Self] {
+                bytemuck::cast_slice_mut(numbers)
+            }
+
+            fn from_file(numbers: &mut [Self]) {
+                if cfg!(target_endian = "big") {
+                    for number in numbers {
+                        *number = Self::from_bits(<$bits>::from_le(number.to_bits()));
+                    }
+                }
             }
 
             fn write_le(self, bytes: &mut Vec<u8>) {
@@ -106,49 +128,75 @@ macro_rules! number {
                 $round(x)
             }
 
-            fn widen(self) -> f32 {
-                $widen(self)
+            fn round_all(from: &[f32], to: &mut [Self]) {
+                $round_all(from, to)
+            }
+
+            fn is_finite(self) -> bool {
+                <$type>::is_finite(self)
             }
         }
     };
 }
 
-number!(f32, F32, u32, |x| x, |x| x);
-number!(f16, F16, u16, f16::from_f32, f16::to_f32);
-number!(bf16, Bf16, u16, bf16::from_f32, bf16::to_f32);
+number!(f32, F32, u32, |x| x, |from, to: &mut [f32]| to
+    .copy_from_slice(from));
+number!(f16, F16, u16, f16::from_f32, |from, to: &mut [f16]| to
+    .convert_from_f32_slice(from));
+number!(bf16, Bf16, u16, bf16::from_f32, |from, to: &mut [bf16]| to
+    .convert_from_f32_slice(from));
+
+/// Numbers that are converted at a time: they stay in the first-level cache.
+const AT_ONCE: usize = 1024;
+
+/// Widens little-endian numbers of type `source`.
+pub(super) fn widen(source: WeightDtype, bytes: &[u8], to: &mut [f32]) {
+    let each = bytes.chunks(AT_ONCE * source.bytes());
+    for (bytes, to) in each.zip(to.chunks_mut(AT_ONCE)) {
+        match source {
+            WeightDtype::F32 => {
+                f32::bytes_mut(to).copy_from_slice(bytes);
+                f32::from_file(to);
+            }
+            WeightDtype::F16 => {
+                // Where they are aligned.
+                let mut halves = [f16::ZERO; AT_ONCE];
+                let halves = &mut halves[..to.len()];
+                f16::bytes_mut(halves).copy_from_slice(bytes);
+                f16::from_file(halves);
+                halves.convert_to_f32_slice(to);
+            }
+            WeightDtype::Bf16 => {
+                for (to, &bytes) in to.iter_mut().zip(bytes.as_chunks().0) {
+                    *to = f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16);
+                }
+            }
+        }
+    }
+}
+
+/// Rounds numbers to another type, if none is too large for it.
+pub(super) fn round_all<T: Number>(from: &[f32], to: &mut [T]) -> Result<(), Overflow> {
+    for (from, to) in from.chunks(AT_ONCE).zip(to.chunks_mut(AT_ONCE)) {
+        T::round_all(from, to);
+        let lost = |x: f32, rounded: T| x.is_finite() & !rounded.is_finite();
+        let pairs = || from.iter().zip(&*to);
+        // Without an early end, so that it is done in vectors.
+        if pairs().fold(false, |any, (&x, &rounded)| any | lost(x, rounded)) {
+            let first = pairs().find(|&(&x, &rounded)| lost(x, rounded));
+            return first.map_or(Ok(()), |(&x, _)| Err(Overflow(x.into())));
+        }
+    }
+    Ok(())
+}
 
 /// `x` as another type, if it is not too large for it.
 fn converted<T: Number>(x: f64) -> Result<T, Overflow> {
     let rounded = T::round(x as f32);
-    if x.is_finite() && !rounded.widen().is_finite() {
+    if x.is_finite() && !Number::is_finite(rounded) {
         return Err(Overflow(x));
     }
     Ok(rounded)
-}
-
-/// Reads little-endian numbers of type `source` as `T`s; the same bits where the types are one.
-pub(super) fn decode<T: Number>(
-    source: WeightDtype,
-    bytes: &[u8],
-    out: impl FnMut(T),
-) -> Result<(), Overflow> {
-    match source {
-        WeightDtype::F32 => decode_from::<f32, T>(bytes, out),
-        WeightDtype::F16 => decode_from::<f16, T>(bytes, out),
-        WeightDtype::Bf16 => decode_from::<bf16, T>(bytes, out),
-    }
-}
-
-fn decode_from<S: Number, T: Number>(bytes: &[u8], mut out: impl FnMut(T)) -> Result<(), Overflow> {
-    for number in bytes.chunks_exact(S::DTYPE.bytes()) {
-        out(if S::DTYPE == T::DTYPE {
-            // Not through f32, which would make signalling NaNs quiet.
-            T::from_le(number)
-        } else {
-            converted(S::from_le(number).widen().into())?
-        });
-    }
-    Ok(())
 }
 
 /// Appends numbers as little-endian bytes of type `target`.
@@ -178,22 +226,53 @@ fn encode_to<T: Number>(
 mod tests {
     use super::*;
 
-    fn decoded<T: Number>(source: WeightDtype, bytes: &[u8]) -> Result<Vec<u8>, Overflow> {
-        let mut out = Vec::new();
-        decode::<T>(source, bytes, |x| x.write_le(&mut out))?;
-        Ok(out)
+    /// Every number of 16 bits, and what makes a piece that is no whole one.
+    fn all_halves() -> Vec<u8> {
+        let all = (0..=u16::MAX).chain([0x3c00; 3]);
+        all.flat_map(u16::to_le_bytes).collect()
     }
 
     #[test]
-    fn the_same_type_is_the_same_bits() {
-        let all: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
-        assert_eq!(decoded::<f16>(WeightDtype::F16, &all), Ok(all.clone()));
-        assert_eq!(decoded::<bf16>(WeightDtype::Bf16, &all), Ok(all));
-        let signalling = 0x7f80_0001_u32.to_le_bytes();
-        assert_eq!(
-            decoded::<f32>(WeightDtype::F32, &signalling),
-            Ok(signalling.to_vec())
-        );
+    fn every_half_is_widened_to_itself() {
+        let bytes = all_halves();
+        let numbers = bytes.as_chunks().0.iter().map(|&b| u16::from_le_bytes(b));
+        let mut wide = vec![0.0; bytes.len() / 2];
+        widen(WeightDtype::F16, &bytes, &mut wide);
+        for (bits, x) in numbers.clone().zip(&wide) {
+            let expected = f16::from_bits(bits).to_f64();
+            assert!(f64::from(*x) == expected || (x.is_nan() && expected.is_nan()));
+        }
+        widen(WeightDtype::Bf16, &bytes, &mut wide);
+        for (bits, x) in numbers.zip(&wide) {
+            let expected = bf16::from_bits(bits).to_f64();
+            assert!(f64::from(*x) == expected || (x.is_nan() && expected.is_nan()));
+        }
+    }
+
+    #[test]
+    fn many_are_rounded_as_each_by_itself() {
+        // Of every exponent, with mantissas around those half way between two.
+        let mantissas = [
+            0, 1, 0x7fff, 0x8000, 0x8001, 0x1000, 0x0fff, 0x3000, 0x7f_ffff,
+        ];
+        let from: Vec<f32> = (0..=255u32)
+            .flat_map(|exponent| mantissas.map(|m| f32::from_bits(exponent << 23 | m)))
+            .flat_map(|x| [x, -x])
+            .filter(|x| x.abs() < 65504.0)
+            .collect();
+        fn check<T: Number>(from: &[f32]) {
+            let mut to = vec![T::zeroed(); from.len()];
+            round_all(from, &mut to).unwrap();
+            for (&x, to) in from.iter().zip(to) {
+                let (mut found, mut expected) = (Vec::new(), Vec::new());
+                to.write_le(&mut found);
+                T::round(x).write_le(&mut expected);
+                assert_eq!(found, expected, "{x}");
+            }
+        }
+        check::<f32>(&from);
+        check::<f16>(&from);
+        check::<bf16>(&from);
     }
 
     #[test]
@@ -210,8 +289,13 @@ mod tests {
         assert_eq!(narrowed(65504.0, WeightDtype::F16), Ok(0x7bff));
         assert_eq!(narrowed(1e5, WeightDtype::F16), Err(Overflow(1e5)));
         assert_eq!(narrowed(f32::INFINITY, WeightDtype::F16), Ok(0x7c00));
-        let largest = f32::MAX.to_le_bytes();
-        let found = decoded::<bf16>(WeightDtype::F32, &largest);
+        // The first of several, and not what was infinite before.
+        let mut to = vec![bf16::ZERO; 3000];
+        let mut from = vec![1.0; 3000];
+        from[7] = f32::INFINITY;
+        assert_eq!(round_all(&from, &mut to), Ok(()));
+        (from[2000], from[2900]) = (f32::MAX, f32::MIN);
+        let found = round_all(&from, &mut to);
         assert_eq!(found, Err(Overflow(f32::MAX.into())));
     }
 }

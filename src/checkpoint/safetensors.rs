@@ -1,13 +1,9 @@
 //! One safetensors file: a header that is believed only as far as the file bears it out, and
 //! tensors that are read piece by piece.
-//!
-//! The file is read at offsets rather than mapped: a map's memory may change under the reader when
-//! the file does, which is why making one is `unsafe`, and this crate has no such code. The
-//! system's page cache serves both alike.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -15,9 +11,10 @@ use safetensors::tensor::TensorInfo;
 use serde_json::Value;
 
 use super::error::CheckpointError;
-use super::numbers::{Number, WeightDtype, decode};
+use super::numbers::WeightDtype;
+use super::shared_file::SharedFile;
 
-/// Bytes read at a time; a multiple of every number's size.
+/// Bytes compared at a time.
 const PIECE: usize = 1 << 20;
 
 /// The longest header that the format allows.
@@ -27,7 +24,7 @@ const MAX_HEADER: u64 = 100_000_000;
 #[derive(Debug)]
 pub(super) struct SafetensorsFile {
     path: PathBuf,
-    file: File,
+    file: SharedFile,
     tensors: BTreeMap<String, Place>,
 }
 
@@ -86,7 +83,7 @@ impl SafetensorsFile {
         let tensors = places(path, &header, file_bytes)?;
         Ok(Self {
             path: path.to_owned(),
-            file,
+            file: file.into(),
             tensors,
         })
     }
@@ -99,122 +96,39 @@ impl SafetensorsFile {
         &self.tensors
     }
 
-    /// Calls `piece` with a tensor's bytes, in order, some rows of `row_bytes` at a time.
-    fn pieces<E: From<CheckpointError>>(
-        &mut self,
+    /// Fills `bytes` with those of a tensor from the `offset`th on.
+    pub fn read(
+        &self,
         place: &Place,
-        row_bytes: usize,
-        mut piece: impl FnMut(&[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let path = &self.path;
-        let read = |source| CheckpointError::Read {
-            path: path.clone(),
-            source,
-        };
-        let start = SeekFrom::Start(place.start);
-        self.file.seek(start).map_err(read)?;
-        let rows_bytes = (PIECE / row_bytes.max(1)).max(1) * row_bytes.max(1);
-        // The place has been checked to lie in the file.
-        let mut left = place.bytes;
-        let mut buffer = vec![0; left.min(rows_bytes as u64) as usize];
-        while left > 0 {
-            let length = left.min(rows_bytes as u64) as usize;
-            let buffer = &mut buffer[..length];
-            self.file.read_exact(buffer).map_err(read)?;
-            piece(buffer)?;
-            left -= length as u64;
-        }
-        Ok(())
-    }
-
-    /// A tensor's numbers in the order of the file or, for a matrix, that of its transpose.
-    pub fn numbers<T: Number>(
-        &mut self,
-        tensor: &str,
-        place: &Place,
-        transposed: bool,
-    ) -> Result<Vec<T>, CheckpointError> {
-        let path = self.path.clone();
-        let source = weight_dtype(&path, tensor, place)?;
-        let elements: usize = place.shape.iter().product();
-        let (rows, columns) = match (&place.shape[..], transposed) {
-            (&[rows, columns], true) => (rows, columns),
-            _ => (elements, 1),
-        };
-        let mut out = vec![T::round(0.0); elements];
-        let (mut row, mut column) = (0, 0);
-        self.pieces(place, columns * source.bytes(), |bytes| {
-            decode(source, bytes, |number| {
-                // Row by row to column by column; with one column, the same.
-                out[column * rows + row] = number;
-                column += 1;
-                if column == columns {
-                    (row, column) = (row + 1, 0);
-                }
-            })
-            .map_err(|overflow| CheckpointError::Overflow {
-                path: path.clone(),
-                tensor: tensor.to_owned(),
-                value: overflow.0,
-                dtype: T::DTYPE,
-            })
-        })?;
-        Ok(out)
-    }
-
-    /// Calls `rows` with the numbers of a matrix, some whole rows at a time.
-    pub fn each_rows(
-        &mut self,
-        tensor: &str,
-        place: &Place,
-        mut rows: impl FnMut(&[f32]) -> Result<(), CheckpointError>,
+        offset: u64,
+        bytes: &mut [u8],
     ) -> Result<(), CheckpointError> {
-        let source = weight_dtype(&self.path, tensor, place)?;
-        let columns: usize = place.shape[1..].iter().product();
-        let mut numbers = Vec::new();
-        self.pieces(place, columns * source.bytes(), |bytes| {
-            numbers.clear();
-            // Nothing is too large for an f32.
-            let _: Result<(), _> = decode::<f32>(source, bytes, |number| numbers.push(number));
-            rows(&numbers)
+        // The place has been checked to lie in the file.
+        let read = self.file.read_at(place.start + offset, bytes);
+        read.map_err(|source| CheckpointError::Read {
+            path: self.path.clone(),
+            source,
         })
     }
 
-    /// The bytes of a tensor.
-    pub fn bytes(&mut self, place: &Place) -> Result<Vec<u8>, CheckpointError> {
-        let mut all = Vec::with_capacity(place.bytes as usize);
-        self.pieces(place, 1, |bytes| {
-            all.extend_from_slice(bytes);
-            Ok::<_, CheckpointError>(())
-        })?;
-        Ok(all)
-    }
-
     /// Whether two tensors are the same, bit by bit.
-    pub fn same(
-        &mut self,
-        a: &Place,
-        other: &mut Self,
-        b: &Place,
-    ) -> Result<bool, CheckpointError> {
+    pub fn same(&self, a: &Place, other: &Self, b: &Place) -> Result<bool, CheckpointError> {
         if (a.dtype, &a.shape) != (b.dtype, &b.shape) {
             return Ok(false);
         }
         let mut offset = 0;
-        let mut same = true;
-        self.pieces(a, 1, |bytes| {
-            let b = Place {
-                start: b.start + offset,
-                bytes: bytes.len() as u64,
-                ..b.clone()
-            };
-            offset += b.bytes;
-            other.pieces(&b, 1, |others| {
-                same &= bytes == others;
-                Ok::<_, CheckpointError>(())
-            })
-        })?;
-        Ok(same)
+        let [mut of_a, mut of_b] = [(); 2].map(|()| vec![0; PIECE.min(a.bytes as usize)]);
+        while offset < a.bytes {
+            let length = (a.bytes - offset).min(PIECE as u64) as usize;
+            let (of_a, of_b) = (&mut of_a[..length], &mut of_b[..length]);
+            self.read(a, offset, of_a)?;
+            other.read(b, offset, of_b)?;
+            if of_a != of_b {
+                return Ok(false);
+            }
+            offset += length as u64;
+        }
+        Ok(true)
     }
 }
 

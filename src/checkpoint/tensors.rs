@@ -1,6 +1,10 @@
 //! The tensors of a file: a decoder's parameters, or several of them one below the other.
 
+use std::path::Path;
+
+use super::error::CheckpointError;
 use super::families::fuses_projections;
+use super::read::Rows;
 use crate::config::FusedKvDecoderConfig;
 use crate::parameters::{TensorSpec, tensors};
 use crate::plan::KvLayout;
@@ -11,6 +15,35 @@ pub(super) struct FileTensor {
     pub spec: TensorSpec,
     /// The parameters that it holds, in its order: their rows one below the other.
     pub parts: Vec<TensorSpec>,
+}
+
+/// Files that a decoder's tensors are read from.
+pub(super) trait TensorFiles: Sync {
+    /// What errors name.
+    fn path(&self) -> &Path;
+
+    /// A part of a tensor, by its number.
+    fn rows(&self, tensor: &FileTensor, part: usize)
+    -> Result<Box<dyn Rows + '_>, CheckpointError>;
+
+    /// The error for a tensor that is not there.
+    fn missing(&self, spec: &TensorSpec) -> CheckpointError {
+        CheckpointError::MissingTensor {
+            path: self.path().to_owned(),
+            tensor: spec.name.clone(),
+            shape: spec.shape.clone(),
+        }
+    }
+
+    /// The error for a tensor of another shape than is needed.
+    fn shape(&self, spec: &TensorSpec, found: Vec<usize>) -> CheckpointError {
+        CheckpointError::Shape {
+            path: self.path().to_owned(),
+            tensor: spec.name.clone(),
+            found,
+            expected: spec.shape.clone(),
+        }
+    }
 }
 
 /// What some families have as one tensor, and the parameters it is made of, in order.

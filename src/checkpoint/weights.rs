@@ -4,16 +4,15 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
-use burn::tensor::f16;
 use safetensors::Dtype;
 
 use super::error::CheckpointError;
-use super::numbers::Number;
+use super::read::Rows;
 use super::safetensors::{Place, SafetensorsFile, weight_dtype};
-use super::tensors::FileTensor;
+use super::stored::{FloatRows, Int8Rows};
+use super::tensors::{FileTensor, TensorFiles};
 use super::{INDEX, WEIGHTS, keys};
-use crate::decoder::{WeightError, WeightFormat};
-use crate::kernels::packed::{Codes, GROUP, PackedRows};
+use crate::kernels::packed::GROUP;
 use crate::parameters::{EMBEDDING, HEAD, TensorSpec};
 
 /// All files of weights of a directory, open.
@@ -143,25 +142,6 @@ impl Weights {
         self.tensors.retain(|tensor, _| !unread(tensor));
     }
 
-    /// The error for a tensor that is not there.
-    pub fn missing(&self, spec: &TensorSpec) -> CheckpointError {
-        CheckpointError::MissingTensor {
-            path: self.path.clone(),
-            tensor: spec.name.clone(),
-            shape: spec.shape.clone(),
-        }
-    }
-
-    /// The error for a tensor of another shape than is needed.
-    pub fn shape(&self, spec: &TensorSpec, found: Vec<usize>) -> CheckpointError {
-        CheckpointError::Shape {
-            path: self.path.clone(),
-            tensor: spec.name.clone(),
-            found,
-            expected: spec.shape.clone(),
-        }
-    }
-
     fn find(&self, spec: &TensorSpec) -> Result<(usize, Place), CheckpointError> {
         let found = self.tensors.get(&spec.name).and_then(|&file| {
             let place = self.files[file].tensors().get(&spec.name)?;
@@ -253,7 +233,7 @@ impl Weights {
         }
     }
 
-    fn head_is_embedding(&mut self) -> Result<bool, CheckpointError> {
+    fn head_is_embedding(&self) -> Result<bool, CheckpointError> {
         let (Some(&head), Some(&embedding)) = (self.tensors.get(HEAD), self.tensors.get(EMBEDDING))
         else {
             return Ok(false);
@@ -262,94 +242,42 @@ impl Weights {
         let (Some(a), Some(b)) = (place(head, HEAD), place(embedding, EMBEDDING)) else {
             return Ok(false);
         };
-        // Opened again, because one file may have both.
-        let mut other = SafetensorsFile::open(self.files[embedding].path())?;
-        self.files[head].same(&a, &mut other, &b)
+        self.files[head].same(&a, &self.files[embedding], &b)
+    }
+}
+
+impl TensorFiles for Weights {
+    fn path(&self) -> &Path {
+        &self.path
     }
 
-    /// The numbers of a part of a tensor in the order of the file, or of the part's transpose.
-    pub fn numbers<T: Number>(
-        &mut self,
+    fn rows(
+        &self,
         tensor: &FileTensor,
         part: usize,
-        transposed: bool,
-    ) -> Result<Vec<T>, CheckpointError> {
-        if !self.is_int8(&tensor.spec.name) {
-            let (file, place) = self.find(&tensor.spec)?;
-            let place = part_of(tensor, part, place);
-            return self.files[file].numbers(&tensor.spec.name, &place, transposed);
-        }
-        let [rows, columns] = matrix(&tensor.parts[part]);
-        let mut numbers = vec![T::round(0.0); rows * columns];
-        let (codes, scales) = self.int8(tensor, part)?;
-        let groups = columns.div_ceil(GROUP);
-        let places = (0..rows).flat_map(|row| (0..columns).map(move |column| (row, column)));
-        for ((row, column), code) in places.zip(codes) {
-            let scale = scales[row * groups + column / GROUP].to_f32();
-            let to = match transposed {
-                true => column * rows + row,
-                false => row * columns + column,
-            };
-            numbers[to] = T::round(f32::from(code) * scale);
-        }
-        Ok(numbers)
-    }
-
-    /// A part of a matrix in groups: as it is where the files have it so.
-    pub fn packed(
-        &mut self,
-        tensor: &FileTensor,
-        part: usize,
-        codes: Codes,
-        format: WeightFormat,
-    ) -> Result<PackedRows, CheckpointError> {
-        let name = &tensor.spec.name;
-        let [rows, columns] = matrix(&tensor.parts[part]);
-        let mut packed = PackedRows::with_capacity(codes, rows, columns);
-        let too_large = |path: &Path, value| CheckpointError::Weight {
-            path: path.to_owned(),
-            source: WeightError::Overflow {
-                tensor: name.clone(),
-                value,
-                format,
-            },
+    ) -> Result<Box<dyn Rows + '_>, CheckpointError> {
+        let dims = matrix(&tensor.parts[part]);
+        let name = tensor.spec.name.clone();
+        let find = |spec: &TensorSpec| {
+            let (file, place) = self.find(spec)?;
+            Ok::<_, CheckpointError>((&self.files[file], part_of(tensor, part, place)))
         };
-        if !self.is_int8(name) {
-            let (file, place) = self.find(&tensor.spec)?;
-            let place = part_of(tensor, part, place);
-            let path = self.files[file].path().to_owned();
-            self.files[file].each_rows(name, &place, |rows| {
-                packed.push(rows).map_err(|x| too_large(&path, x))
-            })?;
-        } else if codes == Codes::Int8 {
-            let (codes, scales) = self.int8(tensor, part)?;
-            let scales = scales.chunks(columns.div_ceil(GROUP));
-            for (codes, scales) in codes.chunks(columns).zip(scales) {
-                packed.push_codes(codes, scales);
-            }
-        } else {
-            let numbers = self.numbers::<f32>(tensor, part, false)?;
-            let pushed = packed.push(&numbers);
-            pushed.map_err(|x| too_large(&self.path, x))?;
+        if self.is_int8(&name) {
+            let [(codes, _), (scales, _)] = int8_tensors(&tensor.spec);
+            return Ok(Box::new(Int8Rows {
+                codes: find(&codes)?,
+                scales: find(&scales)?,
+                name,
+                dims,
+            }));
         }
-        Ok(packed)
-    }
-
-    /// Codes, and scales, of a part of a matrix.
-    fn int8(
-        &mut self,
-        tensor: &FileTensor,
-        part: usize,
-    ) -> Result<(Vec<i8>, Vec<f16>), CheckpointError> {
-        let [(codes, _), (scales, _)] = int8_tensors(&tensor.spec);
-        let (file, place) = self.find(&codes)?;
-        let place = part_of(tensor, part, place);
-        let bytes = self.files[file].bytes(&place)?.into_iter();
-        let codes = bytes.map(|byte| byte as i8).collect();
-        let (file, place) = self.find(&scales)?;
-        let place = part_of(tensor, part, place);
-        let scales = self.files[file].numbers(&scales.name, &place, false)?;
-        Ok((codes, scales))
+        let tensor = find(&tensor.spec)?;
+        Ok(Box::new(FloatRows {
+            dtype: weight_dtype(tensor.0.path(), &name, &tensor.1)?,
+            tensor,
+            name,
+            dims,
+        }))
     }
 }
 
@@ -361,6 +289,7 @@ fn part_of(tensor: &FileTensor, part: usize, place: Place) -> Place {
     }
 }
 
+/// `[rows, columns]`; a vector's numbers are rows.
 fn matrix(spec: &TensorSpec) -> [usize; 2] {
     [spec.shape[0], spec.shape[1..].iter().product()]
 }

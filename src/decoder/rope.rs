@@ -191,3 +191,47 @@ impl<B: Backend> RopeAngles<B> {
         }
     }
 }
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn_flex::{Flex, FlexDevice};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// The angles at hand are some rows of the table of all positions.
+        #[test]
+        fn angles_are_those_of_the_whole_table(
+            start in 0usize..200,
+            seq in 1usize..20,
+            head_dim in (1usize..9).prop_map(|pairs| 2 * pairs),
+        ) {
+            let rope = Rope::new(head_dim, RopeConfig::new(1e4));
+            let table = rope.range::<Flex>(0, start + seq, &FlexDevice).last(seq);
+            let positions = vec![(start..start + seq).collect()];
+            let gathered = rope.gather::<Flex>(&positions, &FlexDevice).unwrap();
+            for found in [rope.range(start, seq, &FlexDevice), gathered] {
+                prop_assert_eq!(found.cos.into_data(), table.cos.clone().into_data());
+                prop_assert_eq!(found.sin.into_data(), table.sin.clone().into_data());
+            }
+        }
+    }
+
+    /// However far a model's positions reach, those of a pass are all that is computed.
+    #[test]
+    fn the_last_of_a_million_positions_is_one_row() {
+        let rope = Rope::new(64, RopeConfig::new(1e6));
+        let angles = rope.range::<Flex>((1 << 20) - 1, 1, &FlexDevice);
+        assert_eq!(angles.cos.dims(), [1, 1, 1, 32]);
+        let found: Vec<f32> = angles.cos.into_data().iter().collect();
+        for (pair, found) in found.into_iter().enumerate() {
+            let frequency = 1e6f64.powf(-(pair as f64) / 32.0);
+            let expected = (((1 << 20) - 1) as f64 * frequency).cos();
+            assert!(
+                (f64::from(found) - expected).abs() < 1e-6,
+                "{found} {expected}"
+            );
+        }
+    }
+}

@@ -335,8 +335,8 @@ impl<B: Backend> Weight<B> {
             }
             Some(codes) => {
                 let [rows, columns] = of_outputs(matrix.clone()).dims();
-                let mut packed = PackedRows::with_capacity(codes, rows, columns);
-                packed.push(&numbers(of_outputs(matrix)))?;
+                let mut packed = PackedRows::new(codes, rows, columns);
+                packed.write(&numbers(of_outputs(matrix)))?;
                 let packed = Packed::new(packed, &device);
                 let packed = match transposed {
                     true => packed.transpose(),

@@ -45,50 +45,43 @@ pub(crate) struct PackedRows {
 }
 
 impl PackedRows {
-    pub fn with_capacity(codes: Codes, rows: usize, columns: usize) -> Self {
+    /// Rows of zeros, to be written.
+    pub fn new(codes: Codes, rows: usize, columns: usize) -> Self {
         let groups = rows * columns.div_ceil(GROUP);
+        let offsets = if codes == Codes::Int4 { groups } else { 0 };
         Self {
             codes,
             columns,
-            bytes: Vec::with_capacity(groups * codes.bytes()),
-            scales: Vec::with_capacity(groups),
-            offsets: Vec::with_capacity(if codes == Codes::Int4 { groups } else { 0 }),
+            bytes: vec![0; groups * codes.bytes()],
+            scales: vec![f16::ZERO; groups],
+            offsets: vec![f16::ZERO; offsets],
         }
     }
 
-    /// Appends any number of whole rows.
+    /// Packs all rows.
     ///
     /// # Errors
-    /// A number that is none, or that no scale is large enough for.
-    pub fn push(&mut self, rows: &[f32]) -> Result<(), f32> {
-        let limit = match self.codes {
-            Codes::Int8 => f16::MAX.to_f32() * 127.0,
-            // An offset is f16 itself, and a scale spans twice the largest.
-            Codes::Int4 => f16::MAX.to_f32(),
-        };
-        if let Some(&x) = rows.iter().find(|x| x.is_nan() || x.abs() > limit) {
-            return Err(x);
-        }
-        for row in rows.chunks(self.columns) {
-            for group in row.chunks(GROUP) {
-                let mut numbers = [0.0; GROUP];
-                numbers[..group.len()].copy_from_slice(group);
-                match self.codes {
-                    Codes::Int8 => self.push_int8(&numbers),
-                    Codes::Int4 => self.push_int4(&numbers, group.len()),
-                }
-            }
-        }
-        Ok(())
+    /// As [`RowsMut::write`].
+    pub fn write(&mut self, rows: &[f32]) -> Result<(), f32> {
+        let all = self.scales.len();
+        let mut parts = self.parts(all).into_iter();
+        parts.try_for_each(|mut part| part.write(rows))
     }
 
-    /// Appends a row of 8-bit codes and their scales as they are.
-    #[cfg(feature = "checkpoint")]
-    pub fn push_codes(&mut self, codes: &[i8], scales: &[f16]) {
-        let padding = codes.len().next_multiple_of(GROUP) - codes.len();
-        self.bytes.extend_from_slice(codes);
-        self.bytes.extend(std::iter::repeat_n(0, padding));
-        self.scales.extend_from_slice(scales);
+    /// Parts of up to so many rows, which can be written apart.
+    pub fn parts(&mut self, rows: usize) -> Vec<RowsMut<'_>> {
+        let groups = rows.max(1) * self.columns.div_ceil(GROUP).max(1);
+        let bytes = self.bytes.chunks_mut(groups * self.codes.bytes());
+        let scales = self.scales.chunks_mut(groups);
+        let mut offsets = self.offsets.chunks_mut(groups);
+        let part = |(bytes, scales)| RowsMut {
+            codes: self.codes,
+            columns: self.columns,
+            bytes,
+            scales,
+            offsets: offsets.next().unwrap_or_default(),
+        };
+        bytes.zip(scales).map(part).collect()
     }
 
     /// 8-bit codes as files have them: none beyond a row's columns.
@@ -105,72 +98,223 @@ impl PackedRows {
         let scales = self.scales.iter();
         scales.flat_map(|scale| scale.to_le_bytes()).collect()
     }
+}
 
-    /// The scale is the largest magnitude / 127, rounded so that no code is beyond 127.
-    fn push_int8(&mut self, group: &[f32; GROUP]) {
-        let largest = group.iter().fold(0f32, |max, x| max.max(x.abs()));
-        let scale = not_below(largest / 127.0);
-        self.scales.push(scale);
-        let inverse = inverse(scale);
-        let code = |x: &f32| (x * inverse).round().clamp(-127.0, 127.0) as i8;
-        self.bytes.extend(group.iter().map(code));
-    }
+/// Some of the rows of [`PackedRows`].
+#[derive(Debug)]
+pub(crate) struct RowsMut<'r> {
+    pub codes: Codes,
+    pub columns: usize,
+    pub bytes: &'r mut [i8],
+    pub scales: &'r mut [f16],
+    pub offsets: &'r mut [f16],
+}
 
-    /// Scale and offset are those of the smallest squared error among a few: from the least to the
-    /// largest number, and what linear regression on the codes makes of it.
-    fn push_int4(&mut self, group: &[f32; GROUP], len: usize) {
-        let numbers = &group[..len];
-        let least = numbers.iter().copied().fold(f32::INFINITY, f32::min);
-        let most = numbers.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut tried = (not_below((most - least) / 15.0), f16::from_f32(least));
-        let (mut best, mut error) = (tried, f32::INFINITY);
-        for _ in 0..5 {
-            let (scale, offset) = (tried.0.to_f32(), tried.1.to_f32());
-            let inverse = inverse(tried.0);
-            let code = |x: f32| nibble(x, offset, inverse);
-            let off = |x: f32| (f32::from(code(x)) * scale + offset - x).powi(2);
-            let now: f32 = numbers.iter().map(|&x| off(x)).sum();
-            if now >= error {
-                break;
-            }
-            (best, error) = (tried, now);
-            let n = len as f32;
-            let mean_code = numbers.iter().map(|&x| f32::from(code(x))).sum::<f32>() / n;
-            let mean = numbers.iter().sum::<f32>() / n;
-            let (mut covariance, mut variance) = (0.0, 0.0);
-            for &x in numbers {
-                let from_mean = f32::from(code(x)) - mean_code;
-                covariance += from_mean * (x - mean);
-                variance += from_mean * from_mean;
-            }
-            if variance == 0.0 {
-                break;
-            }
-            let slope = covariance / variance;
-            tried = (
-                f16::from_f32(slope),
-                f16::from_f32(mean - slope * mean_code),
-            );
-        }
-        let (scale, offset) = best;
-        self.scales.push(scale);
-        self.offsets.push(offset);
-        let (offset, inverse) = (offset.to_f32(), inverse(scale));
-        let (low, high) = group.split_at(GROUP / 2);
-        let byte = |(&low, &high): (&f32, &f32)| {
-            (nibble(low, offset, inverse) | nibble(high, offset, inverse) << 4) as i8
+impl RowsMut<'_> {
+    /// Packs numbers, row after row.
+    ///
+    /// # Errors
+    /// A number that is none, or that no scale is large enough for.
+    pub fn write(&mut self, rows: &[f32]) -> Result<(), f32> {
+        let limit = match self.codes {
+            Codes::Int8 => f16::MAX.to_f32() * 127.0,
+            // An offset is f16 itself, and a scale spans twice the largest.
+            Codes::Int4 => f16::MAX.to_f32(),
         };
-        self.bytes.extend(low.iter().zip(high).map(byte));
+        // What is no number is within no limit. Without an early end, so that it is done in vectors.
+        let within = |x: &f32| x.abs() <= limit;
+        if !rows.iter().fold(true, |all, x| all & within(x)) {
+            return rows.iter().find(|x| !within(x)).map_or(Ok(()), |&x| Err(x));
+        }
+        let pack = Pack { rows, to: self };
+        #[cfg(feature = "flex")]
+        pulp::Arch::new().dispatch(pack);
+        #[cfg(not(feature = "flex"))]
+        pack.pack();
+        Ok(())
     }
 }
 
+/// Numbers on their way to codes.
+struct Pack<'p, 'r> {
+    rows: &'p [f32],
+    to: &'p mut RowsMut<'r>,
+}
+
+#[cfg(feature = "flex")]
+impl pulp::WithSimd for Pack<'_, '_> {
+    type Output = ();
+
+    // In the vectors that the processor has.
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        self.pack();
+    }
+}
+
+impl Pack<'_, '_> {
+    #[inline(always)]
+    fn pack(self) {
+        let Self { rows, to } = self;
+        let per_row = to.columns.div_ceil(GROUP);
+        for (i, row) in rows.chunks(to.columns).enumerate() {
+            for (j, group) in row.chunks(GROUP).enumerate() {
+                let at = i * per_row + j;
+                let mut numbers = [0.0; GROUP];
+                numbers[..group.len()].copy_from_slice(group);
+                let bytes = &mut to.bytes[at * to.codes.bytes()..][..to.codes.bytes()];
+                match to.codes {
+                    Codes::Int8 => to.scales[at] = int8(&numbers, bytes),
+                    Codes::Int4 => {
+                        let (scale, offset) = int4(&numbers, group.len(), bytes);
+                        (to.scales[at], to.offsets[at]) = (scale, offset);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Loops instead of closures from here on: closures are functions of their own, which are compiled for
+// no processor in particular.
+
+/// The scale is the largest magnitude / 127, rounded so that no code is beyond 127.
+#[inline(always)]
+fn int8(group: &[f32; GROUP], codes: &mut [i8]) -> f16 {
+    let mut magnitudes = [0.0; GROUP];
+    for (magnitude, x) in magnitudes.iter_mut().zip(group) {
+        *magnitude = x.abs();
+    }
+    let scale = not_below(maximum(&magnitudes) / 127.0);
+    let inverse = inverse(scale);
+    for (code, x) in codes.iter_mut().zip(group) {
+        *code = nearest((x * inverse).clamp(-127.0, 127.0)) as i8;
+    }
+    scale
+}
+
+/// Scale and offset are those of the smallest squared error among a few: from the least to the
+/// largest number, and what linear regression on the codes makes of it. Of a group that is not whole
+/// the first `len` count.
+#[inline(always)]
+fn int4(group: &[f32; GROUP], len: usize, bytes: &mut [i8]) -> (f16, f16) {
+    // What does not count is neither least nor largest, nor in a sum.
+    let (mut filled, mut negative, mut counts) = (*group, [0.0; GROUP], [0.0; GROUP]);
+    filled[len..].fill(group[0]);
+    counts[..len].fill(1.0);
+    for (negative, x) in negative.iter_mut().zip(&filled) {
+        *negative = -x;
+    }
+    let (least, most) = (-maximum(&negative), maximum(&filled));
+    let n = len as f32;
+    let mean = sum(group) / n;
+    let mut tried = (not_below((most - least) / 15.0), f16::from_f32(least));
+    let (mut best, mut error) = (tried, f32::INFINITY);
+    let mut codes = [0.0; GROUP];
+    let mut terms = [0.0; GROUP];
+    for _ in 0..5 {
+        let (scale, offset, inverse) = (tried.0.to_f32(), tried.1.to_f32(), inverse(tried.0));
+        let each = terms
+            .iter_mut()
+            .zip(&mut codes)
+            .zip(group.iter().zip(&counts));
+        for ((term, code), (&x, count)) in each {
+            *code = nibble(x, offset, inverse) as f32;
+            let off = (*code * scale + offset - x) * count;
+            *term = off * off;
+        }
+        let now = sum(&terms);
+        // Nor what has become too large for an f16.
+        if now.is_nan() || now >= error {
+            break;
+        }
+        (best, error) = (tried, now);
+        for ((term, code), count) in terms.iter_mut().zip(&codes).zip(&counts) {
+            *term = code * count;
+        }
+        let mean_code = sum(&terms) / n;
+        let mut squares = [0.0; GROUP];
+        let each = terms.iter_mut().zip(&mut squares).zip(&codes);
+        for (((term, square), code), (x, count)) in each.zip(group.iter().zip(&counts)) {
+            let from_mean = (code - mean_code) * count;
+            *square = from_mean * from_mean;
+            *term = from_mean * (x - mean);
+        }
+        let variance = sum(&squares);
+        if variance == 0.0 {
+            break;
+        }
+        let slope = sum(&terms) / variance;
+        tried = (
+            f16::from_f32(slope),
+            f16::from_f32(mean - slope * mean_code),
+        );
+    }
+    let (offset, inverse) = (best.1.to_f32(), inverse(best.0));
+    let (low, high) = group.split_at(GROUP / 2);
+    for ((byte, &low), &high) in bytes.iter_mut().zip(low).zip(high) {
+        let (low, high) = (nibble(low, offset, inverse), nibble(high, offset, inverse));
+        *byte = (low | high << 4) as i8;
+    }
+    best
+}
+
+/// Sums that are taken side by side, in vectors.
+const LANES: usize = 8;
+
+#[inline(always)]
+fn sum(group: &[f32; GROUP]) -> f32 {
+    let mut sums = [0.0; LANES];
+    for of_lanes in group.as_chunks::<LANES>().0 {
+        for (sum, x) in sums.iter_mut().zip(of_lanes) {
+            *sum += x;
+        }
+    }
+    let mut sum = 0.0;
+    for of_lane in sums {
+        sum += of_lane;
+    }
+    sum
+}
+
+#[inline(always)]
+fn maximum(group: &[f32; GROUP]) -> f32 {
+    let mut most = [f32::NEG_INFINITY; LANES];
+    for of_lanes in group.as_chunks::<LANES>().0 {
+        for (most, &x) in most.iter_mut().zip(of_lanes) {
+            // `max` minds what is no number, which takes longer.
+            *most = if x > *most { x } else { *most };
+        }
+    }
+    let mut maximum = f32::NEG_INFINITY;
+    for of_lane in most {
+        maximum = maximum.max(of_lane);
+    }
+    maximum
+}
+
 /// The code of a number, 0 to 15.
-fn nibble(x: f32, offset: f32, inverse: f32) -> u8 {
-    ((x - offset) * inverse).round().clamp(0.0, 15.0) as u8
+#[inline(always)]
+fn nibble(x: f32, offset: f32, inverse: f32) -> i32 {
+    nearest(((x - offset) * inverse).clamp(0.0, 15.0))
+}
+
+/// To the nearest, halves away from 0, of what is below 2^22: `round` is a call where a processor may
+/// lack it, and a conversion that minds what no integer is takes numbers one by one.
+#[inline(always)]
+fn nearest(x: f32) -> i32 {
+    /// Beside it floats are integers.
+    const WHOLE: f32 = 1.5 * (1 << 23) as f32;
+    let shifted = x + WHOLE;
+    // Halves have gone to the even neighbour.
+    let rest = x - (shifted - WHOLE);
+    let whole = shifted.to_bits() as i32 - WHOLE.to_bits() as i32;
+    whole + i32::from(rest == 0.5 && x > 0.0) - i32::from(rest == -0.5 && x < 0.0)
 }
 
 /// The f16 next to `x`, or above it where the next one is too small by so much that codes would be
 /// cut off: among the subnormal ones.
+#[inline(always)]
 fn not_below(x: f32) -> f16 {
     let next = f16::from_f32(x);
     match next.to_f32() * 1.003 < x {
@@ -180,6 +324,7 @@ fn not_below(x: f32) -> f16 {
 }
 
 /// 1 / scale; 0 where all numbers are the same, whose codes are then 0.
+#[inline(always)]
 fn inverse(scale: f16) -> f32 {
     match scale.to_f32() {
         0.0 => 0.0,
@@ -360,14 +505,25 @@ mod tests {
         )
     }
 
+    #[test]
+    fn the_nearest_integer_is_that_of_round() {
+        let mut x = -127.0f32;
+        while x <= 127.0 {
+            for x in [x, x.next_up(), x.next_down()] {
+                assert_eq!(nearest(x), x.round() as i32, "{x}");
+            }
+            x += 0.125;
+        }
+    }
+
     proptest! {
         #[test]
         fn a_number_is_off_by_half_a_step_of_its_group(
             (columns, x) in any_rows(),
             codes in prop::sample::select(vec![Codes::Int8, Codes::Int4]),
         ) {
-            let mut packed = PackedRows::with_capacity(codes, x.len() / columns, columns);
-            packed.push(&x).unwrap();
+            let mut packed = PackedRows::new(codes, x.len() / columns, columns);
+            packed.write(&x).unwrap();
             let found = numbers(&packed);
             for (x, found) in x.chunks(columns).zip(found.chunks(columns)) {
                 for (x, found) in x.chunks(GROUP).zip(found.chunks(GROUP)) {
@@ -404,8 +560,8 @@ mod tests {
             (codes[3], codes[20]) = (0, 15);
             let number = |&code: &u8| f32::from(code) * f32::from(scale) / 1024.0 + f32::from(offset) / 64.0;
             let x: Vec<f32> = codes.iter().map(number).collect();
-            let mut packed = PackedRows::with_capacity(Codes::Int4, 1, GROUP);
-            packed.push(&x).unwrap();
+            let mut packed = PackedRows::new(Codes::Int4, 1, GROUP);
+            packed.write(&x).unwrap();
             let found: Vec<f32> = numbers(&packed).iter().map(|&x| x as f32).collect();
             prop_assert_eq!(found, x);
         }
@@ -421,8 +577,8 @@ mod tests {
         ) {
             use burn_flex::{Flex, FlexDevice};
 
-            let mut rows = PackedRows::with_capacity(codes, x.len() / columns, columns);
-            rows.push(&x).unwrap();
+            let mut rows = PackedRows::new(codes, x.len() / columns, columns);
+            rows.write(&x).unwrap();
             let expected = numbers(&rows);
             let packed = Packed::<Flex>::new(rows, &FlexDevice);
             let found = match transposed {

@@ -62,7 +62,7 @@ const FAMILIES: [&str; 10] = [
 
 #[test]
 fn every_format_is_widened_to_the_bits_that_python_has() {
-    let mut file = GgufFile::open(golden("formats.gguf")).unwrap();
+    let file = GgufFile::open(golden("formats.gguf")).unwrap();
     let expected = tensors(&golden("formats.safetensors"));
     assert_eq!(expected.len(), 11);
     for (name, (_, shape, bytes)) in expected {

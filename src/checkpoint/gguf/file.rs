@@ -1,17 +1,19 @@
 //! One GGUF file: a header that is believed only as far as the file bears it out, and tensors that
 //! are read piece by piece.
 //!
-//! Format: `docs/gguf.md` of ggml. Read at offsets rather than mapped, as safetensors files are.
+//! Format: `docs/gguf.md` of ggml.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io;
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use super::error::GgufError;
 use super::formats::Format;
 use super::value::{GgufArray, GgufNumbers, GgufValue, Kind};
+use crate::checkpoint::shared_file::SharedFile;
 
 const MAGIC: [u8; 4] = *b"GGUF";
 
@@ -33,7 +35,7 @@ const PIECE: usize = 1 << 20;
 #[derive(Debug)]
 pub struct GgufFile {
     path: PathBuf,
-    file: File,
+    file: SharedFile,
     version: u32,
     metadata: BTreeMap<String, GgufValue>,
     tensors: BTreeMap<String, GgufTensor>,
@@ -42,7 +44,7 @@ pub struct GgufFile {
 /// A tensor in a file.
 #[derive(Clone, Debug)]
 pub struct GgufTensor {
-    format: &'static Format,
+    pub(super) format: &'static Format,
     shape: Vec<usize>,
     /// From the start of the file.
     start: u64,
@@ -106,7 +108,7 @@ impl GgufFile {
         let tensors = header.tensors(n_tensors, &metadata)?;
         Ok(Self {
             path: path.to_owned(),
-            file: header.file.into_inner(),
+            file: header.file.into_inner().into(),
             version,
             metadata,
             tensors,
@@ -137,7 +139,7 @@ impl GgufFile {
     ///
     /// # Errors
     /// [`GgufError::MissingTensor`], [`GgufError::Read`].
-    pub fn numbers(&mut self, tensor: &str) -> Result<Vec<f32>, GgufError> {
+    pub fn numbers(&self, tensor: &str) -> Result<Vec<f32>, GgufError> {
         let mut all = Vec::new();
         self.pieces(tensor, 1, |numbers| {
             all.extend_from_slice(numbers);
@@ -157,7 +159,7 @@ impl GgufFile {
     /// Calls `piece` with a tensor's numbers, in order, a multiple of `rows` rows at a time (a
     /// tensor of one dimension is a single row).
     pub(super) fn pieces(
-        &mut self,
+        &self,
         tensor: &str,
         rows: usize,
         mut piece: impl FnMut(&mut [f32]) -> Result<(), GgufError>,
@@ -166,28 +168,37 @@ impl GgufFile {
             Some(place) => place.clone(),
             None => return Err(self.missing(tensor)),
         };
-        let path = &self.path;
-        let read = |source| GgufError::Read {
-            path: path.clone(),
-            source,
-        };
-        self.file.seek(SeekFrom::Start(place.start)).map_err(read)?;
         // Rows are whole blocks, and the tensor has been checked to lie in the file.
         let columns = place.shape.last().copied().unwrap_or(1);
         let group = (rows * (columns / place.format.block) * place.format.bytes).max(1);
         let longest = (PIECE / group).max(1) * group;
-        let mut left = place.bytes;
-        let mut bytes = vec![0; left.min(longest as u64) as usize];
+        let mut done = 0;
+        let mut bytes = vec![0; place.bytes.min(longest as u64) as usize];
         let mut numbers = Vec::new();
-        while left > 0 {
-            let bytes = &mut bytes[..left.min(longest as u64) as usize];
-            self.file.read_exact(bytes).map_err(read)?;
+        while done < place.bytes {
+            let length = (place.bytes - done).min(longest as u64) as usize;
+            let bytes = &mut bytes[..length];
+            self.read(&place, done, bytes)
+                .map_err(|source| GgufError::Read {
+                    path: self.path.clone(),
+                    source,
+                })?;
             numbers.clear();
             (place.format.decode)(bytes, &mut numbers);
             piece(&mut numbers)?;
-            left -= bytes.len() as u64;
+            done += length as u64;
         }
         Ok(())
+    }
+
+    /// Fills `bytes` with those of a tensor from the `offset`th on.
+    pub(super) fn read(
+        &self,
+        tensor: &GgufTensor,
+        offset: u64,
+        bytes: &mut [u8],
+    ) -> io::Result<()> {
+        self.file.read_at(tensor.start + offset, bytes)
     }
 }
 

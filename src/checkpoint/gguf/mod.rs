@@ -1,4 +1,5 @@
-//! GGUF files, the format of llama.cpp: read, and turned into directories of Hugging Face's layout.
+//! GGUF files, the format of llama.cpp: loaded as they are, and turned into directories of Hugging
+//! Face's layout.
 //!
 //! ```no_run
 //! use fusedkv::checkpoint::gguf::{GgufOptions, import_gguf};
@@ -14,9 +15,11 @@ mod error;
 mod file;
 mod formats;
 mod keys;
+mod load;
 mod model;
 mod pre_tokenizer;
 mod rope;
+mod rows;
 mod value;
 mod vocabulary;
 mod weights;
@@ -25,6 +28,7 @@ use std::path::Path;
 
 pub use error::GgufError;
 pub use file::{GgufFile, GgufTensor};
+pub use load::load_gguf;
 pub use value::{GgufArray, GgufNumbers, GgufValue};
 
 use self::keys::Keys;
@@ -111,9 +115,9 @@ pub fn import_gguf(
     directory: impl AsRef<Path>,
     options: &GgufOptions,
 ) -> Result<GgufImport, GgufError> {
-    let mut file = GgufFile::open(path)?;
+    let file = GgufFile::open(path)?;
     let model = Model::of(&file)?;
-    let rope = Rope::read(&mut file, &model)?;
+    let rope = Rope::read(&file, &model)?;
     let keys = Keys::of(&file, model.architecture.name);
     let mut config = config::config(&keys, &model, &rope, options.dtype)?;
     if options.weights == WeightFormat::Int8 {
@@ -137,7 +141,7 @@ pub fn import_gguf(
         if tokenizer {
             check_tokenizer(file.path(), partial)?;
         }
-        weights::write(&mut file, &model, (options.dtype, options.weights), partial)
+        weights::write(&file, &model, (options.dtype, options.weights), partial)
     })?;
     let numbers = model
         .tensors

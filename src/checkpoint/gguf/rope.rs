@@ -35,8 +35,8 @@ pub(super) struct Rope {
 
 impl Rope {
     /// Reads keys and, for some scalings, tensors.
-    pub fn read(file: &mut GgufFile, model: &Model) -> Result<Self, GgufError> {
-        let mut tensor = |name: &str| match file.tensors().contains_key(name) {
+    pub fn read(file: &GgufFile, model: &Model) -> Result<Self, GgufError> {
+        let tensor = |name: &str| match file.tensors().contains_key(name) {
             true => file.numbers(name).map(Some),
             false => Ok(None),
         };

@@ -8,9 +8,10 @@ use super::error::GgufError;
 use super::file::GgufFile;
 use super::model::{Model, Planned};
 use crate::checkpoint::numbers::{Overflow, WeightDtype, encode};
+use crate::checkpoint::read::too_large;
 use crate::checkpoint::save::{Saved, file_header};
 use crate::checkpoint::{CheckpointError, WEIGHTS};
-use crate::decoder::{WeightError, WeightFormat};
+use crate::decoder::WeightFormat;
 use crate::file::Replacement;
 use crate::kernels::packed::{Codes, PackedRows};
 use crate::parameters::TensorSpec;
@@ -18,7 +19,7 @@ use crate::parameters::TensorSpec;
 /// Writes the model's tensors: matrices in a format, all else as numbers of type `dtype`. Takes the
 /// memory of a piece of a tensor, and of the scales.
 pub(super) fn write(
-    file: &mut GgufFile,
+    file: &GgufFile,
     model: &Model,
     (dtype, format): (WeightDtype, WeightFormat),
     directory: &Path,
@@ -69,18 +70,9 @@ pub(super) fn write(
             let dtype = match saved {
                 Saved::Float(dtype) => dtype,
                 Saved::Int8 => {
-                    let mut packed =
-                        PackedRows::with_capacity(Codes::Int8, numbers.len() / columns, columns);
-                    packed
-                        .push(numbers)
-                        .map_err(|value| CheckpointError::Weight {
-                            path: path.clone(),
-                            source: WeightError::Overflow {
-                                tensor: spec.name.clone(),
-                                value,
-                                format,
-                            },
-                        })?;
+                    let mut packed = PackedRows::new(Codes::Int8, numbers.len() / columns, columns);
+                    let written = packed.write(numbers);
+                    written.map_err(|value| too_large(&path, &spec.name, value, format))?;
                     scales.extend(packed.scale_bytes());
                     return Ok(out.write_all(&packed.code_bytes()).map_err(failed)?);
                 }
@@ -103,15 +95,21 @@ pub(super) fn write(
 
 /// Rows 2j and 2j + 1 of each head become j and j + head_dim/2, as RoPE's pairs are in Hugging Face's
 /// files. `numbers` are whole heads of rows of `columns`.
-fn separate(numbers: &mut [f32], head_dim: usize, columns: usize) {
+pub(super) fn separate(numbers: &mut [f32], head_dim: usize, columns: usize) {
     let mut old = Vec::new();
     for head in numbers.chunks_exact_mut(head_dim * columns) {
         old.clear();
         old.extend_from_slice(head);
         for (row, to) in head.chunks_exact_mut(columns).enumerate() {
-            let (second, pair) = (row / (head_dim / 2), row % (head_dim / 2));
-            let from = (2 * pair + second) * columns;
+            let from = head_row(row, head_dim) * columns;
             to.copy_from_slice(&old[from..from + columns]);
         }
     }
+}
+
+/// Where the row that becomes `row` lies.
+pub(super) fn head_row(row: usize, head_dim: usize) -> usize {
+    let (head, row) = (row / head_dim, row % head_dim);
+    let (second, pair) = (row / (head_dim / 2), row % (head_dim / 2));
+    head * head_dim + 2 * pair + second
 }

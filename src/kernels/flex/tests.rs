@@ -162,8 +162,8 @@ proptest! {
             }
             _ => {
                 let codes = [Codes::Int8, Codes::Int4][format - 2];
-                let mut packed = PackedRows::with_capacity(codes, output, input);
-                packed.push(&numbers(weight)).unwrap();
+                let mut packed = PackedRows::new(codes, output, input);
+                packed.write(&numbers(weight)).unwrap();
                 let weight = Packed::new(packed, &FlexDevice).transpose();
                 (linear_packed(&x, &weight), weight.widen(DType::F32))
             }
