@@ -29,6 +29,7 @@ pub(super) struct SafetensorsFile {
     path: PathBuf,
     file: File,
     tensors: BTreeMap<String, Place>,
+    metadata: BTreeMap<String, String>,
 }
 
 /// A tensor in a file.
@@ -83,11 +84,12 @@ impl SafetensorsFile {
         // No longer than the file.
         let mut header = vec![0; length as usize];
         file.read_exact(&mut header).map_err(read)?;
-        let tensors = places(path, &header, file_bytes)?;
+        let (tensors, metadata) = places(path, &header, file_bytes)?;
         Ok(Self {
             path: path.to_owned(),
             file,
             tensors,
+            metadata,
         })
     }
 
@@ -97,6 +99,11 @@ impl SafetensorsFile {
 
     pub fn tensors(&self) -> &BTreeMap<String, Place> {
         &self.tensors
+    }
+
+    /// What the header says beside its tensors, where it is text.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
     }
 
     /// Calls `piece` with a tensor's bytes, in order, some rows of `row_bytes` at a time.
@@ -231,21 +238,25 @@ pub(super) fn weight_dtype(
     })
 }
 
-/// What the header says, if it holds for a file of `file_bytes`.
+/// What the header says, if it holds for a file of `file_bytes`: its tensors, and its metadata.
 fn places(
     path: &Path,
     header: &[u8],
     file_bytes: u64,
-) -> Result<BTreeMap<String, Place>, CheckpointError> {
+) -> Result<(BTreeMap<String, Place>, BTreeMap<String, String>), CheckpointError> {
     let entries: BTreeMap<String, Value> =
         serde_json::from_slice(header).map_err(|error| CheckpointError::Header {
             path: path.to_owned(),
             reason: error.to_string(),
         })?;
     let data_start = 8 + header.len() as u64;
-    let mut places = BTreeMap::new();
+    let (mut places, mut metadata) = (BTreeMap::new(), BTreeMap::new());
     for (tensor, entry) in entries {
-        if tensor != "__metadata__" {
+        if tensor == "__metadata__" {
+            let said = entry.as_object().into_iter().flatten();
+            let texts = said.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.into())));
+            metadata.extend(texts);
+        } else {
             let place = place(path, &tensor, entry, data_start, file_bytes)?;
             places.insert(tensor, place);
         }
@@ -275,7 +286,7 @@ fn places(
             expected: end,
         });
     }
-    Ok(places)
+    Ok((places, metadata))
 }
 
 fn place(

@@ -396,9 +396,21 @@ pub(super) fn file_header<'s>(tensors: impl Iterator<Item = (&'s TensorSpec, Sav
 
 /// The start of a safetensors file of these tensors, one after the other.
 pub(super) fn header(tensors: &[(TensorSpec, Dtype)]) -> Vec<u8> {
+    header_with(tensors, [])
+}
+
+/// [`header`] with metadata of its own.
+pub(super) fn header_with<const N: usize>(
+    tensors: &[(TensorSpec, Dtype)],
+    more: [(&str, String); N],
+) -> Vec<u8> {
     let mut entries = Map::new();
     // What PyTorch's loaders look for.
-    entries.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
+    let mut metadata = json!({ "format": "pt" });
+    for (key, value) in more {
+        metadata[key] = json!(value);
+    }
+    entries.insert("__metadata__".to_owned(), metadata);
     let mut end = 0;
     for (spec, dtype) in tensors {
         let start = end;

@@ -9,6 +9,7 @@ mod error;
 mod feed_forward;
 mod layer;
 mod layer_input;
+mod lora;
 mod matrices;
 mod norm;
 mod projection;
@@ -29,6 +30,7 @@ pub use embedding::Embedding;
 pub use error::ForwardError;
 pub use feed_forward::FeedForward;
 pub use layer::DecoderLayer;
+pub use lora::{Lora, LoraConfig, LoraError};
 pub use norm::Norm;
 pub use projection::Projection;
 pub use record::{DecoderRecord, PlanModule, PlanRecord, RecordError};
@@ -106,6 +108,9 @@ pub struct FusedKvDecoder<B: Backend> {
     cache_shape: Arc<CacheShape>,
     #[module(skip)]
     config: Arc<FusedKvDecoderConfig>,
+    /// What the adapters beside its projections are.
+    #[module(skip)]
+    lora: Option<Arc<LoraConfig>>,
     /// Tokens of all rows that a cached pass reads at once; none: all of them.
     #[module(skip)]
     prefill_chunk: Option<usize>,
@@ -174,6 +179,7 @@ impl FusedKvDecoderConfig {
             windows: Arc::new(kinds.iter().map(|spec| spec.kind.window).collect()),
             cache_shape: Arc::new(self.cache_shape(layout)),
             config: Arc::new(self.clone()),
+            lora: None,
             prefill_chunk: kernels::tokens_per_pass::<B>(),
             plan,
         })

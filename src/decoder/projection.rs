@@ -5,15 +5,18 @@ use std::ops::Range;
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
+use super::lora::Lora;
 use super::weight::Weight;
 
-/// `x · weight + bias`.
+/// `x · weight + bias`, and what an adapter adds.
 #[derive(Module, Debug)]
 pub struct Projection<B: Backend> {
     /// `[input, output]`.
     pub weight: Weight<B>,
     /// `[output]`.
     pub bias: Option<Param<Tensor<B, 1>>>,
+    /// What is added beside the weight, in decoders [with adapters](super::FusedKvDecoder::with_lora).
+    pub lora: Option<Lora<B>>,
 }
 
 impl<B: Backend> Projection<B> {
@@ -28,6 +31,7 @@ impl<B: Backend> Projection<B> {
         Self {
             weight: Weight::new(shape, initializer, device),
             bias: bias.then(|| Initializer::Zeros.init([output], device)),
+            lora: None,
         }
     }
 
@@ -35,10 +39,15 @@ impl<B: Backend> Projection<B> {
     /// - x: `[batch, seq, input]`
     /// - output: `[batch, seq, output]`
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        let added = self.lora.as_ref().map(|lora| lora.forward(x.clone()));
         let product = self.weight.product(x);
-        match &self.bias {
+        let output = match &self.bias {
             Some(bias) => product + bias.val().unsqueeze(),
             None => product,
+        };
+        match added {
+            Some(added) => output + added,
+            None => output,
         }
     }
 
@@ -48,13 +57,18 @@ impl<B: Backend> Projection<B> {
         if columns == (0..output) {
             return self.forward(x);
         }
+        let added = (self.lora.as_ref()).map(|lora| lora.forward_to(columns.clone(), x.clone()));
         let product = self.weight.product_to(columns.clone(), x);
-        match &self.bias {
+        let output = match &self.bias {
             Some(bias) => {
                 let bias = bias.val().narrow(0, columns.start, columns.len());
                 product + bias.unsqueeze()
             }
             None => product,
+        };
+        match added {
+            Some(added) => output + added,
+            None => output,
         }
     }
 }

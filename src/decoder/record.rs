@@ -120,15 +120,21 @@ impl<B: Backend> FusedKvDecoder<B> {
             check!(pre_feedforward_layernorm =>);
             check!(post_feedforward_layernorm =>);
             check!(per_layer_input_gate =>);
+            check!(per_layer_input_gate => lora);
             check!(per_layer_projection =>);
+            check!(per_layer_projection => lora);
             check!(post_per_layer_input_norm =>);
             check!(layer_scalar =>);
             check!(self_attn.q_proj.bias =>);
+            check!(self_attn.q_proj.lora =>);
             check!(self_attn.k_proj =>);
             check!(self_attn.k_proj => bias);
+            check!(self_attn.k_proj => lora);
             check!(self_attn.v_proj =>);
             check!(self_attn.v_proj => bias);
+            check!(self_attn.v_proj => lora);
             check!(self_attn.o_proj.bias =>);
+            check!(self_attn.o_proj.lora =>);
             check!(self_attn.q_norm =>);
             check!(self_attn.k_norm =>);
             check!(self_attn.kv_fusion => key_weight);
@@ -136,8 +142,11 @@ impl<B: Backend> FusedKvDecoder<B> {
             check!(self_attn.kv_residual => key_weight);
             check!(self_attn.kv_residual => value_weight);
             check!(mlp.gate_proj.bias =>);
+            check!(mlp.gate_proj.lora =>);
             check!(mlp.up_proj.bias =>);
+            check!(mlp.up_proj.lora =>);
             check!(mlp.down_proj.bias =>);
+            check!(mlp.down_proj.lora =>);
         }
         Ok(())
     }
