@@ -37,6 +37,19 @@ impl<B: Backend> FusedKvDecoder<B> {
         Ok(self)
     }
 
+    /// Its packed matrices as parameters of f32, the others as they are.
+    #[cfg(feature = "train")]
+    pub(crate) fn with_float_weights(mut self) -> Self {
+        let unpack = |_: &str, weight: &mut Weight<B>, _: usize| {
+            if let Weight::Packed(_) = weight {
+                *weight = weight.clone().map(|numbers| numbers);
+            }
+            Ok::<_, std::convert::Infallible>(())
+        };
+        let Ok(()) = self.try_for_each_weight(unpack);
+        self
+    }
+
     /// Bytes of its matrices, as allocated.
     pub fn weight_bytes(&self) -> usize {
         self.weights()

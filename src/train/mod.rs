@@ -63,6 +63,7 @@ mod saved;
 mod step;
 mod token_file;
 mod trainable;
+mod trainee;
 
 pub use batch::{LanguageBatch, LanguageBatcher, TargetMask};
 pub use checkpoint::EpochLosses;
