@@ -3,6 +3,7 @@
 mod stream;
 
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
@@ -124,6 +125,20 @@ impl Tokenizer {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.inner.encode_fast(text, false).map_err(failed)?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The tokens of a text, as [`encode`](Self::encode), each with the bytes that it is of.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_with_places(
+        &self,
+        text: &str,
+    ) -> Result<Vec<(u32, Range<usize>)>, TokenizerError> {
+        let encoding = self.inner.encode(text, false).map_err(failed)?;
+        let places = encoding.get_offsets().iter();
+        let places = places.map(|&(start, end)| start..end);
+        Ok(encoding.get_ids().iter().copied().zip(places).collect())
     }
 
     /// The tokens of a text that begins a prompt: with the special ones the tokenizer adds, such as

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::chat::ChatDataError;
 use crate::cache::CacheError;
 use crate::checkpoint::CheckpointError;
 use crate::config::{ConfigError, FusedKvDecoderConfig};
@@ -130,6 +131,16 @@ pub enum TrainError {
     /// What the decoder cannot read.
     #[error(transparent)]
     Forward(#[from] ForwardError),
+    /// A line of a file of chats that is none to learn from.
+    #[error("line {line} of {}: {source}", path.display())]
+    Chat {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: usize,
+        /// What is wrong.
+        source: ChatDataError,
+    },
     /// A window that is not there, among those a data set says it has.
     #[error("window {index} is missing, expected all {windows} of the data set")]
     MissingWindow {
