@@ -27,19 +27,23 @@ const BASE: &str = "fusedkv_base";
 
 /// Settings of PEFT that ask for more than adapters of one rank beside projections, with the values
 /// that ask for nothing.
-fn plain_settings() -> [(&'static str, Value); 6] {
+fn plain_settings() -> [(&'static str, Value); 7] {
     [
         ("bias", json!("none")),
         ("fan_in_fan_out", json!(false)),
-        ("use_dora", json!(false)),
-        ("lora_bias", json!(false)),
         ("rank_pattern", json!({})),
         ("alpha_pattern", json!({})),
+        ("use_dora", json!(false)),
+        ("lora_bias", json!(false)),
+        ("use_qalora", json!(false)),
     ]
 }
 
 /// The same for those that ask for nothing where they are null.
-const ABSENT_SETTINGS: [&str; 7] = [
+const ABSENT_SETTINGS: [&str; 10] = [
+    "use_bdlora",
+    "kasa_config",
+    "arrow_config",
     "modules_to_save",
     "layers_to_transform",
     "layer_replication",
@@ -103,12 +107,13 @@ fn config_json(lora: &LoraConfig, base: &str) -> Value {
         "lora_dropout": 0.0,
         "target_modules": lora.targets,
         "use_rslora": false,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "rank_pattern": {},
+        "alpha_pattern": {},
     });
     if lora.alpha.fract() == 0.0 {
         json["lora_alpha"] = json!(lora.alpha as u64);
-    }
-    for (key, value) in plain_settings() {
-        json[key] = value;
     }
     json
 }
