@@ -154,6 +154,15 @@ impl ChatWindows {
         })
     }
 
+    /// The same in windows no longer than the longest chat needs.
+    #[must_use]
+    pub fn fitted(self) -> Self {
+        Self {
+            context: self.longest().saturating_sub(1).max(1),
+            ..self
+        }
+    }
+
     /// Holds out the chats of the last `valid_fraction` of the lines for validation, at least one and
     /// never all: `(train, valid)`.
     ///

@@ -124,7 +124,7 @@ proptest! {
         let packed = packed.merge_lora().unwrap();
         prop_assert_eq!(packed.weight_bytes(), bytes);
         let floats = floats.merge_lora().unwrap();
-        prop_assert!(off(&of(&floats), &expected) < 1e-4);
+        prop_assert!(off(&of(&floats), &expected) < 1e-3);
         // Those without an adapter, packed again, come out as they were.
         let layers = packed.layers.iter().zip(&floats.layers);
         for (packed, floats) in layers {
