@@ -1,6 +1,4 @@
-//! Where in a chat the answers are, to learn them.
-
-use std::ops::Range;
+//! The answers of a chat, to learn them.
 
 use super::chat_error::ChatError;
 use super::message::ChatMessage;
@@ -9,24 +7,20 @@ use super::template::{ChatOptions, ChatTemplate};
 /// Who answers.
 const ASSISTANT: &str = "assistant";
 
-/// A chat as a model reads it, and where in it the answers are.
+/// What a model is to write, and what it reads when it is asked for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AnsweredText {
-    /// The text, up to the end of the last answer.
-    pub text: String,
-    /// The bytes of each answer: from where a model that is asked for it begins to write, to where its
-    /// message ends, the mark of its end included.
-    pub answers: Vec<Range<usize>>,
+pub struct ChatAnswer {
+    /// The messages before, and the beginning of an answer.
+    pub prompt: String,
+    /// What is behind that, up to the end of the message.
+    pub answer: String,
 }
 
 impl ChatTemplate {
-    /// A chat as texts of which the answers can be learned, those of the role `assistant`: each once,
-    /// behind the very text that a model reads when it is asked for it.
-    ///
-    /// Mostly that is one text. A template that writes an answer otherwise once the chat has gone on,
-    /// as Qwen3's leaves out what was thought, gives several, of which each begins like the ones
-    /// before. An answer is found by rendering the messages before it, with the beginning of an answer,
-    /// and those up to it. Messages after the last answer are left out.
+    /// The answers of a chat, messages of the role `assistant`, each behind what a model reads when it
+    /// is asked for it: the messages before, rendered with the beginning of an answer. What is behind
+    /// in a rendering of the messages up to it, is the answer: its content, the mark of its end, and
+    /// whatever else the template writes of it there.
     ///
     /// ```
     /// use fusedkv::text::{ChatMessage, ChatOptions, ChatTemplate};
@@ -36,9 +30,9 @@ impl ChatTemplate {
     ///      {% if add_generation_prompt %}<assistant>{% endif %}",
     /// );
     /// let chat = [ChatMessage::user("1 + 1?"), ChatMessage::assistant("2.")];
-    /// let texts = template.answers(&chat, &ChatOptions::new())?;
-    /// assert_eq!(texts.len(), 1);
-    /// assert_eq!(&texts[0].text[texts[0].answers[0].clone()], "2.</s>");
+    /// let answers = template.answers(&chat, &ChatOptions::new())?;
+    /// assert_eq!(answers[0].prompt, "<user>1 + 1?</s><assistant>");
+    /// assert_eq!(answers[0].answer, "2.</s>");
     /// # Ok::<(), fusedkv::text::ChatError>(())
     /// ```
     ///
@@ -50,14 +44,14 @@ impl ChatTemplate {
         &self,
         messages: &[ChatMessage],
         options: &ChatOptions,
-    ) -> Result<Vec<AnsweredText>, ChatError> {
+    ) -> Result<Vec<ChatAnswer>, ChatError> {
         if messages.is_empty() {
             return Err(ChatError::NoMessages);
         }
         let options = options.clone().at_one_time();
         let asking = options.clone().with_generation_prompt(true);
         let answered = options.with_generation_prompt(false);
-        let mut texts: Vec<AnsweredText> = Vec::new();
+        let mut answers = Vec::new();
         for (index, message) in messages.iter().enumerate() {
             if message.role().as_deref() != Some(ASSISTANT) {
                 continue;
@@ -65,26 +59,15 @@ impl ChatTemplate {
             if index == 0 {
                 return Err(ChatError::Opening);
             }
-            let before = self.render(&messages[..index], &asking)?;
+            let prompt = self.render(&messages[..index], &asking)?;
             let text = self.render(&messages[..=index], &answered)?;
-            if !text.starts_with(&before) {
-                return Err(ChatError::Beginning { index });
-            }
-            let answer = before.len()..text.len();
-            match texts.last_mut() {
-                Some(last) if before.starts_with(&last.text) => {
-                    last.text = text;
-                    last.answers.push(answer);
-                }
-                _ => texts.push(AnsweredText {
-                    text,
-                    answers: vec![answer],
-                }),
-            }
+            let answer = text.strip_prefix(&prompt);
+            let answer = answer.ok_or(ChatError::Beginning { index })?.to_owned();
+            answers.push(ChatAnswer { prompt, answer });
         }
-        match texts.is_empty() {
+        match answers.is_empty() {
             true => Err(ChatError::NoAnswer),
-            false => Ok(texts),
+            false => Ok(answers),
         }
     }
 }

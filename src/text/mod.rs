@@ -38,7 +38,7 @@ mod python;
 mod stop;
 mod template;
 
-pub use answers::AnsweredText;
+pub use answers::ChatAnswer;
 pub use chat_error::ChatError;
 pub use config::TextConfig;
 pub use conversation::Conversation;

@@ -13,12 +13,17 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use super::data::{Answer, TokenWindow, Windows, check_fraction, check_vocabulary};
 use super::error::TrainError;
-use crate::text::{AnsweredText, ChatError, ChatMessage, ChatOptions, ChatTemplate};
+use crate::text::{ChatAnswer, ChatError, ChatMessage, ChatOptions, ChatTemplate};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// Chats as windows, one behind the other in none: a window begins with its chat, as the model's own
 /// template writes it, and only the answers' tokens count. What is behind the chat is padding, which
 /// nothing before it sees.
+///
+/// Every answer is learned once, behind the very tokens that a model is given to ask for it. Mostly a
+/// chat is one window. Where what was read before an answer is written, or divided into tokens,
+/// otherwise once the chat has gone on, as by Qwen3's template, which leaves out what was thought, the
+/// next answer has a window of its own, which begins with the chat again.
 ///
 /// A clone shares the tokens.
 #[derive(Clone, Debug)]
@@ -28,13 +33,13 @@ pub struct ChatWindows {
     context: usize,
 }
 
-/// A text of a chat.
+/// The tokens of a window.
 #[derive(Clone, Debug)]
 struct Chat {
     /// The line of its file, counted from 1.
     line: usize,
     tokens: Vec<u32>,
-    /// The tokens that an assistant writes.
+    /// Those that the model is to write.
     answers: Vec<Range<usize>>,
 }
 
@@ -78,9 +83,8 @@ impl ChatWindows {
     /// Reads a file with a chat on every line, `{"messages": [{"role": …, "content": …}, …]}` and
     /// perhaps `"tools"`; lines of white space are passed over.
     ///
-    /// A chat is rendered by [`ChatTemplate::answers`], which gives mostly one text, and a window each.
-    /// A token counts if it lies in an answer, the mark that ends it included and white space behind
-    /// that left out: what the model is to write.
+    /// Answers are found by [`ChatTemplate::answers`]. Their tokens count, the mark of their end
+    /// included and white space behind that left out. What is behind the last is passed over.
     ///
     /// ```
     /// use fusedkv::text::{ChatOptions, ChatTemplate};
@@ -133,16 +137,18 @@ impl ChatWindows {
             if json.trim().is_empty() {
                 continue;
             }
-            let texts = rendered(&json, template, &options);
-            let of_line = texts.and_then(|texts| {
-                let chat = |text| Chat::new(line, &text, tokenizer, context);
-                texts.into_iter().map(chat).collect::<Result<Vec<_>, _>>()
-            });
-            chats.extend(of_line.map_err(|source| TrainError::Chat {
+            let of_line = read_line(&json, tokenizer, template, &options, context);
+            let of_line = of_line.map_err(|source| TrainError::Chat {
                 path: path.to_owned(),
                 line,
                 source,
-            })?);
+            })?;
+            let chat = |(tokens, answers)| Chat {
+                line,
+                tokens,
+                answers,
+            };
+            chats.extend(of_line.into_iter().map(chat));
         }
         if chats.is_empty() {
             return Err(TrainError::NoText(path.to_owned()));
@@ -212,63 +218,79 @@ impl ChatWindows {
     }
 }
 
-fn rendered(
+/// Tokens, and where among them answers are.
+type Answered = (Vec<u32>, Vec<Range<usize>>);
+
+/// The windows that a line makes.
+fn read_line(
     json: &str,
+    tokenizer: &Tokenizer,
     template: &ChatTemplate,
     options: &ChatOptions,
-) -> Result<Vec<AnsweredText>, ChatDataError> {
+    context: usize,
+) -> Result<Vec<Answered>, ChatDataError> {
     let line: Line =
         serde_json::from_str(json).map_err(|error| ChatDataError::Json(error.to_string()))?;
-    let texts = match line.tools {
+    let answers = match line.tools {
         Some(tools) => template.answers(&line.messages, &options.clone().with_tools(tools)),
         None => template.answers(&line.messages, options),
     };
-    Ok(texts?)
-}
-
-impl Chat {
-    fn new(
-        line: usize,
-        rendered: &AnsweredText,
-        tokenizer: &Tokenizer,
-        context: usize,
-    ) -> Result<Self, ChatDataError> {
-        let AnsweredText { text, answers } = rendered;
-        let tokens = tokenizer.encode_with_places(text)?;
-        let answers = answers.iter().map(|answer| {
-            // A token across the beginning is not the model's to write.
-            let first = tokens.partition_point(|(_, place)| place.start < answer.start);
-            let end = tokens.partition_point(|(_, place)| place.end <= answer.end);
-            let of_answer = first..end.max(first);
-            let is_mark = |&index: &usize| tokenizer.is_special(tokens[index].0);
-            let mark = of_answer.clone().rev().find(is_mark);
-            match mark.map(|mark| mark + 1) {
-                Some(behind)
-                    if tokens[behind..of_answer.end].iter().all(|(_, place)| {
-                        text.get(place.clone()).is_some_and(|t| t.trim().is_empty())
-                    }) =>
-                {
-                    first..behind
-                }
-                _ => of_answer,
-            }
-        });
-        let answers: Vec<_> = answers.collect();
-        // Nothing is to be learned from what is behind.
-        let len = answers.last().map_or(0, |answer| answer.end);
-        if len > context + 1 {
+    let mut windows: Vec<Answered> = Vec::new();
+    for answer in answers? {
+        let mut tokens = tokenizer.encode(&answer.prompt)?;
+        let start = tokens.len();
+        let mut before = Vec::new();
+        // What has been learned already, if it is read as it was.
+        if windows
+            .last()
+            .is_some_and(|(last, _)| tokens.starts_with(last))
+        {
+            before = windows
+                .pop()
+                .map(|(_, answers)| answers)
+                .unwrap_or_default();
+        }
+        tokens.extend(answer_tokens(&answer, tokenizer)?);
+        if tokens.len() > context + 1 {
             return Err(ChatDataError::TooLong {
-                tokens: len,
+                tokens: tokens.len(),
                 context,
             });
         }
-        let tokens = tokens[..len].iter().map(|(token, _)| *token);
-        Ok(Self {
-            line,
-            tokens: tokens.collect(),
-            answers,
-        })
+        before.push(start..tokens.len());
+        windows.push((tokens, before));
     }
+    Ok(windows)
+}
+
+/// The tokens of an answer behind its prompt, up to the mark of its end.
+fn answer_tokens(
+    ChatAnswer { prompt, answer }: &ChatAnswer,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<u32>, TokenizerError> {
+    let whole = tokenizer.encode_with_places(&format!("{prompt}{answer}"))?;
+    let across =
+        |(_, place): &(u32, Range<usize>)| place.start < prompt.len() && prompt.len() < place.end;
+    let (tokens, text) = match whole.iter().any(across) {
+        // A model that has read the prompt cannot write a token that begins in it.
+        true => (tokenizer.encode_with_places(answer)?, answer.clone()),
+        false => {
+            let behind = whole.into_iter();
+            let behind = behind.filter(|(_, place)| place.start >= prompt.len());
+            (behind.collect(), format!("{prompt}{answer}"))
+        }
+    };
+    let is_mark = |(token, _): &(u32, _)| tokenizer.is_special(*token);
+    let end = tokens.iter().rposition(is_mark).map_or(0, |mark| mark + 1);
+    let is_space = |(_, place): &(u32, Range<usize>)| {
+        text.get(place.clone())
+            .is_some_and(|text| text.trim().is_empty())
+    };
+    let end = match tokens[end..].iter().all(is_space) && end > 0 {
+        true => end,
+        false => tokens.len(),
+    };
+    Ok(tokens[..end].iter().map(|(token, _)| *token).collect())
 }
 
 impl Dataset<TokenWindow> for ChatWindows {

@@ -2,7 +2,9 @@
 //! alone, which are small beside the base that they leave as it is.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fmt;
+use std::marker::PhantomData;
 
 use burn::module::{
     AutodiffModule, Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
@@ -24,7 +26,7 @@ use super::objective::Lesson;
 use super::step::LanguageOutput;
 use super::trainable::Trainable;
 use crate::checkpoint::ModulePath;
-use crate::decoder::{DecoderRecord, FusedKvDecoder, RecordError};
+use crate::decoder::{DecoderRecord, FusedKvDecoder, Lora, RecordError};
 
 /// A decoder that is trained.
 #[derive(Clone, Debug)]
@@ -112,12 +114,12 @@ impl<B: Backend> Trainee<B> {
                     return Err(OtherRecord::Base);
                 }
                 let own = self.model.adapters().into_iter();
-                let own = own.map(|(layer, name, lora)| {
-                    (path(layer, &name), [lora.a.dims(), lora.b.dims()])
-                });
-                let found =
-                    (adapters.iter()).map(|(name, [a, b])| (name.clone(), [a.dims(), b.dims()]));
-                match own.eq(found) {
+                let own: BTreeMap<_, _> = own
+                    .map(|(layer, name, lora)| (path(layer, &name), [lora.a.dims(), lora.b.dims()]))
+                    .collect();
+                let found = adapters.iter();
+                let found = found.map(|(name, [a, b])| (name.clone(), [a.dims(), b.dims()]));
+                match own.into_iter().eq(found) {
                     true => Ok(()),
                     false => Err(OtherRecord::Adapters),
                 }
@@ -127,9 +129,9 @@ impl<B: Backend> Trainee<B> {
     }
 }
 
-/// Where an adapter is; in the order of the decoder's.
+/// Where an adapter is.
 fn path(layer: usize, projection: &str) -> String {
-    format!("{layer:06}.{projection}")
+    format!("layers.{layer}.{projection}")
 }
 
 /// A record that is not of a training's decoder.
@@ -205,13 +207,19 @@ impl<B: Backend> Module<B> for Trainee<B> {
         match record {
             TraineeRecord::Whole(record) => self.map_model(|model| model.load_record(record)),
             TraineeRecord::Adapters { mut adapters, .. } => {
-                let load = |layer, name: &str, lora: &mut crate::decoder::Lora<B>| {
+                let load = |layer, name: &str, lora: &mut Lora<B>| {
                     if let Some([a, b]) = adapters.remove(&path(layer, name)) {
                         for (own, of) in [(&mut lora.a, a), (&mut lora.b, b)] {
-                            *own = own.clone().load_record(of);
+                            let dtype = own.val().dtype();
+                            let loaded = own.clone().load_record(of);
+                            // Numbers are kept in f32, and only training has parameters round them.
+                            *own = match loaded.val().dtype() == dtype {
+                                true => loaded,
+                                false => loaded.map(|numbers| numbers.cast(dtype)),
+                            };
                         }
                     }
-                    Ok::<_, std::convert::Infallible>(())
+                    Ok::<_, Infallible>(())
                 };
                 let Ok(()) = self.model.try_for_each_adapter(load);
                 self
@@ -363,7 +371,7 @@ impl<W: Serialize, P: Serialize> Serialize for TraineeItem<W, P> {
 
 impl<'de, W: Deserialize<'de>, P: Deserialize<'de>> Deserialize<'de> for TraineeItem<W, P> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct ByFirstKey<W, P>(std::marker::PhantomData<(W, P)>);
+        struct ByFirstKey<W, P>(PhantomData<(W, P)>);
 
         impl<'de, W: Deserialize<'de>, P: Deserialize<'de>> Visitor<'de> for ByFirstKey<W, P> {
             type Value = TraineeItem<W, P>;
@@ -383,7 +391,7 @@ impl<'de, W: Deserialize<'de>, P: Deserialize<'de>> Deserialize<'de> for Trainee
             }
         }
 
-        deserializer.deserialize_map(ByFirstKey(std::marker::PhantomData))
+        deserializer.deserialize_map(ByFirstKey(PhantomData))
     }
 }
 

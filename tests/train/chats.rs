@@ -176,10 +176,14 @@ proptest! {
             let mut expected = thoughts.iter().map(expected);
             prop_assert!(expected.any(|text| text == found), "{name}: {found:?} of {content:?}");
         }
-        // Templates that write a chat the same way however it goes on, in one window.
-        if !(name == "qwen_3" || name == "mistral_3" && with_system) {
-            prop_assert_eq!(windows.len(), 1);
-        }
+        // A window is enough where a chat is written the same way however it goes on, and tokens do not
+        // depend on what is behind them: two new lines are one before nothing, and two before a word.
+        let one = match name {
+            "gemma_3" | "mistral_1" | "smollm2" => true,
+            "mistral_3" => !with_system,
+            _ => false,
+        };
+        prop_assert!(windows.len() == 1 || !one, "{name}: {}", windows.len());
     }
 }
 
