@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use super::{FusedKvDecoder, Weight, WeightError};
 use crate::kernels::linear;
+use crate::numbers::at_least_f32;
 
 /// Which projections have adapters, and of what size.
 ///
@@ -133,13 +134,6 @@ impl<B: Backend> Lora<B> {
             x.cast(dtype)
         };
         wide(&self.a).matmul(wide(&self.b)) * self.scale
-    }
-}
-
-fn at_least_f32(dtype: DType) -> DType {
-    match dtype {
-        DType::F16 | DType::BF16 => DType::F32,
-        dtype => dtype,
     }
 }
 

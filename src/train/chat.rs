@@ -239,17 +239,9 @@ fn read_line(
     for answer in answers? {
         let mut tokens = tokenizer.encode(&answer.prompt)?;
         let start = tokens.len();
-        let mut before = Vec::new();
-        // What has been learned already, if it is read as it was.
-        if windows
-            .last()
-            .is_some_and(|(last, _)| tokens.starts_with(last))
-        {
-            before = windows
-                .pop()
-                .map(|(_, answers)| answers)
-                .unwrap_or_default();
-        }
+        // The window goes on, if what has been learned already is read as it was.
+        let goes_on = windows.pop_if(|(last, _)| tokens.starts_with(last));
+        let mut answers = goes_on.map_or_else(Vec::new, |(_, answers)| answers);
         tokens.extend(answer_tokens(&answer, tokenizer)?);
         if tokens.len() > context + 1 {
             return Err(ChatDataError::TooLong {
@@ -257,8 +249,8 @@ fn read_line(
                 context,
             });
         }
-        before.push(start..tokens.len());
-        windows.push((tokens, before));
+        answers.push(start..tokens.len());
+        windows.push((tokens, answers));
     }
     Ok(windows)
 }

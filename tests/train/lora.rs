@@ -22,6 +22,12 @@ fn adapting() -> TrainingConfig {
 
 /// A decoder of the configuration that knows nothing, its matrices in a format.
 fn base(config: &TrainingConfig, format: WeightFormat) -> FusedKvDecoder<Flex> {
+    drawn(config, format, 1)
+}
+
+fn drawn(config: &TrainingConfig, format: WeightFormat, seed: u64) -> FusedKvDecoder<Flex> {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    Flex::seed(&FlexDevice, seed);
     let model = config.model.init::<Flex>(&FlexDevice).unwrap();
     // Parameters draw their values when first used.
     model.fork(&FlexDevice).with_weights(format).unwrap()
@@ -240,7 +246,7 @@ fn adapters_and_bases_that_do_not_fit_are_refused() {
     go(&adapting(), &base, path, false, 1).unwrap();
     let error = Run::new(path).best::<Flex>(&FlexDevice).unwrap_err();
     assert!(matches!(error, TrainError::NeedsBase(_)), "{error}");
-    let other = super::lora::base(&config(), WeightFormat::Model);
+    let other = drawn(&config(), WeightFormat::Model, 2);
     let run = Run::new(path);
     let error = run.last_with_base(other.clone()).unwrap_err();
     assert!(matches!(error, TrainError::OtherBase(_)), "{error}");
