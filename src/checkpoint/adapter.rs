@@ -17,7 +17,7 @@ use super::numbers::{Number, Overflow, WeightDtype, encode};
 use super::safetensors::SafetensorsFile;
 use super::save::{header_with, write_json};
 use crate::config::FusedKvDecoderConfig;
-use crate::decoder::{FusedKvDecoder, Lora, LoraConfig};
+use crate::decoder::{FusedKvDecoder, LoraConfig};
 use crate::parameters::TensorSpec;
 
 const CONFIG: &str = "adapter_config.json";
@@ -124,14 +124,18 @@ fn names(layer: usize, projection: &str) -> [String; 2] {
         .map(|matrix| format!("base_model.model.model.layers.{layer}.{projection}.{matrix}.weight"))
 }
 
-/// What a file has of an adapter.
-fn specs<B: Backend>(layer: usize, projection: &str, lora: &Lora<B>) -> [TensorSpec; 2] {
-    let [a, b] = [&lora.a, &lora.b].map(|matrix| {
-        let [rows, columns] = matrix.lazy_shape().dims();
-        vec![columns, rows]
-    });
-    let [name_a, name_b] = names(layer, projection);
-    [(name_a, a), (name_b, b)].map(|(name, shape)| TensorSpec { name, shape })
+/// What a file has of an adapter beside a projection `[input, output]`.
+fn specs(
+    layer: usize,
+    projection: &str,
+    [input, output]: [usize; 2],
+    rank: usize,
+) -> [TensorSpec; 2] {
+    let [a, b] = names(layer, projection);
+    [(a, [rank, input]), (b, [output, rank])].map(|(name, shape)| TensorSpec {
+        name,
+        shape: shape.into(),
+    })
 }
 
 /// The whole file of weights: small, so that it is made in memory.
@@ -139,7 +143,9 @@ fn weights<B: Backend>(model: &FusedKvDecoder<B>, path: &Path) -> Result<Vec<u8>
     let dtype = WeightDtype::of_model(model.dtype());
     let (mut entries, mut bytes) = (Vec::new(), Vec::new());
     for (layer, projection, lora) in model.adapters() {
-        let specs = specs(layer, &projection, lora);
+        let [input, rank] = lora.a.dims();
+        let [_, output] = lora.b.dims();
+        let specs = specs(layer, &projection, [input, output], rank);
         for (spec, matrix) in specs.into_iter().zip([&lora.a, &lora.b]) {
             let data = matrix.val().transpose().into_data();
             encode(data.iter::<f64>(), dtype, &mut bytes).map_err(|Overflow(value)| {
@@ -210,13 +216,17 @@ pub fn load_adapter<B: Backend>(
     let config = read_config(config_path.clone())?;
     let mut file = SafetensorsFile::open(&directory.join(WEIGHTS))?;
     check_base(&file, model.config())?;
-    let mut model = model
-        .with_lora(&config)
-        .map_err(|source| CheckpointError::Adapter {
-            path: config_path,
-            source,
-        })?;
-    check_tensors(&file, &model)?;
+    let unfit = |source| CheckpointError::Adapter {
+        path: config_path.clone(),
+        source,
+    };
+    // Nothing is made as large as the configuration says before the file is found to be.
+    check_tensors(
+        &file,
+        model.lora_targets(&config).map_err(unfit)?,
+        config.rank,
+    )?;
+    let mut model = model.with_lora(&config).map_err(unfit)?;
     let (dtype, device) = (model.dtype(), model.device());
     model.try_for_each_adapter(|layer, projection, lora| {
         let [a, b] = names(layer, projection);
@@ -311,15 +321,16 @@ fn check_base(
     Ok(())
 }
 
-/// That the file has the tensors of the model's adapters, and no others.
-fn check_tensors<B: Backend>(
+/// That the file has the tensors of adapters beside these projections, and no others.
+fn check_tensors(
     file: &SafetensorsFile,
-    model: &FusedKvDecoder<B>,
+    targets: Vec<(usize, String, [usize; 2])>,
+    rank: usize,
 ) -> Result<(), CheckpointError> {
     let path = file.path().to_owned();
     let mut left = file.tensors().clone();
-    for (layer, projection, lora) in model.adapters() {
-        for TensorSpec { name, shape } in specs(layer, &projection, lora) {
+    for (layer, projection, dims) in targets {
+        for TensorSpec { name, shape } in specs(layer, &projection, dims, rank) {
             let Some(place) = left.remove(&name) else {
                 return Err(CheckpointError::MissingTensor {
                     path,

@@ -157,7 +157,7 @@ impl<B: Backend> FusedKvDecoder<B> {
     /// # Errors
     /// [`LoraError`].
     pub fn with_lora(mut self, config: &LoraConfig) -> Result<Self, LoraError> {
-        self.check_lora(config)?;
+        self.lora_targets(config)?;
         let (dtype, device) = (self.dtype(), self.device());
         self.try_for_each_projection(|_, name, projection| {
             if config.selects(name) {
@@ -204,7 +204,15 @@ impl<B: Backend> FusedKvDecoder<B> {
         Ok(self)
     }
 
-    fn check_lora(&self, config: &LoraConfig) -> Result<(), LoraError> {
+    /// Where it would have adapters of a configuration: the layer, the name of the projection in it,
+    /// and its `[input, output]`.
+    ///
+    /// # Errors
+    /// [`LoraError`].
+    pub(crate) fn lora_targets(
+        &self,
+        config: &LoraConfig,
+    ) -> Result<Vec<(usize, String, [usize; 2])>, LoraError> {
         if self.lora.is_some() {
             return Err(LoraError::Adapted);
         }
@@ -214,20 +222,24 @@ impl<B: Backend> FusedKvDecoder<B> {
         if !(config.alpha > 0.0 && config.alpha.is_finite()) {
             return Err(LoraError::Alpha(config.alpha));
         }
-        let known: BTreeSet<String> = (self.projections().into_iter())
-            .map(|(_, name, _)| name)
-            .collect();
+        let all = self.projections();
+        let known: BTreeSet<&String> = all.iter().map(|(_, name, _)| name).collect();
+        let listed = || known.iter().map(|&name| name.clone()).collect();
         if config.targets.is_empty() {
-            return Err(LoraError::NoTargets(known.into_iter().collect()));
+            return Err(LoraError::NoTargets(listed()));
         }
         let unknown = |target: &&String| !known.iter().any(|name| names(target, name));
-        match config.targets.iter().find(unknown) {
-            Some(target) => Err(LoraError::UnknownTarget {
+        if let Some(target) = config.targets.iter().find(unknown) {
+            return Err(LoraError::UnknownTarget {
                 target: target.clone(),
-                known: known.into_iter().collect(),
-            }),
-            None => Ok(()),
+                known: listed(),
+            });
         }
+        let selected = all.into_iter();
+        let selected = selected.filter(|(_, name, _)| config.selects(name));
+        Ok(selected
+            .map(|(layer, name, projection)| (layer, name, projection.weight.dims()))
+            .collect())
     }
 
     /// The projections of its layers that have adapters, with the layer and the name in it.

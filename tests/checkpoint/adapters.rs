@@ -267,6 +267,9 @@ fn tensors_that_do_not_fit_are_named() {
             if tensor == name && found == &[3, 12] && expected == &[2, 12]),
         "{error}"
     );
+    // Nothing is allocated for what is not there.
+    let error = saved.with("r", json!(1_u64 << 50));
+    assert!(matches!(error, CheckpointError::Shape { .. }), "{error}");
     // Those beside values are of no target then, and those beside outputs missing.
     let error = saved.with("target_modules", json!(["q_proj"]));
     assert!(
