@@ -129,6 +129,17 @@ impl Tokenizer {
 
     /// The tokens of a text, as [`encode`](Self::encode), each with the bytes that it is of.
     ///
+    /// ```
+    /// use fusedkv::tokenizer::Tokenizer;
+    ///
+    /// let tokenizer = Tokenizer::train_bpe("to be or not to be", 258)?;
+    /// let tokens = tokenizer.encode_with_places("be or")?;
+    /// let ids: Vec<u32> = tokens.iter().map(|(token, _)| *token).collect();
+    /// assert_eq!(ids, tokenizer.encode("be or")?);
+    /// assert_eq!((tokens[0].1.start, tokens[tokens.len() - 1].1.end), (0, 5));
+    /// # Ok::<(), fusedkv::tokenizer::TokenizerError>(())
+    /// ```
+    ///
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn encode_with_places(

@@ -92,9 +92,7 @@ impl ChatOptions {
         self.now = Some(now);
         self
     }
-}
 
-impl ChatOptions {
     /// The same, with the time that it is now where it was not set: for texts that must agree.
     pub(crate) fn at_one_time(mut self) -> Self {
         self.now.get_or_insert_with(|| Zoned::now().datetime());
