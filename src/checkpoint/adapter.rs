@@ -112,7 +112,8 @@ fn config_json(lora: &LoraConfig, base: &str) -> Value {
         "rank_pattern": {},
         "alpha_pattern": {},
     });
-    if lora.alpha.fract() == 0.0 {
+    // As PEFT writes it, where a whole number is one exactly.
+    if lora.alpha.fract() == 0.0 && lora.alpha < 1e15 {
         json["lora_alpha"] = json!(lora.alpha as u64);
     }
     json
