@@ -238,12 +238,11 @@ pub(super) fn weight_dtype(
     })
 }
 
-/// What the header says, if it holds for a file of `file_bytes`: its tensors, and its metadata.
-fn places(
-    path: &Path,
-    header: &[u8],
-    file_bytes: u64,
-) -> Result<(BTreeMap<String, Place>, BTreeMap<String, String>), CheckpointError> {
+/// Tensors by name, and what else is said by key.
+type Header = (BTreeMap<String, Place>, BTreeMap<String, String>);
+
+/// What the header says, if it holds for a file of `file_bytes`.
+fn places(path: &Path, header: &[u8], file_bytes: u64) -> Result<Header, CheckpointError> {
     let entries: BTreeMap<String, Value> =
         serde_json::from_slice(header).map_err(|error| CheckpointError::Header {
             path: path.to_owned(),
