@@ -294,7 +294,7 @@ fn lines_that_are_no_chats_are_named() {
         longest - 1,
     )
     .unwrap();
-    assert_eq!(*windows.get(0).unwrap().counts().last().unwrap(), true);
+    assert!(windows.get(0).unwrap().counts().last().unwrap());
     let longer = line(&[ChatMessage::user("Hi!"), ChatMessage::assistant("Ho")]);
     let error = fails(&longer, "smollm2", longest - 1);
     assert!(
