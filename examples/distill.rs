@@ -9,10 +9,11 @@
 
 mod backend;
 mod corpus;
+mod figures;
 
 use std::error::Error;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use burn::module::AutodiffModule;
@@ -23,9 +24,7 @@ use fusedkv::checkpoint::{
     LoadedCheckpoint, SaveOptions, WeightDtype, load_checkpoint, save_checkpoint,
 };
 use fusedkv::tokenizer::Tokenizer;
-use fusedkv::train::{
-    Corpus, Distillation, LogLine, Part, Run, Trainable, TrainingConfig, distill,
-};
+use fusedkv::train::{Corpus, Distillation, Part, Run, Trainable, TrainingConfig, distill};
 use fusedkv::{FusedKvDecoder, ScoreConfig, score};
 
 use backend::{BackendName, Program, exit_code};
@@ -175,14 +174,7 @@ impl Program for Args {
         ] {
             println!("  {name:<16} {perplexity:>10.2}");
         }
-        println!(
-            "{} tokens at {:.0} tokens/s",
-            trained.tokens,
-            tokens_per_second(&directory)?
-        );
-        if let Some(mib) = peak_memory() {
-            println!("{mib} MiB of memory at the peak");
-        }
+        figures::print(&directory, trained.tokens)?;
         println!("saved to {}", self.out.display());
         Ok(())
     }
@@ -237,30 +229,4 @@ impl Args {
     ) -> Result<f64, Box<dyn Error>> {
         Ok(score(model, tokens, &ScoreConfig::new(self.context))?.perplexity())
     }
-}
-
-/// Of the run's median step.
-fn tokens_per_second(run: &Path) -> Result<f64, Box<dyn Error>> {
-    let log = fs::read_to_string(run.join("metrics.jsonl"))?;
-    let mut rates = Vec::new();
-    for line in log.lines() {
-        if let LogLine::Train {
-            tokens_per_second, ..
-        } = serde_json::from_str(line)?
-        {
-            rates.push(tokens_per_second);
-        }
-    }
-    rates.sort_by(f64::total_cmp);
-    Ok(rates[rates.len() / 2])
-}
-
-/// The most memory the process had, in MiB, where the system tells it.
-fn peak_memory() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let peak = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = peak.trim().trim_end_matches(" kB").parse().ok()?;
-    Some(kib / 1024)
 }

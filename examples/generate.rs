@@ -43,6 +43,9 @@ struct Args {
     /// Directory of the model
     #[arg(long, value_name = "DIR", default_value = "target/train_tiny")]
     model: PathBuf,
+    /// Directory of adapters in PEFT's layout, to be taken beside the model's weights
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Answer by the model's chat template; without a prompt, every line of standard input, in one
     /// conversation
     #[arg(long)]
@@ -116,6 +119,10 @@ impl Program for Args {
         let generator = {
             let options = LoadOptions::from(WeightDtype::from(self.dtype));
             TextGenerator::<B>::load(&self.model, options.with_weights(self.weights), device)?
+        };
+        let generator = match &self.adapter {
+            Some(directory) => generator.with_adapter(directory)?,
+            None => generator,
         };
         let config = self.config(generator.defaults());
         for key in generator.ignored_settings() {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::backend::Backend;
 use clap::Parser;
-use fusedkv::checkpoint::{LoadOptions, RowWriter, WeightDtype, load_checkpoint};
+use fusedkv::checkpoint::{LoadOptions, RowWriter, WeightDtype, load_adapter, load_checkpoint};
 use fusedkv::tokenizer::Tokenizer;
 use fusedkv::{CacheDtype, ScoreConfig, WeightFormat, score_with};
 
@@ -38,6 +38,9 @@ struct Args {
     /// Directory of the model
     #[arg(long, value_name = "DIR", default_value = "target/train_tiny")]
     model: PathBuf,
+    /// Directory of adapters in PEFT's layout, to be taken beside the model's weights
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Text to score
     #[arg(long, value_name = "FILE", required_unless_present = "ids")]
     text: Option<PathBuf>,
@@ -82,7 +85,10 @@ impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
         let options = LoadOptions::from(WeightDtype::from(self.dtype)).with_weights(self.weights);
         let loaded = load_checkpoint::<B>(&self.model, options, device)?;
-        let model = &loaded.model;
+        let model = match &self.adapter {
+            Some(directory) => &load_adapter(directory, loaded.model)?,
+            None => &loaded.model,
+        };
         let (tokens, words) = self.tokens(loaded.tokenizer.as_ref())?;
 
         let longest = model.config().max_positions;

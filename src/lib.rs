@@ -76,7 +76,9 @@ pub use attention::{AttentionError, FusionForm, KvFusion, KvFusionConfig, fused_
 pub use cache::{CacheDtype, CacheError, FusedKvCache};
 pub use config::{BlockConfig, ConfigError, FusedKvDecoderConfig, FusionInit, FusionStart};
 pub use cost::DecoderCosts;
-pub use decoder::{ForwardError, FusedKvDecoder, Logits, WeightError, WeightFormat};
+pub use decoder::{
+    ForwardError, FusedKvDecoder, Logits, LoraConfig, LoraError, WeightError, WeightFormat,
+};
 pub use flow::{InformationFlow, information_flow};
 pub use generate::{GenerateError, GeneratedToken, GenerationConfig, generate};
 pub use plan::{BlendWeights, KvLayout, KvPart, KvPlan, KvShape, KvSource, LayerKv, PlanError};

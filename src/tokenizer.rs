@@ -3,6 +3,7 @@
 mod stream;
 
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
@@ -132,6 +133,31 @@ impl Tokenizer {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.inner.encode_fast(text, false).map_err(failed)?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The tokens of a text, as [`encode`](Self::encode), each with the bytes that it is of.
+    ///
+    /// ```
+    /// use fusedkv::tokenizer::Tokenizer;
+    ///
+    /// let tokenizer = Tokenizer::train_bpe("to be or not to be", 258)?;
+    /// let tokens = tokenizer.encode_with_places("be or")?;
+    /// let ids: Vec<u32> = tokens.iter().map(|(token, _)| *token).collect();
+    /// assert_eq!(ids, tokenizer.encode("be or")?);
+    /// assert_eq!((tokens[0].1.start, tokens[tokens.len() - 1].1.end), (0, 5));
+    /// # Ok::<(), fusedkv::tokenizer::TokenizerError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_with_places(
+        &self,
+        text: &str,
+    ) -> Result<Vec<(u32, Range<usize>)>, TokenizerError> {
+        let encoding = self.inner.encode(text, false).map_err(failed)?;
+        let places = encoding.get_offsets().iter();
+        let places = places.map(|&(start, end)| start..end);
+        Ok(encoding.get_ids().iter().copied().zip(places).collect())
     }
 
     /// The tokens of a text that begins a prompt: with the special ones the tokenizer adds, such as

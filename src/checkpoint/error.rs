@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use super::numbers::WeightDtype;
 use crate::config::ConfigError;
-use crate::decoder::{WeightError, WeightFormat};
+use crate::decoder::{LoraError, WeightError, WeightFormat};
 use crate::tokenizer::TokenizerError;
 
 /// A checkpoint directory that cannot be read or written.
@@ -216,6 +216,38 @@ pub enum CheckpointError {
         /// Why not.
         source: WeightError,
     },
+    /// Adapters that the decoder cannot have.
+    #[error("{}: {source}", path.display())]
+    Adapter {
+        /// The adapters' configuration.
+        path: PathBuf,
+        /// Why not.
+        source: LoraError,
+    },
+    /// Adapters that were made for another decoder.
+    #[error(
+        "{} has adapters of a decoder whose {field} is {found}, expected {expected}",
+        path.display()
+    )]
+    OtherBase {
+        /// The file of adapters.
+        path: PathBuf,
+        /// Where the decoders differ.
+        field: String,
+        /// Of the decoder they were made for.
+        found: String,
+        /// Of the one they are loaded beside.
+        expected: String,
+    },
+    /// Nothing to save.
+    #[error("the decoder has no adapters, expected some to save")]
+    NoAdapter,
+    /// Adapters that the directory of a decoder has no place for.
+    #[error(
+        "the decoder has adapters, expected none: `merge_lora` puts them into the weights, \
+         `save_adapter` saves them"
+    )]
+    Adapted,
     /// Numbers that the backend cannot compute with.
     #[error("weights of {dtype:?} on the backend {backend}, which has no such numbers")]
     UnsupportedDtype {

@@ -25,6 +25,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod adapter;
 mod config;
 mod directory;
 mod error;
@@ -45,6 +46,7 @@ mod stored;
 mod tensors;
 mod weights;
 
+pub use adapter::{load_adapter, save_adapter};
 pub use error::CheckpointError;
 #[cfg(feature = "train")]
 pub(crate) use load::check_vocabulary;

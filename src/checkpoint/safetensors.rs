@@ -26,6 +26,7 @@ pub(super) struct SafetensorsFile {
     path: PathBuf,
     file: SharedFile,
     tensors: BTreeMap<String, Place>,
+    metadata: BTreeMap<String, String>,
 }
 
 /// A tensor in a file.
@@ -80,11 +81,12 @@ impl SafetensorsFile {
         // No longer than the file.
         let mut header = vec![0; length as usize];
         file.read_exact(&mut header).map_err(read)?;
-        let tensors = places(path, &header, file_bytes)?;
+        let (tensors, metadata) = places(path, &header, file_bytes)?;
         Ok(Self {
             path: path.to_owned(),
             file: file.into(),
             tensors,
+            metadata,
         })
     }
 
@@ -94,6 +96,11 @@ impl SafetensorsFile {
 
     pub fn tensors(&self) -> &BTreeMap<String, Place> {
         &self.tensors
+    }
+
+    /// What the header says beside its tensors, where it is text.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
     }
 
     /// Fills `bytes` with those of a tensor from the `offset`th on.
@@ -145,21 +152,24 @@ pub(super) fn weight_dtype(
     })
 }
 
+/// Tensors by name, and what else is said by key.
+type Header = (BTreeMap<String, Place>, BTreeMap<String, String>);
+
 /// What the header says, if it holds for a file of `file_bytes`.
-fn places(
-    path: &Path,
-    header: &[u8],
-    file_bytes: u64,
-) -> Result<BTreeMap<String, Place>, CheckpointError> {
+fn places(path: &Path, header: &[u8], file_bytes: u64) -> Result<Header, CheckpointError> {
     let entries: BTreeMap<String, Value> =
         serde_json::from_slice(header).map_err(|error| CheckpointError::Header {
             path: path.to_owned(),
             reason: error.to_string(),
         })?;
     let data_start = 8 + header.len() as u64;
-    let mut places = BTreeMap::new();
+    let (mut places, mut metadata) = (BTreeMap::new(), BTreeMap::new());
     for (tensor, entry) in entries {
-        if tensor != "__metadata__" {
+        if tensor == "__metadata__" {
+            let said = entry.as_object().into_iter().flatten();
+            let texts = said.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.into())));
+            metadata.extend(texts);
+        } else {
             let place = place(path, &tensor, entry, data_start, file_bytes)?;
             places.insert(tensor, place);
         }
@@ -189,7 +199,7 @@ fn places(
             expected: end,
         });
     }
-    Ok(places)
+    Ok((places, metadata))
 }
 
 fn place(

@@ -103,7 +103,7 @@ impl SaveOptions {
 /// have; [`CheckpointError::Overflow`] for weights too large for the float
 /// type; [`CheckpointError::WeightFormat`] for weights of 4 bits where `options` has no float type;
 /// [`CheckpointError::Vocabulary`] for a tokenizer with more tokens than the model;
-/// [`CheckpointError::ShardBytes`].
+/// [`CheckpointError::Adapted`]; [`CheckpointError::ShardBytes`].
 pub fn save_checkpoint<B: Backend>(
     directory: impl AsRef<Path>,
     model: &FusedKvDecoder<B>,
@@ -115,6 +115,9 @@ pub fn save_checkpoint<B: Backend>(
     }
     if let Some(tokenizer) = &options.tokenizer {
         check_vocabulary(directory, tokenizer, model.config().vocab_size)?;
+    }
+    if model.lora().is_some() {
+        return Err(CheckpointError::Adapted);
     }
     let planned = planned(model, options.dtype)?;
     let dtype = options
@@ -366,9 +369,21 @@ pub(super) fn file_header<'s>(tensors: impl Iterator<Item = (&'s TensorSpec, Sav
 
 /// The start of a safetensors file of these tensors, one after the other.
 pub(super) fn header(tensors: &[(TensorSpec, Dtype)]) -> Vec<u8> {
+    header_with(tensors, [])
+}
+
+/// [`header`] with metadata of its own.
+pub(super) fn header_with<const N: usize>(
+    tensors: &[(TensorSpec, Dtype)],
+    more: [(&str, String); N],
+) -> Vec<u8> {
     let mut entries = Map::new();
     // What PyTorch's loaders look for.
-    entries.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
+    let mut metadata = json!({ "format": "pt" });
+    for (key, value) in more {
+        metadata[key] = json!(value);
+    }
+    entries.insert("__metadata__".to_owned(), metadata);
     let mut end = 0;
     for (spec, dtype) in tensors {
         let start = end;

@@ -18,6 +18,9 @@ pub enum ConvertError {
         /// Its plan's method.
         method: &'static str,
     },
+    /// Adapters would stand beside projections that a conversion takes away or fits.
+    #[error("the decoder has adapters, expected none: merge them first")]
+    Adapted,
     /// The plan does not fit the decoder.
     #[error(transparent)]
     Config(#[from] ConfigError),

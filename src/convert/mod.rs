@@ -56,7 +56,7 @@ const TOKENS_PER_PASS: usize = 4096;
 /// ```
 ///
 /// # Errors
-/// [`ConvertError::NotStandard`], [`ConvertError::Config`].
+/// [`ConvertError::NotStandard`], [`ConvertError::Adapted`], [`ConvertError::Config`].
 pub fn convert<B: Backend>(
     model: &FusedKvDecoder<B>,
     plan: &KvPlan,
@@ -66,6 +66,9 @@ pub fn convert<B: Backend>(
         return Err(ConvertError::NotStandard {
             method: config.plan.method(),
         });
+    }
+    if model.lora().is_some() {
+        return Err(ConvertError::Adapted);
     }
     let config = FusedKvDecoderConfig {
         plan: plan.clone(),

@@ -37,6 +37,19 @@ impl<B: Backend> FusedKvDecoder<B> {
         Ok(self)
     }
 
+    /// Its packed matrices as parameters of f32, the others as they are.
+    #[cfg(feature = "train")]
+    pub(crate) fn with_float_weights(mut self) -> Self {
+        let unpack = |_: &str, weight: &mut Weight<B>, _: usize| {
+            if let Weight::Packed(_) = weight {
+                *weight = weight.clone().map(|numbers| numbers);
+            }
+            Ok::<_, std::convert::Infallible>(())
+        };
+        let Ok(()) = self.try_for_each_weight(unpack);
+        self
+    }
+
     /// Bytes of its matrices, as allocated.
     pub fn weight_bytes(&self) -> usize {
         self.weights()
@@ -67,19 +80,11 @@ impl<B: Backend> FusedKvDecoder<B> {
         if let Some(projection) = &self.per_layer_model_projection {
             all.push((LAYER_INPUT.to_owned(), &projection.weight));
         }
-        for (i, layer) in self.layers.iter().enumerate() {
-            for (of, projections) in [
-                ("self_attn.", layer.self_attn.projections()),
-                ("mlp.", layer.mlp.projections()),
-                ("", layer.projections()),
-            ] {
-                let of_module = projections.into_iter().map(|(name, projection)| {
-                    let name = format!("model.layers.{i}.{of}{name}.weight");
-                    (name, &projection.weight)
-                });
-                all.extend(of_module);
-            }
-        }
+        let of_layers = self.projections().into_iter();
+        all.extend(of_layers.map(|(layer, name, projection)| {
+            let name = format!("model.layers.{layer}.{name}.weight");
+            (name, &projection.weight)
+        }));
         all.extend((self.lm_head.iter()).map(|head| (HEAD.to_owned(), &head.weight)));
         all
     }
@@ -97,20 +102,47 @@ impl<B: Backend> FusedKvDecoder<B> {
         if let Some(projection) = &mut self.per_layer_model_projection {
             f(LAYER_INPUT, &mut projection.weight, 1)?;
         }
+        self.try_for_each_projection(|layer, name, projection| {
+            let name = format!("model.layers.{layer}.{name}.weight");
+            f(&name, &mut projection.weight, 1)
+        })?;
+        match &mut self.lm_head {
+            Some(head) => f(HEAD, &mut head.weight, 1),
+            None => Ok(()),
+        }
+    }
+
+    /// The projections of its layers: the layer, the name in it, as `self_attn.q_proj`, and the
+    /// projection.
+    pub(super) fn projections(&self) -> Vec<(usize, String, &Projection<B>)> {
+        let mut all = Vec::new();
+        for (i, layer) in self.layers.iter().enumerate() {
+            for (of, projections) in [
+                ("self_attn.", layer.self_attn.projections()),
+                ("mlp.", layer.mlp.projections()),
+                ("", layer.projections()),
+            ] {
+                let of_module = projections.into_iter();
+                all.extend(of_module.map(|(name, it)| (i, format!("{of}{name}"), it)));
+            }
+        }
+        all
+    }
+
+    /// A function of every one of [`projections`](Self::projections).
+    pub(super) fn try_for_each_projection<E>(
+        &mut self,
+        mut f: impl FnMut(usize, &str, &mut Projection<B>) -> Result<(), E>,
+    ) -> Result<(), E> {
         for (i, layer) in self.layers.iter_mut().enumerate() {
             let mut of_module = |of: &str, projections: Vec<(&str, &mut Projection<B>)>| {
-                projections.into_iter().try_for_each(|(name, projection)| {
-                    let name = format!("model.layers.{i}.{of}{name}.weight");
-                    f(&name, &mut projection.weight, 1)
-                })
+                let mut projections = projections.into_iter();
+                projections.try_for_each(|(name, it)| f(i, &format!("{of}{name}"), it))
             };
             of_module("self_attn.", layer.self_attn.projections_mut())?;
             of_module("mlp.", layer.mlp.projections_mut())?;
             of_module("", layer.projections_mut())?;
         }
-        match &mut self.lm_head {
-            Some(head) => f(HEAD, &mut head.weight, 1),
-            None => Ok(()),
-        }
+        Ok(())
     }
 }

@@ -11,6 +11,7 @@ mod feed_forward;
 mod layer;
 mod layer_input;
 mod listed;
+mod lora;
 mod matrices;
 mod module;
 mod norm;
@@ -32,6 +33,8 @@ use burn::tensor::{DType, backend::Backend};
 use embedding::Embedding;
 pub use error::ForwardError;
 pub(crate) use layer::DecoderLayer;
+pub(crate) use lora::Lora;
+pub use lora::{LoraConfig, LoraError};
 use norm::Norm;
 pub(crate) use projection::Projection;
 pub use record::{DecoderRecord, PlanRecord, RecordError};
@@ -103,6 +106,8 @@ pub struct FusedKvDecoder<B: Backend> {
     /// What every cached pass compares its cache with.
     cache_shape: Arc<CacheShape>,
     config: Arc<FusedKvDecoderConfig>,
+    /// What the adapters beside its projections are.
+    lora: Option<Arc<LoraConfig>>,
     /// Tokens of all rows that a cached pass reads at once; none: all of them.
     prefill_chunk: Option<usize>,
 }
@@ -141,6 +146,7 @@ impl FusedKvDecoderConfig {
             windows: Arc::new(kinds.iter().map(|spec| spec.kind.window).collect()),
             cache_shape: Arc::new(self.cache_shape(&layout)),
             config: Arc::new(self.clone()),
+            lora: None,
             prefill_chunk: kernels::tokens_per_pass::<B>(),
             layout,
         })

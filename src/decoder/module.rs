@@ -44,6 +44,7 @@ macro_rules! rebuild {
             windows,
             cache_shape,
             config,
+            lora,
             prefill_chunk,
         } = $decoder;
         FusedKvDecoder {
@@ -57,6 +58,7 @@ macro_rules! rebuild {
             windows: windows.to_owned(),
             cache_shape: cache_shape.to_owned(),
             config: config.to_owned(),
+            lora: lora.to_owned(),
             prefill_chunk: prefill_chunk.to_owned(),
         }
     }};

@@ -135,9 +135,9 @@ impl FromStr for WeightFormat {
 
 /// A matrix of a decoder: a parameter, or packed in fewer bits.
 ///
-/// Whoever visits or maps a module's parameters sees a packed matrix as one of f32, which it is
-/// widened to when it is looked at; what it is mapped to is a parameter again. So does a record have
-/// it.
+/// Whoever visits a module's parameters sees a packed matrix as one of f32, which it is widened to
+/// when it is looked at, and so does a record have it; what is loaded from one is a parameter again.
+/// It is a constant to whoever maps them: it has no gradient, and stays as it is.
 #[derive(Clone, Debug)]
 pub enum Weight<B: Backend> {
     /// Floats of any type, in any layout.
@@ -389,7 +389,10 @@ impl<B: Backend> Module<B> for Weight<B> {
     }
 
     fn map<M: ModuleMapper<B>>(self, mapper: &mut M) -> Self {
-        Self::Float(mapper.map_float(self.into_param()))
+        match self {
+            Self::Float(param) => Self::Float(mapper.map_float(param)),
+            packed => packed,
+        }
     }
 
     fn load_record(self, record: Self::Record) -> Self {

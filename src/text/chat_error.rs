@@ -50,6 +50,21 @@ pub enum ChatError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// No message of the role `assistant`.
+    #[error("a chat without an answer, expected a message of the role `assistant`")]
+    NoAnswer,
+    /// An answer to nothing.
+    #[error("message 0 is an answer, expected a message before it")]
+    Opening,
+    /// What the template writes of an answer is not behind what it writes to ask for one.
+    #[error(
+        "the chat template writes message {index} otherwise than behind the beginning of an answer, \
+         expected it behind"
+    )]
+    Beginning {
+        /// The answer.
+        index: usize,
+    },
     /// The template leaves a message out: it does not know the role.
     #[error("message {index} has the role `{role}`, which the chat template does not know")]
     UnknownRole {

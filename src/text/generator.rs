@@ -15,7 +15,7 @@ use super::prompt::Prompt;
 use super::stop::StopStrings;
 use super::template::{ChatOptions, ChatTemplate};
 use crate::cache::CacheDtype;
-use crate::checkpoint::{LoadOptions, load_checkpoint};
+use crate::checkpoint::{LoadOptions, load_adapter, load_checkpoint};
 use crate::decoder::FusedKvDecoder;
 use crate::generate::{GenerationConfig, generate};
 use crate::tokenizer::{TextStream, Tokenizer};
@@ -89,6 +89,17 @@ impl<B: Backend> TextGenerator<B> {
             defaults,
             ignored,
             ..Self::new(loaded.model, tokenizer)
+        })
+    }
+
+    /// The generator with adapters beside its decoder's weights, as [`load_adapter`] loads them.
+    ///
+    /// # Errors
+    /// [`TextError::Checkpoint`].
+    pub fn with_adapter(self, directory: impl AsRef<Path>) -> Result<Self, TextError> {
+        Ok(Self {
+            model: load_adapter(directory, self.model)?,
+            ..self
         })
     }
 

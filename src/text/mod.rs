@@ -23,6 +23,7 @@
 //! # Ok::<(), TextError>(())
 //! ```
 
+mod answers;
 mod chat_error;
 mod config;
 mod conversation;
@@ -37,6 +38,7 @@ mod python;
 mod stop;
 mod template;
 
+pub use answers::ChatAnswer;
 pub use chat_error::ChatError;
 pub use config::TextConfig;
 pub use conversation::Conversation;

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Zoned;
 use jiff::civil::DateTime;
 use minijinja::Value;
 use serde::Serialize;
@@ -89,6 +90,12 @@ impl ChatOptions {
     #[must_use]
     pub fn with_now(mut self, now: DateTime) -> Self {
         self.now = Some(now);
+        self
+    }
+
+    /// The same, with the time that it is now where it was not set: for texts that must agree.
+    pub(crate) fn at_one_time(mut self) -> Self {
+        self.now.get_or_insert_with(|| Zoned::now().datetime());
         self
     }
 }

@@ -5,11 +5,24 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::chat::ChatDataError;
 use crate::cache::CacheError;
 use crate::checkpoint::CheckpointError;
 use crate::config::{ConfigError, FusedKvDecoderConfig};
-use crate::decoder::ForwardError;
+use crate::decoder::{ForwardError, LoraConfig, LoraError};
 use crate::tokenizer::TokenizerError;
+
+fn adapters(lora: Option<&LoraConfig>) -> String {
+    match lora {
+        None => "no adapters".to_owned(),
+        Some(lora) => format!(
+            "adapters of rank {} and alpha {} beside {}",
+            lora.rank,
+            lora.alpha,
+            lora.targets.join(", ")
+        ),
+    }
+}
 
 /// A training that cannot start, or did not finish.
 #[derive(Debug, Error)]
@@ -39,6 +52,36 @@ pub enum TrainError {
     /// Nothing that trains.
     #[error("no parameter that can train is named like `{0}`, expected one or more")]
     NothingTrains(String),
+    /// Adapters that the model cannot have.
+    #[error(transparent)]
+    Lora(#[from] LoraError),
+    /// Adapters beside random weights.
+    #[error(
+        "a training of adapters needs a model to start with, expected `train_from` or `distill`"
+    )]
+    NoBase,
+    /// A model to start with whose adapters are not those that are to train.
+    #[error(
+        "the model to start with has {}, expected {}",
+        adapters(found.as_ref()),
+        adapters(expected.as_ref())
+    )]
+    OtherAdapters {
+        /// The model's, if it has any.
+        found: Option<LoraConfig>,
+        /// Those of [`Trainable::Lora`](super::Trainable::Lora), if that is what trains.
+        expected: Option<LoraConfig>,
+    },
+    /// The run has adapters alone, and needs the model they were trained beside.
+    #[error(
+        "{} holds a training of adapters, expected its base: `Run::best_with_base`, \
+         `Run::last_with_base`",
+        .0.display()
+    )]
+    NeedsBase(PathBuf),
+    /// The base given is not the one that the run's adapters were trained beside.
+    #[error("{} holds adapters trained beside another model, expected that one", .0.display())]
+    OtherBase(PathBuf),
     /// Distillation without a teacher.
     #[error("a training with a distillation needs a teacher, expected to be started by `distill`")]
     NoTeacher,
@@ -88,6 +131,16 @@ pub enum TrainError {
     /// What the decoder cannot read.
     #[error(transparent)]
     Forward(#[from] ForwardError),
+    /// A line of a file of chats that is none to learn from.
+    #[error("line {line} of {}: {source}", path.display())]
+    Chat {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: usize,
+        /// What is wrong.
+        source: ChatDataError,
+    },
     /// A window that is not there, among those a data set says it has.
     #[error("window {index} is missing, expected all {windows} of the data set")]
     MissingWindow {

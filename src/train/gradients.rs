@@ -89,12 +89,19 @@ pub(super) fn clip_to_norm<B: AutodiffBackend, M: AutodiffModule<B>>(
     scale(module, grads, factor);
 }
 
-/// Turns gradients of less precision than f32 into f32, before they are added up and squared.
-pub(super) fn widen<B: AutodiffBackend, M: AutodiffModule<B>>(
+/// The gradients of what trains of a module, in f32 at least, before they are added up and squared.
+///
+/// Burn's own look at every parameter's numbers, to which a matrix in fewer bits must be widened.
+pub(super) fn gradients<B: AutodiffBackend, M: AutodiffModule<B>>(
     module: &M,
-    grads: &mut GradientsParams,
-) {
-    module.visit(&mut Widen(grads));
+    gradients: B::Gradients,
+) -> GradientsParams {
+    let mut of_trained = OfTrained::<B> {
+        gradients,
+        found: GradientsParams::new(),
+    };
+    module.visit(&mut of_trained);
+    of_trained.found
 }
 
 /// Multiplies all gradients by a factor, `[1]`.
@@ -142,13 +149,20 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for SumSquares<'_, B> {
     }
 }
 
-struct Widen<'g>(&'g mut GradientsParams);
+struct OfTrained<B: AutodiffBackend> {
+    gradients: B::Gradients,
+    found: GradientsParams,
+}
 
-impl<B: AutodiffBackend> ModuleVisitor<B> for Widen<'_> {
+impl<B: AutodiffBackend> ModuleVisitor<B> for OfTrained<B> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        if let Some(grad) = self.0.remove::<B::InnerBackend, D>(param.id) {
-            let dtype = at_least_f32(grad.dtype());
-            self.0.register(param.id, grad.cast(dtype));
+        // A parameter that a pass has used is; a matrix in fewer bits is none.
+        if !param.is_initialized() || !param.is_require_grad() {
+            return;
+        }
+        if let Some(gradient) = param.val().grad_remove(&mut self.gradients) {
+            let dtype = at_least_f32(gradient.dtype());
+            self.found.register(param.id, gradient.cast(dtype));
         }
     }
 }

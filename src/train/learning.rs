@@ -34,6 +34,7 @@ use super::progress::{PlainRenderer, Progress};
 use super::run::{Run, Trained};
 use super::saved::load_checked;
 use super::trainable::choose;
+use super::trainee::Trainee;
 use crate::decoder::FusedKvDecoder;
 
 /// How often plain progress is printed.
@@ -76,14 +77,6 @@ pub(super) fn run_training<B: AutodiffBackend>(
         (Some((teacher, distillation)), _) => Teacher::check(teacher, config, *distillation)?,
         (None, None) => {}
     }
-    if let Some(model) = &model
-        && *model.config() != config.model
-    {
-        return Err(TrainError::OtherModel {
-            found: Box::new(model.config().clone()),
-            expected: Box::new(config.model.clone()),
-        });
-    }
     let parts = devices.len() * config.accumulation;
     let device = match devices {
         [first, ..] if config.batch_size.is_multiple_of(parts) => first,
@@ -118,14 +111,10 @@ pub(super) fn run_training<B: AutodiffBackend>(
     check_targets(&valid_windows)?;
 
     B::seed(device, config.seed);
-    let model = match model {
-        Some(model) => model,
-        // Parameters draw their values when first used; a fork uses them all, in order.
-        None => config.model.init::<B>(device)?.fork(device),
-    };
-    let mut model = choose(model.map(&mut KeepPrecision), config.trainable.as_ref())?;
+    let trainee = Trainee::start(config, model, device)?.map(&mut KeepPrecision);
+    let mut model = choose(trainee, config.trainable.as_ref())?;
     let (squares, squares_of_steps) = channel();
-    let optimizer = optimizer::<B, FusedKvDecoder<B>>(config, devices.len(), squares);
+    let optimizer = optimizer::<B, Trainee<B>>(config, devices.len(), squares);
     let scheduler = WarmupCosine::new(config);
 
     let (directory, done, losses) = if run.resume {
@@ -136,7 +125,7 @@ pub(super) fn run_training<B: AutodiffBackend>(
         (RunDirectory::start(&run.directory, config)?, 0, Vec::new())
     };
 
-    let teacher = taught.map(|(teacher, of)| Arc::new(Teacher::new(teacher, &model, of)));
+    let teacher = taught.map(|(teacher, of)| Arc::new(Teacher::new(teacher, &model.model, of)));
 
     let history: History = Arc::new(Mutex::new(losses));
     let patience = config.patience.map(|epochs| Patience {
@@ -260,7 +249,7 @@ pub(super) fn run_training<B: AutodiffBackend>(
     }
     let last = epochs.last().ok_or_else(interrupted)?;
     Ok(Trained {
-        model: result.model,
+        model: result.model.model,
         train_loss: last.train,
         valid_loss: last.valid,
         tokens: Schedule::new(config).steps_until(last.epoch) * config.tokens_per_step(),

@@ -37,6 +37,7 @@
 
 mod adam_w;
 mod batch;
+mod chat;
 mod checkpoint;
 pub mod compare;
 mod config;
@@ -63,8 +64,10 @@ mod saved;
 mod step;
 mod token_file;
 mod trainable;
+mod trainee;
 
 pub use batch::{LanguageBatch, LanguageBatcher, TargetMask};
+pub use chat::{ChatDataError, ChatWindows};
 pub use checkpoint::EpochLosses;
 pub use config::TrainingConfig;
 pub use corpus::{Corpus, Part};

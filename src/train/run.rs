@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use burn::module::Module;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 
 use super::checkpoint::{EpochLosses, RunDirectory};
@@ -15,7 +14,9 @@ use super::learning::{Models, run_training};
 use super::metrics::perplexity;
 use super::objective::Distillation;
 use super::progress::{Observer, Progress, StepReport};
-use super::saved::{check_record, read_part};
+use super::saved::load_model;
+use super::trainable::Trainable;
+use super::trainee::Trainee;
 use crate::decoder::FusedKvDecoder;
 
 /// Where a training keeps its checkpoints, and how it is watched.
@@ -78,14 +79,27 @@ impl Run {
     /// ```
     ///
     /// # Errors
-    /// [`TrainError::NoCheckpoint`] if no epoch is finished, [`TrainError::Unreadable`] if a file
-    /// of the run is damaged.
+    /// [`TrainError::NoCheckpoint`] if no epoch is finished, [`TrainError::NeedsBase`] if the run has
+    /// adapters alone, [`TrainError::Unreadable`] if a file of the run is damaged.
     pub fn best<B: Backend>(
         &self,
         device: &B::Device,
     ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
-        let lowest = |a: &EpochLosses, b: &EpochLosses| a.valid.total_cmp(&b.valid);
-        self.model(|epochs| epochs.into_iter().min_by(lowest), device)
+        self.model(lowest, None, device)
+    }
+
+    /// [`best`](Self::best) of a training of [adapters](Trainable::Lora), beside the model that it
+    /// began with.
+    ///
+    /// # Errors
+    /// As [`best`](Self::best), [`TrainError::OtherBase`] if the model is another one, and those of
+    /// [`train_from`].
+    pub fn best_with_base<B: Backend>(
+        &self,
+        base: FusedKvDecoder<B>,
+    ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
+        let device = base.device();
+        self.model(lowest, Some(base), &device)
     }
 
     /// The model of the last epoch that was finished, and its losses.
@@ -96,23 +110,47 @@ impl Run {
         &self,
         device: &B::Device,
     ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
-        self.model(|mut epochs| epochs.pop(), device)
+        self.model(|mut epochs| epochs.pop(), None, device)
+    }
+
+    /// [`last`](Self::last) of a training of adapters, as [`best_with_base`](Self::best_with_base).
+    ///
+    /// # Errors
+    /// As [`best_with_base`](Self::best_with_base).
+    pub fn last_with_base<B: Backend>(
+        &self,
+        base: FusedKvDecoder<B>,
+    ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
+        let device = base.device();
+        self.model(|mut epochs| epochs.pop(), Some(base), &device)
     }
 
     /// The model of an epoch chosen among those with a checkpoint, in order.
     fn model<B: Backend>(
         &self,
         choose: impl FnOnce(Vec<EpochLosses>) -> Option<EpochLosses>,
+        base: Option<FusedKvDecoder<B>>,
         device: &B::Device,
     ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
         let (directory, config, epochs) = RunDirectory::saved(&self.directory)?;
         let none = || TrainError::NoCheckpoint(self.directory.clone());
         let losses = choose(epochs).ok_or_else(none)?;
-        let model = config.model.init::<B>(device)?;
-        let record = read_part(&directory, "model", losses.epoch, device)?;
-        check_record(&directory, losses.epoch, &model, &record)?;
-        Ok((model.load_record(record), losses))
+        let model = match (&config.trainable, base) {
+            (Some(Trainable::Lora(_)), None) => {
+                return Err(TrainError::NeedsBase(self.directory.clone()));
+            }
+            (Some(Trainable::Lora(_)), base) => Trainee::start(&config, base, device)?,
+            // All that matters is in the record.
+            (_, _) => Trainee::whole(config.model.init::<B>(device)?),
+        };
+        let model = load_model(&directory, losses.epoch, model, device)?;
+        Ok((model.model, losses))
     }
+}
+
+fn lowest(epochs: Vec<EpochLosses>) -> Option<EpochLosses> {
+    let by_loss = |a: &EpochLosses, b: &EpochLosses| a.valid.total_cmp(&b.valid);
+    epochs.into_iter().min_by(by_loss)
 }
 
 /// What a training gives.

@@ -8,40 +8,43 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 
 use super::checkpoint::{CompleteFileRecorder, RunDirectory};
 use super::error::TrainError;
-use crate::decoder::{DecoderRecord, FusedKvDecoder};
+use super::trainee::{OtherRecord, Trainee, TraineeRecord};
 
 /// The model of a checkpoint, all of whose files are read: Burn's learner panics where it cannot, or
 /// where they are of another decoder.
 pub(super) fn load_checked<B: AutodiffBackend, O, S: LrScheduler>(
     directory: &RunDirectory,
     epoch: usize,
-    model: FusedKvDecoder<B>,
+    model: Trainee<B>,
     _optimizer: &O,
     _scheduler: &S,
     device: &B::Device,
-) -> Result<FusedKvDecoder<B>, TrainError>
+) -> Result<Trainee<B>, TrainError>
 where
-    O: Optimizer<FusedKvDecoder<B>, B>,
+    O: Optimizer<Trainee<B>, B>,
 {
-    let record = read_part(directory, "model", epoch, device)?;
-    check_record(directory, epoch, &model, &record)?;
+    let model = load_model(directory, epoch, model, device)?;
     read_part::<B, O::Record>(directory, "optim", epoch, device)?;
     read_part::<B, S::Record<B>>(directory, "scheduler", epoch, device)?;
-    Ok(model.load_record(record))
+    Ok(model)
 }
 
-/// That a record is of the decoder.
-pub(super) fn check_record<B: Backend>(
+/// A model with what the checkpoint of an epoch keeps of it.
+pub(super) fn load_model<B: Backend>(
     directory: &RunDirectory,
     epoch: usize,
-    model: &FusedKvDecoder<B>,
-    record: &DecoderRecord<B>,
-) -> Result<(), TrainError> {
-    let checked = model.check_record(record);
-    checked.map_err(|error| TrainError::Unreadable {
-        path: directory.part("model", epoch).with_extension("mpk"),
-        reason: error.to_string(),
-    })
+    model: Trainee<B>,
+    device: &B::Device,
+) -> Result<Trainee<B>, TrainError> {
+    let record: TraineeRecord<B> = read_part(directory, "model", epoch, device)?;
+    match model.check_record(&record) {
+        Ok(()) => Ok(model.load_record(record)),
+        Err(OtherRecord::Base) => Err(TrainError::OtherBase(directory.path().to_owned())),
+        Err(error) => Err(TrainError::Unreadable {
+            path: directory.part("model", epoch).with_extension("mpk"),
+            reason: error.to_string(),
+        }),
+    }
 }
 
 /// Reads a file of an epoch's checkpoint.

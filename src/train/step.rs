@@ -8,7 +8,7 @@ use burn_train::metric::{Adaptor, ItemLazy};
 use burn_train::{InferenceStep, TrainOutput, TrainStep};
 
 use super::batch::{LanguageBatch, TargetMask};
-use super::gradients::widen;
+use super::gradients::gradients;
 use super::metrics::{Divergence, TokenLosses};
 use super::objective::{HeadLosses, Lesson, head_losses, relative_error, token_losses};
 use crate::decoder::FusedKvDecoder;
@@ -120,13 +120,14 @@ impl<B: AutodiffBackend> TrainStep for FusedKvDecoder<B> {
                 loss = loss + (error * factor).cast(dtype);
             }
         }
-        let output = LanguageOutput::new(nll, divergence, mask);
-        let mut output = TrainOutput::new(self, loss.backward(), output);
-        widen(self, &mut output.grads);
+        let mut grads = gradients(self, loss.backward());
         if let Some(gradient) = d_weight {
-            add(&mut output.grads, head.id(), gradient);
+            add(&mut grads, head.id(), gradient);
         }
-        output
+        TrainOutput {
+            grads,
+            item: LanguageOutput::new(nll, divergence, mask),
+        }
     }
 }
 

@@ -8,13 +8,14 @@ use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
 use super::error::TrainError;
-use crate::decoder::FusedKvDecoder;
+use super::trainee::{Trainee, is_adapter};
+use crate::decoder::LoraConfig;
 use crate::parameters::ModulePath;
 use crate::plan::{KvLayout, KvPart};
 
 /// The parameters that train; the others stay as they are, without gradients or moments, and no
 /// gradient is computed of what is below the lowest of them.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Trainable {
     /// The weights of blends, and the α of YOCO++.
@@ -25,6 +26,9 @@ pub enum Trainable {
     /// Those whose names in a checkpoint, as `model.layers.3.mlp.up_proj.weight`, are like one of these,
     /// where `*` stands for any letters: `model.layers.3.*`, `*_layernorm.weight`.
     Named(Vec<String>),
+    /// Adapters of low rank beside projections, new ones or those that the model to start with has. Its
+    /// matrices stay in the format they are in, and checkpoints keep the adapters alone.
+    Lora(LoraConfig),
 }
 
 impl Trainable {
@@ -37,6 +41,7 @@ impl Trainable {
                 !KvPart::BOTH.into_iter().all(stores)
             }),
             Self::Named(patterns) => patterns.iter().any(|pattern| is_like(name, pattern)),
+            Self::Lora(_) => is_adapter(name),
         }
     }
 }
@@ -64,10 +69,10 @@ fn is_like(name: &str, pattern: &str) -> bool {
 /// # Errors
 /// [`TrainError::NothingTrains`] if a pattern is like no name, or nothing is left to train.
 pub(super) fn choose<B: Backend>(
-    model: FusedKvDecoder<B>,
+    trainee: Trainee<B>,
     trainable: Option<&Trainable>,
-) -> Result<FusedKvDecoder<B>, TrainError> {
-    let layout = model.layout().clone();
+) -> Result<Trainee<B>, TrainError> {
+    let layout = trainee.model.layout().clone();
     let mut choose = Choose {
         trainable,
         layout: &layout,
@@ -75,7 +80,7 @@ pub(super) fn choose<B: Backend>(
         names: BTreeSet::new(),
         any: false,
     };
-    let model = model.map(&mut choose);
+    let trainee = trainee.map(&mut choose);
     if let Some(Trainable::Named(patterns)) = trainable {
         let idle = |pattern: &&String| !choose.names.iter().any(|name| is_like(name, pattern));
         if let Some(pattern) = patterns.iter().find(idle) {
@@ -83,7 +88,7 @@ pub(super) fn choose<B: Backend>(
         }
     }
     match choose.any {
-        true => Ok(model),
+        true => Ok(trainee),
         false => Err(TrainError::NothingTrains("*".to_owned())),
     }
 }
@@ -121,7 +126,8 @@ pub(super) fn trains<B: Backend, M: Module<B>>(module: &M) -> bool {
 
     impl<B: Backend> ModuleVisitor<B> for Trains {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            self.0 |= param.is_require_grad();
+            // Asked of a matrix in fewer bits, it would be widened.
+            self.0 |= param.is_initialized() && param.is_require_grad();
         }
     }
 
@@ -136,8 +142,8 @@ mod tests {
     use burn_flex::{Flex, FlexDevice};
 
     use super::*;
-    use crate::KvPlan;
     use crate::train::small_decoder;
+    use crate::{FusedKvDecoder, KvPlan};
 
     type Model = FusedKvDecoder<Autodiff<Flex>>;
 
@@ -163,7 +169,7 @@ mod tests {
         let plan = KvPlan::FusedKv { storage_layers: 2 };
         let model: Model = small_decoder(plan).init(&FlexDevice).unwrap();
         let mut count = Count([0; 5], ModulePath::default());
-        choose(model, Some(trainable))?.visit(&mut count);
+        choose(Trainee::whole(model), Some(trainable))?.visit(&mut count);
         Ok(count.0)
     }
 

@@ -1,5 +1,6 @@
 //! Checkpoint directories: what comes back, what others write, what is refused.
 
+mod adapters;
 mod broken;
 mod configuration;
 mod families;

@@ -1,13 +1,15 @@
 //! What a backend must learn, against NdArray and Flex in f32, and files between backends.
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{Tensor, TensorData};
 use burn_ndarray::NdArray;
 use fusedkv::backend::{Autodiff, Flex, FlexDevice};
 use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
-use fusedkv::train::{Progress, Run, TrainingConfig, train_from};
-use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, TokenBatch};
+use fusedkv::train::{Progress, Run, Trainable, TrainingConfig, train_from};
+use fusedkv::{
+    CacheDtype, FusedKvDecoder, FusedKvDecoderConfig, KvPlan, LoraConfig, TokenBatch, WeightFormat,
+};
 use tempfile::tempdir;
 
 use crate::checks::{Subject, tokens};
@@ -102,21 +104,32 @@ pub fn gradients<B: Backend>(subject: &Subject<B>) {
     }
 }
 
-/// Ten optimizer steps from the same model have Flex's losses.
+/// Ten optimizer steps from the same model have Flex's losses: of all its parameters, and of adapters
+/// beside matrices of 8 bits, where the backend has them.
 pub fn ten_steps<B: Backend>(subject: &Subject<B>) {
     let plan = KvPlan::FusedKv { storage_layers: 2 };
-    let found = losses::<B>(&plan, &subject.device);
-    let expected = losses::<Flex>(&plan, &FlexDevice);
-    assert_eq!(found.len(), expected.len());
-    for (found, expected) in found.iter().zip(&expected) {
-        assert!(
-            (found - expected).abs() <= 1e-3 * expected,
-            "{found} for {expected}"
-        );
+    let format = match subject.cache_dtypes.contains(&CacheDtype::Int8) {
+        true => WeightFormat::Int8,
+        false => WeightFormat::Model,
+    };
+    for adapters in [None, Some(format)] {
+        let found = losses::<B>(&plan, adapters, &subject.device);
+        let expected = losses::<Flex>(&plan, adapters, &FlexDevice);
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!(
+                (found - expected).abs() <= 1e-3 * expected,
+                "{found} for {expected}, adapters beside {adapters:?}"
+            );
+        }
     }
 }
 
-fn losses<B: Backend>(plan: &KvPlan, device: &B::Device) -> Vec<f64> {
+fn losses<B: Backend>(
+    plan: &KvPlan,
+    adapters: Option<WeightFormat>,
+    device: &B::Device,
+) -> Vec<f64> {
     let directory = tempdir().unwrap();
     let config = TrainingConfig::new(decoder(plan.clone()), 24, 4, 10)
         .with_epochs(5)
@@ -124,12 +137,37 @@ fn losses<B: Backend>(plan: &KvPlan, device: &B::Device) -> Vec<f64> {
         .with_valid_fraction(0.2)
         .with_learning_rate(3e-3);
     let model = model_on::<Autodiff<B>>(&config.model, SEED, device);
+    let (config, model) = match adapters {
+        None => (config, model),
+        Some(format) => {
+            let lora = LoraConfig::new(4, 8.0);
+            let model = model.with_weights(format).unwrap();
+            let model = model.with_lora(&lora).unwrap().map(&mut SameAdapters);
+            (config.with_trainable(Some(Trainable::Lora(lora))), model)
+        }
+    };
     let run = Run::new(directory.path()).with_progress(Progress::Quiet);
     let trained = train_from(&config, model, tokens(1500, 0), &run, device).unwrap();
     let epochs = trained.epochs.iter();
     epochs
         .flat_map(|epoch| [epoch.train, epoch.valid])
         .collect()
+}
+
+/// Backends draw random numbers of their own.
+struct SameAdapters;
+
+impl<B: Backend> ModuleMapper<B> for SameAdapters {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        let dims = param.dims();
+        // Of all matrices, those of rank 4 by the width that they read.
+        if D != 2 || dims[1] != 4 {
+            return param;
+        }
+        let number = |i: usize| (i as f64 * 0.71).sin() * 0.1;
+        let numbers: Vec<f64> = (0..dims[0] * 4).map(number).collect();
+        param.map(|tensor| Tensor::from_data(TensorData::new(numbers, dims), &tensor.device()))
+    }
 }
 
 /// A directory that one backend wrote is read by the other, to the last bit of f32.

@@ -6,8 +6,8 @@ use fusedkv::convert::{
     convert_fitted, convert_in_stages,
 };
 use fusedkv::{
-    BlendWeights, FusedKvDecoder, KvPart, KvPlan, KvSource, LayerKv, Logits, ScoreConfig,
-    ScoreError, TokenBatch, information_flow, score,
+    BlendWeights, FusedKvDecoder, KvPart, KvPlan, KvSource, LayerKv, Logits, LoraConfig,
+    ScoreConfig, ScoreError, TokenBatch, information_flow, score,
 };
 use proptest::prelude::*;
 
@@ -409,6 +409,11 @@ fn what_cannot_be_converted_is_said() {
         convert(&fused, &plan).unwrap_err(),
         ConvertError::NotStandard { method: "fused_kv" }
     );
+    let adapted = standard
+        .clone()
+        .with_lora(&LoraConfig::new(2, 2.0))
+        .unwrap();
+    assert_eq!(convert(&adapted, &plan).unwrap_err(), ConvertError::Adapted);
     let error = convert(&standard, &KvPlan::Yoco { storage_layers: 4 }).unwrap_err();
     assert!(matches!(error, ConvertError::Config(_)), "{error}");
     let fails =

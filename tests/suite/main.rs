@@ -11,6 +11,7 @@ mod equivalence;
 mod generation;
 mod golden;
 mod gradients;
+mod lora;
 mod models;
 mod positions;
 mod records;

@@ -1,7 +1,9 @@
 //! Training, its data and files: what is learned, resumed, kept, refused.
 
 mod before;
+mod chats;
 mod distilling;
+mod lora;
 mod precision;
 mod saving;
 mod targets;

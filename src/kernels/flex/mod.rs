@@ -86,7 +86,7 @@ impl Kernels for FlexKernels {
     }
 
     fn linear_packed<B: Backend>(x: &Tensor<B, 3>, weight: &Packed<B>) -> Option<Tensor<B, 3>> {
-        linear_packed(x, weight)
+        plain_or_tracked!(linear_packed(x, weight))
     }
 
     fn linear_each<B: Backend>(

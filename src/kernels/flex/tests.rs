@@ -126,8 +126,8 @@ proptest! {
                 2 => Factor::Float(weight.cast(DType::F16).transpose()),
                 _ => {
                     let codes = [Codes::Int8, Codes::Int4][format - 3];
-                    let mut packed = PackedRows::with_capacity(codes, *output, input);
-                    packed.push(&numbers(weight)).unwrap();
+                    let mut packed = PackedRows::new(codes, *output, input);
+                    packed.write(&numbers(weight)).unwrap();
                     Factor::Packed(Packed::new(packed, &FlexDevice).transpose())
                 }
             }

@@ -47,6 +47,12 @@ pub(in crate::train) fn head_losses<B: Backend>(
         let [_, _, width] = hidden.dims();
         (model, hidden.reshape([1, tokens, width]), config)
     });
+    // One of fewer bits is widened once. Products are in the type of their inputs.
+    let head = match &student.lm_head {
+        Some(head) => head.weight.val().transpose(),
+        None => student.embed_tokens.weight.val(),
+    };
+    let head = head.cast(hidden.dtype());
     let (mut nll, mut divergence, mut d_hidden) = (Vec::new(), Vec::new(), Vec::new());
     let mut d_weight: Option<Tensor<B, 2>> = None;
     for (start, len) in chunks(tokens, vocab_size) {
@@ -78,16 +84,11 @@ pub(in crate::train) fn head_losses<B: Backend>(
             None => gradient.cast(dtype),
         };
         let x = x.reshape([len, width]);
-        let (d_x, d_w) = match &student.lm_head {
-            Some(head) => (
-                matmul(gradient.clone(), head.weight.val().transpose()),
-                trains_head.then(|| matmul(x.transpose(), gradient)),
-            ),
-            None => (
-                matmul(gradient.clone(), student.embed_tokens.weight.val()),
-                trains_head.then(|| matmul(gradient.transpose(), x)),
-            ),
-        };
+        let d_x = matmul(gradient.clone(), head.clone());
+        let d_w = trains_head.then(|| match &student.lm_head {
+            Some(_) => matmul(x.transpose(), gradient),
+            None => matmul(gradient.transpose(), x),
+        });
         d_hidden.push(d_x);
         let d_w = d_w.map(|d_w| d_w.cast(precise));
         d_weight = match (d_weight, d_w) {

@@ -16,6 +16,7 @@ use crate::convert::convert;
 use crate::train::TargetMask;
 use crate::train::small_decoder;
 use crate::train::trainable::{Trainable, choose};
+use crate::train::trainee::Trainee;
 use crate::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan};
 
 type Train = Autodiff<Flex>;
@@ -143,7 +144,7 @@ proptest! {
         let teacher = standard.valid();
         let plan = KvPlan::FusedKv { storage_layers: 2 };
         let student = convert(&standard, &plan).unwrap();
-        let student = choose(student, trainable.as_ref()).unwrap();
+        let student = choose(Trainee::whole(student), trainable.as_ref()).unwrap().model;
         let batch = batch(config.vocab_size, masked);
         if !taught {
             let expected = expected(&student, &batch, None);

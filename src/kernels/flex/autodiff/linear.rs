@@ -4,15 +4,69 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensorOps;
-use burn::tensor::{Shape, Tensor};
+use burn::tensor::{DType, Shape, Tensor};
 use burn_flex::{Flex, FlexTensor};
 
 use super::{Operation, record, tracked, untyped};
+use crate::kernels::flex::linear::linear_packed as plain_linear_packed;
+use crate::kernels::flex::{downcast, float_tensor, typed};
+use crate::kernels::packed::Packed;
 
 pub(crate) fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
     let [batch, seq, _] = x.dims();
     let operation = Linear { batch, seq };
     untyped(record(operation, [tracked(x)?, tracked(weight)?])?)
+}
+
+/// By a matrix in fewer bits, which is a constant: it is widened a tile at a time forward, and at once
+/// backward, and nothing but the matrix itself is kept in between.
+pub(crate) fn linear_packed<B: Backend>(
+    x: &Tensor<B, 3>,
+    weight: &Packed<B>,
+) -> Option<Tensor<B, 3>> {
+    let x = tracked(x)?;
+    let operation = LinearPacked(constants(weight)?);
+    untyped(record(operation, [x])?)
+}
+
+/// The matrix without autodiff.
+fn constants<B: Backend>(weight: &Packed<B>) -> Option<Packed<Flex>> {
+    let floats = |x: &Tensor<B, 2>| typed::<Flex, 2>(tracked(x)?.primitive);
+    let codes = downcast::<_, FlexTensor>(weight.codes.clone().into_primitive()).ok()?;
+    Some(Packed {
+        kind: weight.kind,
+        columns: weight.columns,
+        codes: Tensor::from_primitive(codes),
+        scales: floats(&weight.scales)?,
+        offsets: match &weight.offsets {
+            Some(offsets) => Some(floats(offsets)?),
+            None => None,
+        },
+        transposed: weight.transposed,
+    })
+}
+
+#[derive(Debug)]
+struct LinearPacked(Packed<Flex>);
+
+impl Operation<1> for LinearPacked {
+    type State = ();
+
+    fn forward(&self, [x]: [FlexTensor; 1]) -> Option<(FlexTensor, ())> {
+        let output = plain_linear_packed(&typed::<Flex, 3>(x)?, &self.0)?;
+        Some((float_tensor(&output)?, ()))
+    }
+
+    fn backward(&self, (): (), gradient: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+        let weight = self.0.clone().transpose().widen(DType::F32);
+        let [batch, seq, output]: [usize; 3] = gradient.layout().shape().dims();
+        let [_, input] = weight.dims();
+        let rows = gradient.reshape(Shape::new([batch * seq, output]));
+        let x_gradient = float_tensor(&weight).map(|weight| {
+            Flex::float_matmul(rows, weight).reshape(Shape::new([batch, seq, input]))
+        });
+        [x_gradient]
+    }
 }
 
 /// `x · w` for x `[batch, seq, input]` and w `[input, output]` in any layout.

@@ -34,7 +34,7 @@ use super::downcast;
 
 pub(super) use attention::attention;
 pub(super) use heads::{rope, swap_heads};
-pub(super) use linear::linear;
+pub(super) use linear::{linear, linear_packed};
 pub(super) use pointwise::{rms_norm, swiglu};
 
 /// A tensor of `Autodiff<Flex, C>`, which is the same for every C.

@@ -12,7 +12,9 @@ use super::*;
 use crate::holes::Holes;
 use crate::kernels::attention::generic_attention;
 use crate::kernels::operands::{Term, Visibility};
+use crate::kernels::packed::{Codes, Packed, PackedRows};
 use crate::kernels::stored::Stored;
+use crate::numbers::numbers;
 
 type Train = Autodiff<Flex>;
 
@@ -174,6 +176,26 @@ proptest! {
             burn::tensor::module::linear(x, weight, None)
         };
         assert_same(&inputs, found, expected);
+    }
+
+    #[test]
+    fn products_by_matrices_in_fewer_bits_have_their_gradients(
+        seq in 1usize..60,
+        input in 1usize..100,
+        output in 1usize..100,
+        codes in prop::sample::select(vec![Codes::Int8, Codes::Int4]),
+    ) {
+        let mut rows = PackedRows::new(codes, output, input);
+        rows.write(&numbers(random([output, input]))).unwrap();
+        let weight = Packed::<Train>::new(rows, &FlexDevice).transpose();
+        let wide = weight.clone().widen(DType::F32);
+        let inputs = [random([2, seq, input])];
+        let scale = (input as f64).sqrt().recip();
+        assert_same(
+            &inputs,
+            |leaves| linear_packed(&leaves[0], &weight).map(|found| found * scale),
+            |leaves| burn::tensor::module::linear(leaves[0].clone(), wide, None) * scale,
+        );
     }
 
     #[test]
