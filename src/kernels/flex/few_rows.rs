@@ -39,7 +39,7 @@ pub(super) enum Held {
     /// Floats, an output's row after another's: `[output, input]`.
     Outputs(FlexTensor),
     /// Groups, an output's row after another's.
-    Groups(GroupStorage),
+    Groups(Box<GroupStorage>),
 }
 
 impl Held {
@@ -56,7 +56,7 @@ impl Held {
 
     /// None as of [`GroupStorage::of_outputs`].
     pub fn groups<B: Backend>(weight: &Packed<B>) -> Option<Self> {
-        GroupStorage::of_outputs(weight).map(Self::Groups)
+        GroupStorage::of_outputs(weight).map(|groups| Self::Groups(Box::new(groups)))
     }
 
     fn matrix(&self) -> Option<Matrix<'_>> {
