@@ -33,6 +33,7 @@ use burn::tensor::{DType, backend::Backend};
 use embedding::Embedding;
 pub use error::ForwardError;
 pub(crate) use layer::DecoderLayer;
+#[cfg(any(feature = "checkpoint", feature = "train"))]
 pub(crate) use lora::Lora;
 pub use lora::{LoraConfig, LoraError};
 use norm::Norm;

@@ -359,18 +359,34 @@ fn widened<'a, S: Simd>(simd: S, numbers: &[f16], to: &'a mut [f32]) -> &'a [f32
 /// Σ_g scales[g] · (codes of g · x_g).
 #[inline(always)]
 fn dot_codes<S: Simd, C: Coded>(simd: S, bytes: &[i8], x: &[[f32; GROUP]], scales: &[f32]) -> f32 {
+    let width = C::CODES.bytes();
     // Groups take turns, because each waits for the last addition to its sum.
-    let mut sums = [simd.splat_f32s(0.0); 2];
-    let groups = bytes.chunks_exact(C::CODES.bytes()).zip(x).zip(scales);
-    for (g, ((bytes, x), scale)) in groups.enumerate() {
-        let (x, _) = S::as_simd_f32s(x);
-        let mut product = simd.mul_f32s(C::vector(simd, bytes, 0), x[0]);
-        for (i, &x) in x.iter().enumerate().skip(1) {
-            let codes = C::vector(simd, bytes, i * S::F32_LANES);
-            product = simd.mul_add_f32s(codes, x, product);
-        }
-        let sum = &mut sums[g % 2];
-        *sum = simd.mul_add_f32s(product, simd.splat_f32s(*scale), *sum);
+    let (mut even, mut odd) = (simd.splat_f32s(0.0), simd.splat_f32s(0.0));
+    let (x_pairs, x_last) = x.as_chunks::<2>();
+    let (pairs, last) = scales.as_chunks::<2>();
+    let (bytes, bytes_last) = bytes.split_at(2 * pairs.len() * width);
+    for ((bytes, x), scales) in bytes.chunks_exact(2 * width).zip(x_pairs).zip(pairs) {
+        let (first, second) = bytes.split_at(width);
+        let first = dot_group::<S, C>(simd, first, &x[0]);
+        even = simd.mul_add_f32s(first, simd.splat_f32s(scales[0]), even);
+        let second = dot_group::<S, C>(simd, second, &x[1]);
+        odd = simd.mul_add_f32s(second, simd.splat_f32s(scales[1]), odd);
     }
-    simd.reduce_sum_f32s(simd.add_f32s(sums[0], sums[1]))
+    if let ([x], [scale]) = (x_last, last) {
+        let last = dot_group::<S, C>(simd, bytes_last, x);
+        even = simd.mul_add_f32s(last, simd.splat_f32s(*scale), even);
+    }
+    simd.reduce_sum_f32s(simd.add_f32s(even, odd))
+}
+
+/// The codes of a group times x, to be added up.
+#[inline(always)]
+fn dot_group<S: Simd, C: Coded>(simd: S, bytes: &[i8], x: &[f32; GROUP]) -> S::f32s {
+    let (x, _) = S::as_simd_f32s(x);
+    let mut product = simd.mul_f32s(C::vector(simd, bytes, 0), x[0]);
+    for (i, &x) in x.iter().enumerate().skip(1) {
+        let codes = C::vector(simd, bytes, i * S::F32_LANES);
+        product = simd.mul_add_f32s(codes, x, product);
+    }
+    product
 }

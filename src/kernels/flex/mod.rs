@@ -1,5 +1,6 @@
 //! Kernels for Burn's Flex backend, which runs on the CPU: f32, SIMD chosen at run time by the
-//! processor, threads of rayon's global pool, which is also Flex's.
+//! processor, threads of rayon's global pool, which is also Flex's, or of the [`team`] that a cached
+//! pass has.
 //!
 //! What they have over Flex's own operations: threads for matrices with few rows, several steps in
 //! one pass over memory, and caches read where they lie.
