@@ -2,7 +2,7 @@
 //! values of every layer: fused and unfused caches give the same logits.
 
 use burn::tensor::activation::{silu, softmax};
-use burn::tensor::{Bool, Tensor};
+use burn::tensor::{Bool, DType, Tensor};
 use fusedkv::BlockConfig;
 use fusedkv::config::RopeConfig;
 use fusedkv::decoder::Rope;
@@ -24,15 +24,16 @@ fn linear(model: &FusedKvDecoder<F64>, name: &str, x: Tensor<F64, 3>) -> Tensor<
     }
 }
 
-/// RMSNorm over the last dimension.
+/// RMSNorm over the last dimension, its mean in f32 as the decoder's is for every float type.
 fn norm<const D: usize>(
     model: &FusedKvDecoder<F64>,
     name: &str,
     x: Tensor<F64, D>,
 ) -> Tensor<F64, D> {
     let gain = model.parameter::<1>(&format!("{name}.weight")).unwrap();
-    let mean = x.clone().square().mean_dim(D - 1);
-    x / (mean + model.config().rms_norm_eps).sqrt() * gain.unsqueeze()
+    let mean = x.clone().cast(DType::F32).square().mean_dim(D - 1);
+    let rms = (mean + model.config().rms_norm_eps).sqrt();
+    x / rms.cast(DType::F64) * gain.unsqueeze()
 }
 
 /// One chunk through a standard decoder's loop: every layer appends its own (here: materialised)

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::few_rows::{FEW, Held, products};
 use super::rows::{Floats, GroupStorage, Matrix};
-use super::{ARCH, f32_tensor, float_tensor, tensor, typed};
+use super::{ARCH, PARALLEL, f32_tensor, float_tensor, tensor, typed};
 use crate::kernels::operands::Factor;
 use crate::kernels::packed::Packed;
 #[cfg(test)]
@@ -22,7 +22,7 @@ const TILE: usize = 1 << 22;
 pub(crate) fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
     let [batch, seq, _] = x.dims();
     let [_, output] = weight.dims();
-    if batch * seq <= FEW {
+    if batch * seq <= FEW && is_worth_threads(weight) {
         return of_few(x, &[Held::floats(weight)?])?.pop();
     }
     let (x, weight) = (f32_tensor(x)?, float_tensor(weight)?);
@@ -55,7 +55,11 @@ pub(crate) fn linear_each<B: Backend>(
     weights: &[Factor<B>],
 ) -> Option<Vec<Tensor<B, 3>>> {
     let [batch, seq, _] = x.dims();
-    if batch * seq <= FEW {
+    let together = |weight: &Factor<B>| match weight {
+        Factor::Float(weight) => is_worth_threads(weight),
+        Factor::Packed(_) => true,
+    };
+    if batch * seq <= FEW && weights.iter().all(together) {
         let held = weights.iter().map(|weight| match weight {
             Factor::Float(weight) => Held::floats(weight),
             Factor::Packed(weight) => Held::groups(weight),
@@ -67,6 +71,11 @@ pub(crate) fn linear_each<B: Backend>(
         Factor::Packed(weight) => linear_packed(x, weight),
     };
     weights.iter().map(product).collect()
+}
+
+/// Smaller ones are Flex's, or a tile, for any number of rows.
+fn is_worth_threads<B: Backend>(weight: &Tensor<B, 2>) -> bool {
+    weight.shape().num_elements() >= PARALLEL
 }
 
 fn of_few<B: Backend>(x: &Tensor<B, 3>, weights: &[Held]) -> Option<Vec<Tensor<B, 3>>> {
