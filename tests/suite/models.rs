@@ -3,11 +3,13 @@
 #[path = "../formula/mod.rs"]
 mod formula;
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
-use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{Tensor, backend::Backend};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Tensor, TensorData, backend::Backend};
 use burn_ndarray::NdArray;
+use fusedkv::backend::Flex;
 use fusedkv::config::{
     Activation, BlockConfig, LayerKind, NormPlacement, QkNorm, RopeConfig, RopeScaling,
 };
@@ -297,4 +299,39 @@ impl<B: Backend, const D: usize> ModuleMapper<B> for Replace<B, D> {
         let new = self.new.take().unwrap().into_primitive();
         param.map(|_| Tensor::from_primitive(new))
     }
+}
+
+/// A decoder of the case, with a model's parameters in f64.
+pub fn exact(case: &Case, model: &FusedKvDecoder<Flex>) -> FusedKvDecoder<F64> {
+    /// Parameters in the order in which they are visited.
+    struct Numbers(VecDeque<TensorData>);
+
+    impl ModuleVisitor<Flex> for Numbers {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Flex, D>>) {
+            self.0.push_back(param.val().into_data());
+        }
+    }
+
+    impl ModuleMapper<F64> for Numbers {
+        fn map_float<const D: usize>(
+            &mut self,
+            param: Param<Tensor<F64, D>>,
+        ) -> Param<Tensor<F64, D>> {
+            let data = self.0.pop_front().unwrap().convert::<f64>();
+            param.map(|old| Tensor::from_data(data, &old.device()))
+        }
+    }
+
+    let mut numbers = Numbers(VecDeque::new());
+    model.visit(&mut numbers);
+    let exact = case.model::<F64>().map(&mut numbers);
+    assert!(numbers.0.is_empty());
+    exact
+}
+
+/// Whether two ways in f32 agree to 1e-3, or where f32 itself is further from what f64 gives, to a few
+/// times that. Some random blocks magnify every rounding a thousandfold, as a norm of the little that
+/// GELU leaves of negative numbers does; a wrong scale or offset is off by far more.
+pub fn agree(found: &[f64], other: &[f64], exact: &[f64]) -> bool {
+    off(found, other) < f64::max(1e-3, 4.0 * off(other, exact))
 }
