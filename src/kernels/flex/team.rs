@@ -73,3 +73,34 @@ impl Drop for Ends<'_> {
         self.0.store(true, Ordering::Release);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use rayon::prelude::*;
+
+    use super::*;
+
+    fn sum() -> u64 {
+        (0..1000u64).into_par_iter().sum()
+    }
+
+    #[test]
+    fn passes_side_by_side_and_after_a_panic_give_what_they_compute() {
+        let passes = || {
+            for _ in 0..50 {
+                assert_eq!(
+                    among_threads(|| (sum(), among_threads(sum))),
+                    (499_500, 499_500)
+                );
+            }
+        };
+        thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(passes))));
+        let failed = catch_unwind(AssertUnwindSafe(|| {
+            among_threads(|| assert_eq!(sum(), 0, "the pass that fails"))
+        }));
+        assert!(failed.is_err());
+        passes();
+    }
+}
