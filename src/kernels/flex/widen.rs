@@ -4,6 +4,8 @@ use std::any::Any;
 
 use half::{bf16, f16};
 use pulp::Simd;
+#[cfg(test)]
+use pulp::bytemuck::cast_slice;
 use pulp::bytemuck::{cast, cast_slice_mut};
 #[cfg(target_arch = "x86_64")]
 use pulp::x86::{V3, V4};
@@ -169,7 +171,68 @@ pub(super) fn widen_bf16(x: bf16) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use pulp::{Scalar, WithSimd};
+
     use super::*;
+
+    /// Every byte as codes and as halves, and f16 of every 97th pattern.
+    struct Widened;
+
+    impl WithSimd for Widened {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let bytes: Vec<i8> = (i8::MIN..=i8::MAX).collect();
+            let halves = |byte: i8| [f32::from(byte as u8 & 15), f32::from(byte as u8 >> 4)];
+            for bytes in bytes.chunks(GROUP / 2) {
+                let group = [bytes, bytes].concat();
+                for start in (0..GROUP).step_by(S::F32_LANES) {
+                    let at = |i: usize| group[(start + i) % (GROUP / 2)];
+                    let codes = [Int8::vector(simd, &group, start)];
+                    let quarters = [Int4::vector(simd, bytes, start)];
+                    let (codes, quarters): (&[f32], &[f32]) =
+                        (cast_slice(&codes), cast_slice(&quarters));
+                    for i in 0..S::F32_LANES {
+                        assert_eq!(codes[i], f32::from(at(i)));
+                        assert_eq!(quarters[i], halves(at(i))[start / (GROUP / 2)]);
+                    }
+                }
+            }
+            // Of a length that fills no vector.
+            let halves: Vec<f16> = (0..0x7c00).step_by(97).map(f16::from_bits).collect();
+            let mut wide = vec![0.0; halves.len()];
+            f16s(simd, &halves, &mut wide);
+            assert!(
+                wide.iter()
+                    .zip(&halves)
+                    .all(|(wide, x)| *wide == x.to_f32())
+            );
+            let bytes = &bytes[..201];
+            let mut wide = vec![0.0; bytes.len()];
+            scaled(simd, bytes, 0.5, &mut wide);
+            assert!(
+                wide.iter()
+                    .zip(bytes)
+                    .all(|(wide, x)| *wide == f32::from(*x) * 0.5)
+            );
+        }
+    }
+
+    /// By each of the processor's instruction sets, not only the one that is taken.
+    #[test]
+    fn instruction_sets_widen_alike() {
+        Simd::vectorize(Scalar::new(), Widened);
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(simd) = V3::try_new() {
+                Simd::vectorize(simd, Widened);
+            }
+            if let Some(simd) = V4::try_new() {
+                Simd::vectorize(simd, Widened);
+            }
+        }
+    }
 
     #[test]
     fn every_half_is_widened_to_itself() {
