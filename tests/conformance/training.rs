@@ -108,11 +108,9 @@ pub fn gradients<B: Backend>(subject: &Subject<B>) {
 /// beside matrices of 8 bits, where the backend has them.
 pub fn ten_steps<B: Backend>(subject: &Subject<B>) {
     let plan = KvPlan::FusedKv { storage_layers: 2 };
-    let format = match subject.cache_dtypes.contains(&CacheDtype::Int8) {
-        true => WeightFormat::Int8,
-        false => WeightFormat::Model,
-    };
-    for adapters in [None, Some(format)] {
+    let packed = subject.cache_dtypes.contains(&CacheDtype::Int8);
+    let packed = packed.then_some(Some(WeightFormat::Int8));
+    for adapters in [None].into_iter().chain(packed) {
         let found = losses::<B>(&plan, adapters, &subject.device);
         let expected = losses::<Flex>(&plan, adapters, &FlexDevice);
         assert_eq!(found.len(), expected.len());
