@@ -13,19 +13,25 @@ mod figures;
 
 use std::error::Error;
 use std::fs;
-use std::path::PathBuf;
+use std::iter;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use burn::data::dataloader::Dataset;
 use burn::module::AutodiffModule;
 use burn::tensor::backend::Backend;
 use clap::{Parser, ValueEnum};
+use fusedkv::FusedKvDecoder;
 use fusedkv::backend::Autodiff;
 use fusedkv::checkpoint::{
     LoadedCheckpoint, SaveOptions, WeightDtype, load_checkpoint, save_checkpoint,
 };
 use fusedkv::tokenizer::Tokenizer;
-use fusedkv::train::{Corpus, Distillation, Part, Run, Trainable, TrainingConfig, distill};
-use fusedkv::{FusedKvDecoder, ScoreConfig, score};
+use fusedkv::train::{
+    Distillation, Part, Run, TokenFile, TokenWindows, TrainError, Trainable, TrainingConfig,
+    distill, evaluate, perplexity,
+};
+use serde::Serialize;
 
 use backend::{BackendName, Program, exit_code};
 
@@ -48,7 +54,7 @@ struct Args {
     /// Share of the text that is held out
     #[arg(long, default_value_t = 0.05)]
     valid: f64,
-    /// Text to measure perplexity on; what is held out if not given
+    /// Text to measure perplexity on instead of what is held out
     #[arg(long, value_name = "FILE")]
     test: Option<PathBuf>,
     /// Tokens of it to read at most
@@ -100,6 +106,9 @@ struct Args {
     /// Directory for the student and, in `run`, the checkpoints
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// File to write settings and perplexities to, as JSON
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// Go on from the last checkpoint in --out
     #[arg(long)]
     resume: bool,
@@ -146,33 +155,67 @@ impl Program for Args {
         );
 
         corpus::make_directory(&self.out)?;
-        let (train, valid) = corpus::windows(&corpus, &tokenizer, self.context, &self.out)?;
-        let held_out = self.held_out(&corpus, &tokenizer)?;
-        let perplexities = [
-            self.perplexity(&teacher, &held_out)?,
-            self.perplexity(&student.valid(), &held_out)?,
-        ];
+        let (train, valid) = match &self.test {
+            Some(path) => {
+                let file = self.out.join("train.bin");
+                (
+                    corpus::windows_of(Part::Train, &corpus, &tokenizer, self.context, &file)?,
+                    self.test_windows(path, &tokenizer)?,
+                )
+            }
+            None => corpus::windows(&corpus, &tokenizer, self.context, &self.out)?,
+        };
+        let (scored, data) = (valid.len() * self.context, train.len() * self.context);
+        let loss = |model: &FusedKvDecoder<B>| -> Result<f64, TrainError> {
+            Ok(evaluate(model, &valid, self.batch, None)?.loss)
+        };
+        let losses = [loss(&teacher)?, loss(&student.valid())?];
 
         let directory = self.out.join("run");
         let run = Run::new(&directory).with_resume(self.resume);
         let devices = std::slice::from_ref(device);
-        let trained = distill(&config, student, teacher, train, valid, &run, devices)?;
+        let trained = distill(
+            &config,
+            student,
+            teacher,
+            train,
+            valid.clone(),
+            &run,
+            devices,
+        )?;
         let options = SaveOptions::new().with_tokenizer(tokenizer).with_eos(eos);
         save_checkpoint(&self.out, &trained.model, &options)?;
 
-        let [teacher, before] = perplexities;
-        let after = self.perplexity(&trained.model, &held_out)?;
+        let [teacher, before] = losses.map(perplexity);
         println!(
-            "\nperplexity of {} tokens, {} at a time",
-            held_out.len(),
+            "\nperplexity of {scored} tokens, {} at a time",
             self.context
         );
         for (name, perplexity) in [
             ("teacher", teacher),
             ("student, before", before),
-            ("student, after", after),
+            ("student, after", trained.perplexity()),
         ] {
             println!("  {name:<16} {perplexity:>10.2}");
+        }
+        if let Some(path) = &self.report {
+            let after = trained.epochs.iter().map(|epoch| Point {
+                tokens: config.steps * epoch.epoch / config.epochs * config.tokens_per_step(),
+                perplexity: perplexity(epoch.valid),
+            });
+            let start = Point {
+                tokens: 0,
+                perplexity: before,
+            };
+            let report = Report {
+                config: &config,
+                text_tokens: data,
+                scored_tokens: scored,
+                teacher_perplexity: teacher,
+                curve: iter::once(start).chain(after).collect(),
+            };
+            fs::write(path, serde_json::to_string_pretty(&report)? + "\n")
+                .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
         }
         figures::print(&directory, trained.tokens)?;
         println!("saved to {}", self.out.display());
@@ -210,23 +253,37 @@ impl Args {
         .with_seed(self.seed)
     }
 
-    /// The text whose perplexity is measured.
-    fn held_out(&self, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<Vec<u32>, Box<dyn Error>> {
-        let text = match &self.test {
-            Some(path) => fs::read_to_string(path)
-                .map_err(|error| format!("cannot read {}: {error}", path.display()))?,
-            None => corpus.text(Part::Valid).collect::<Result<_, _>>()?,
-        };
+    fn test_windows(
+        &self,
+        path: &Path,
+        tokenizer: &Tokenizer,
+    ) -> Result<TokenWindows, Box<dyn Error>> {
+        let text = fs::read_to_string(path)
+            .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
         let mut tokens = tokenizer.encode(&text)?;
         tokens.truncate(self.test_tokens);
-        Ok(tokens)
+        let file = self.out.join("test.bin");
+        let file = TokenFile::write(file, tokenizer.vocab_size(), [Ok(tokens)])?;
+        Ok(TokenWindows::of_file(file, self.context)?)
     }
+}
 
-    fn perplexity<B: Backend>(
-        &self,
-        model: &FusedKvDecoder<B>,
-        tokens: &[u32],
-    ) -> Result<f64, Box<dyn Error>> {
-        Ok(score(model, tokens, &ScoreConfig::new(self.context))?.perplexity())
-    }
+/// What a distillation was and how it went.
+#[derive(Serialize)]
+struct Report<'a> {
+    config: &'a TrainingConfig,
+    /// Tokens of the text that windows are drawn from.
+    text_tokens: usize,
+    /// Tokens that each perplexity is of.
+    scored_tokens: usize,
+    teacher_perplexity: f64,
+    /// The student's, from before the first step on.
+    curve: Vec<Point>,
+}
+
+/// Perplexity after some tokens.
+#[derive(Serialize)]
+struct Point {
+    tokens: usize,
+    perplexity: f64,
 }

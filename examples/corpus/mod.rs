@@ -24,22 +24,33 @@ pub fn windows(
     context: usize,
     directory: &Path,
 ) -> Result<(TokenWindows, TokenWindows), TrainError> {
-    let windows = |part, name| {
-        let tokens = corpus.tokenize(part, tokenizer, directory.join(name))?;
-        println!(
-            "{name}: {} document(s), {} bytes, {} tokens",
-            corpus.documents(part),
-            corpus.bytes(part),
-            tokens.len(),
-        );
-        TokenWindows::of_file(tokens, context)
-    };
+    let windows =
+        |part, name: &str| windows_of(part, corpus, tokenizer, context, &directory.join(name));
     let train = windows(Part::Train, "train.bin")?;
     let valid = windows(Part::Valid, "valid.bin")?;
     if corpus.passed_over() > 0 {
         println!("{} files are no text", corpus.passed_over());
     }
     Ok((train, valid))
+}
+
+/// Windows of one part, whose tokens are kept in `file`.
+pub fn windows_of(
+    part: Part,
+    corpus: &Corpus,
+    tokenizer: &Tokenizer,
+    context: usize,
+    file: &Path,
+) -> Result<TokenWindows, TrainError> {
+    let tokens = corpus.tokenize(part, tokenizer, file)?;
+    println!(
+        "{}: {} document(s), {} bytes, {} tokens",
+        file.display(),
+        corpus.documents(part),
+        corpus.bytes(part),
+        tokens.len(),
+    );
+    TokenWindows::of_file(tokens, context)
 }
 
 /// Makes the directory that an example writes to, if need be.
