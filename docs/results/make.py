@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import random
 import re
 import statistics
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs"
 CONVERSION = HERE / "conversion"
+DISTILLATION = HERE / "distillation"
 PAGE = HERE.parent / "results.md"
 CONVERSION_PAGE = HERE.parent / "conversion.md"
 
@@ -55,6 +57,7 @@ class Run:
         self.setting = path.parent.parent.relative_to(RUNS)
         self.method = found["method"]
         self.seed = config["seed"]
+        self.name = f"{rate_name(config['learning_rate'])}/{self.method}/{self.seed}"
         self.rate = config["learning_rate"]
         self.std = config["model"]["init_std"]
         self.steps = config["steps"]
@@ -116,17 +119,15 @@ class Runs:
         return dict(sorted(found.items()))
 
     def best_rate(self, method, std=0.02):
-        """The rate of the lowest mean over the seeds that every rate has; none without runs.
+        """The rate of the lowest mean, of those with as many seeds as any has; none without runs.
 
         A rate at which a run diverged is not the best."""
         rates = self.rates(method, std)
-        if not rates:
-            return None
-        shared = set.intersection(*(set(seeds) for seeds in rates.values()))
+        most = max(map(len, rates.values()), default=0)
         means = {
-            rate: statistics.mean(seeds[s].loss for s in shared)
+            rate: statistics.mean(run.loss for run in seeds.values())
             for rate, seeds in rates.items()
-            if shared and not any(run.diverged for run in seeds.values())
+            if len(seeds) == most and not any(run.diverged for run in seeds.values())
         }
         return min(means, key=means.get) if means else None
 
@@ -163,6 +164,27 @@ def paired(runs, base, value=lambda run: run.loss):
     """Differences to `base`, seed by seed, where both have it."""
     shared = [s for s in runs if s in base and not (runs[s].diverged or base[s].diverged)]
     return [value(runs[s]) - value(base[s]) for s in shared]
+
+
+def over_documents(runs, base, documents):
+    """The 95 % interval of the mean difference to `base` were other documents held out: percentiles
+    over documents drawn again, those of one draw for every seed. Empty without their losses."""
+    if documents is None:
+        return ""
+    found = documents["runs"]
+    pairs = [(found.get(r.name), found.get(base[s].name)) for s, r in runs.items() if s in base]
+    pairs = [pair for pair in pairs if None not in pair]
+    if not pairs:
+        return ""
+    targets = documents["targets"]
+    sums = [statistics.mean(ours[d] - theirs[d] for ours, theirs in pairs) for d in range(len(targets))]
+    draw = random.Random(0)
+    means = []
+    for _ in range(10000):
+        drawn = draw.choices(range(len(targets)), k=len(targets))
+        means.append(sum(sums[d] for d in drawn) / sum(targets[d] for d in drawn))
+    cuts = statistics.quantiles(means, n=40)
+    return f"[{cuts[0]:+.3f}, {cuts[-1]:+.3f}]"
 
 
 def finished(runs):
@@ -347,7 +369,7 @@ def rates_table(runs):
     return table(["method", "init_std", *map(rate_name, rates), "bracketed"], rows)
 
 
-def comparison(runs, methods):
+def comparison(runs, methods, documents):
     """Losses of methods, each at its best rate, and paired differences to standard; none of one."""
     _, base = tuned(runs, "standard")
     rows = []
@@ -360,17 +382,18 @@ def comparison(runs, methods):
         rows.append(
             [
                 method,
-                f"{rate_name(rate)} of {len(runs.rates(method))}",
+                f"{rate_name(rate)} of {sum(len(s) == len(found) for s in runs.rates(method).values())}",
                 len(losses),
                 spread(losses),
                 spread([math.exp(loss) for loss in losses], 1),
                 "" if found is base else interval(paired(found, base)),
+                "" if found is base else over_documents(found, base, documents),
                 some.parameters,
                 some.cache,
             ]
         )
     heading = ["method", "learning rate of those tried", "seeds", "validation loss", "perplexity"]
-    heading += ["difference to standard [95 %]", "parameters", "cache bytes/token"]
+    heading += ["difference to standard [95 %]", "over documents", "parameters", "cache bytes/token"]
     return table(heading, rows if len(rows) > 1 else [])
 
 
@@ -461,13 +484,15 @@ def rates_figure(runs):
 def made():
     """What stands between the marks of the page, and the figures: text by name."""
     runs = Runs(load(), "kernel", STEPS)
+    path = RUNS / "kernel" / "documents.json"
+    documents = json.loads(path.read_text()) if path.exists() else None
     blocks = dict.fromkeys(["rates", "main", "controls", "repeats"], NOTHING)
     if not finished(tuned(runs, "standard")[1]):
         return blocks, {}
     tables = {
         "rates": rates_table(runs),
-        "main": comparison(runs, MAIN),
-        "controls": comparison(runs, ["standard", *CONTROLS]),
+        "main": comparison(runs, MAIN, documents),
+        "controls": comparison(runs, ["standard", *CONTROLS], documents),
         "repeats": repeats_table(runs, MAIN + CONTROLS),
     }
     blocks |= {name: text for name, text in tables.items() if text}
@@ -485,6 +510,10 @@ def made():
 # ---- conversion ------------------------------------------------------------------------------------
 
 
+# The report whose layers are shown one by one.
+LAYERS = "fused_kv-15-of-65536"
+
+
 def stored(report):
     """Layers that keep keys and values, of how many."""
     layers = 1 + max(fit["layer"] for stage in report["stages"] for fit in stage.get("layers", []))
@@ -499,10 +528,11 @@ def conversion_table(reports):
         after = {stage["stage"]: stage["perplexity"] for stage in report["stages"]}
         kept, layers = stored(report)
         cells = [f"{after[s]:.1f}" if s in after else "–" for s in ("weights", "blends", "layers")]
-        scored = [report["held_out_tokens"], f"{report['standard_perplexity']:.1f}"]
-        rows.append([report["plan"]["method"], f"{kept} of {layers}", *scored, *cells])
-    heading = ["plan", "layers that store", "tokens scored", "standard", "weights", "blends", "layers"]
-    return table(heading, rows)
+        read = [report["calibration_tokens"], report["held_out_tokens"]]
+        read.append(f"{report['standard_perplexity']:.1f}")
+        rows.append([report["plan"]["method"], f"{kept} of {layers}", *read, *cells])
+    heading = ["plan", "layers that store", "tokens fitted on", "tokens scored", "standard"]
+    return table(heading + ["weights", "blends", "layers"], rows)
 
 
 def layers_table(report):
@@ -521,14 +551,71 @@ def made_conversion():
     """What stands between the marks of the page on conversion. Reports of one table are of one text."""
     paths = sorted(CONVERSION.glob("*.json"))
     reports = {path.stem: json.loads(path.read_text()) for path in paths}
-    texts = {(r["context"], r["calibration_tokens"]) for r in reports.values()}
+    contexts = {r["context"] for r in reports.values()}
     scored = {(r["held_out_tokens"], r["standard_perplexity"]) for r in reports.values()}
-    if len(texts) > 1 or len(scored) > len(dict(scored)):
-        raise SystemExit(f"reports in {CONVERSION} are of different texts: {texts}, {scored}")
-    return {
+    if len(contexts) > 1 or len(scored) > len(dict(scored)):
+        raise SystemExit(f"reports in {CONVERSION} are of different texts: {contexts}, {scored}")
+    distilled = {p.stem: json.loads(p.read_text()) for p in sorted(DISTILLATION.glob("*.json"))}
+    blocks = {
         "stages": conversion_table(reports) or NOTHING,
-        "layers": layers_table(reports["fused_kv-15"]) if "fused_kv-15" in reports else NOTHING,
+        "layers": layers_table(reports[LAYERS]) if LAYERS in reports else NOTHING,
+        "distilled": distillation_table(distilled) or NOTHING,
     }
+    figures = {}
+    if svg := distillation_figure(distilled):
+        figures["distillation"] = svg
+        blocks["distilled"] += "\n\n![perplexity while distilling](results/distillation.svg)"
+    return blocks, figures
+
+
+def distillation_name(report):
+    model = report["config"]["model"]
+    plan = model["plan"]
+    return f"{plan['method']}, {plan['storage_layers']} of {model['n_layers']}"
+
+
+def distillation_table(reports):
+    """Perplexity before and after, and beside the teacher's; the fewer tokens, the higher."""
+    key = lambda r: (distillation_name(r), r["curve"][-1]["tokens"], r["config"]["learning_rate"])
+    rows = []
+    for report in sorted(reports.values(), key=key):
+        config, curve, teacher = report["config"], report["curve"], report["teacher_perplexity"]
+        tokens, after = curve[-1]["tokens"], curve[-1]["perplexity"]
+        row = [distillation_name(report), f"{config['learning_rate'] * 1e4:g}e-4", tokens]
+        row.append(f"{tokens / report['text_tokens']:.2f}")
+        row += [f"{x:.1f}" for x in (teacher, curve[0]["perplexity"], after)]
+        rows.append([*row, f"{after / teacher:.2f}"])
+    heading = ["student, layers that store", "learning rate", "tokens read", "passes over the text"]
+    heading += ["teacher", "before", "after", "after / teacher"]
+    return table(heading, rows)
+
+
+def distillation_figure(reports):
+    """Perplexity over the tokens read."""
+    if not reports:
+        return None
+    curves = {}
+    for report in reports.values():
+        end = report["curve"][-1]["tokens"]
+        points = [(p["tokens"] / 1e3, p["perplexity"]) for p in report["curve"]]
+        curves[f"{distillation_name(report)}: {end / 1e3:.0f} thousand"] = points
+    teacher = next(iter(reports.values()))["teacher_perplexity"]
+    most = max(x for points in curves.values() for x, _ in points)
+    curves["teacher"] = [(0, teacher), (most, teacher)]
+    if len(curves) != len(reports) + 1:
+        raise SystemExit(f"two reports in {DISTILLATION} are of one model and as many tokens")
+    points = [p for points in curves.values() for p in points]
+    chart = Chart(
+        "Perplexity of held-out text while distilling",
+        "tokens read, thousands",
+        "perplexity",
+        [x for x, _ in points],
+        [y for _, y in points],
+    )
+    for number, (name, points) in enumerate(curves.items()):
+        dots = [] if name == "teacher" else points
+        chart.curve(name, points, number, dots)
+    return chart.svg()
 
 
 # ---- files -----------------------------------------------------------------------------------------
@@ -575,8 +662,9 @@ def main():
         add(args.add[0], Path(args.add[1]))
         return
     blocks, figures = made()
-    files = {PAGE: page(PAGE, blocks)}
-    files[CONVERSION_PAGE] = page(CONVERSION_PAGE, made_conversion())
+    converted, more = made_conversion()
+    figures |= more
+    files = {PAGE: page(PAGE, blocks), CONVERSION_PAGE: page(CONVERSION_PAGE, converted)}
     files |= {HERE / f"{name}.svg": text for name, text in figures.items()}
     differing = [p for p, text in files.items() if not p.exists() or p.read_text() != text]
     unmade = sorted(set(HERE.glob("*.svg")) - set(files))

@@ -6,7 +6,7 @@
 set -euo pipefail
 kernel=$(realpath "$1") out=$(mkdir -p "$2" && realpath "$2")
 cd "$(dirname "$0")/../.."
-cargo build --release --example compare
+cargo build --release --example compare --example score
 export RAYON_NUM_THREADS=1
 
 shape=(--vocab 2048 --layers 8 --context 256 --batch 8 --prompt 8)
@@ -25,11 +25,23 @@ at() {
     python3 docs/results/make.py --add "kernel/lr-$rate" "$out/lr-$rate"
 }
 
-for seeds in 1 2 3; do
-    # The controls at one rate, that at which FusedKV was first seen to gain.
-    at 6e-3 "$seeds" --methods standard fused-kv fused-kv-lite:n=1 --plans docs/results/controls.json
-    for rate in 12e-3 24e-3 3e-3 1.5e-3; do at "$rate" "$seeds" --methods standard fused-kv; done
-    for rate in 6e-3 12e-3 24e-3 3e-3 1.5e-3; do
-        at "$rate" "$seeds" --methods gqa cla yoco fused-kv-lite
-    done
+# Rates by one seed, until the best has a worse one to each side.
+for rate in 6e-3 12e-3 24e-3 48e-3 96e-3 192e-3; do at "$rate" 1 --methods standard; done
+for rate in 3e-3 6e-3 12e-3 24e-3 1.5e-3; do at "$rate" 1 --methods fused-kv fused-kv-lite; done
+for rate in 12e-3 24e-3 48e-3; do at "$rate" 1 --methods gqa cla yoco; done
+at 96e-3 1 --methods gqa
+for rate in 6e-3 12e-3 24e-3; do
+    at "$rate" 1 --methods fused-kv-lite:n=1 --plans docs/results/controls.json
 done
+
+# More seeds at the best.
+for seeds in 2 3; do
+    at 96e-3 "$seeds" --methods standard
+    at 3e-3 "$seeds" --methods fused-kv fused-kv-lite
+    at 48e-3 "$seeds" --methods gqa
+    at 24e-3 "$seeds" --methods cla yoco
+    at 12e-3 "$seeds" --methods fused-kv-lite:n=1 --plans docs/results/controls.json
+done
+
+python3 docs/results/documents.py target/release/examples/score "$out/tokens/valid.bin" \
+    docs/results/runs/kernel/documents.json "$out"/lr-*/runs/*
