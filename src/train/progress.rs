@@ -15,6 +15,8 @@ use burn_train::renderer::{
 use super::config::TrainingConfig;
 use super::loader::Schedule;
 use super::metrics::{DivergenceMetric, TokenLosses, perplexity};
+use super::plan_losses::ByPlan;
+use crate::plan::KvPlan;
 
 /// Where progress is shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,6 +70,9 @@ pub(super) struct PlainRenderer<W> {
     divergence: TokenLosses,
     /// Since the last training step.
     valid: TokenLosses,
+    /// Of a routing's plans, whose names these are; as `valid`.
+    plans: Vec<KvPlan>,
+    by_plan: ByPlan,
     learning_rate: f64,
     /// Of the parts of the step under way.
     step: TokenLosses,
@@ -96,6 +101,10 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
             train: TokenLosses::NONE,
             divergence: TokenLosses::NONE,
             valid: TokenLosses::NONE,
+            plans: (config.routing.iter())
+                .flat_map(|routing| routing.plans.clone())
+                .collect(),
+            by_plan: ByPlan::new(config.routing.as_ref()),
             learning_rate: f64::NAN,
             step: TokenLosses::NONE,
             observer: None,
@@ -182,8 +191,11 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
     }
 
     fn update_valid(&mut self, state: MetricState) {
-        if let ("Loss", mean, tokens) = self.metric(state) {
-            self.valid = self.valid.joined(TokenLosses { mean, tokens });
+        let (name, mean, tokens) = self.metric(state);
+        let losses = TokenLosses { mean, tokens };
+        match name {
+            "Loss" => self.valid = self.valid.joined(losses),
+            name => self.by_plan.add(&name.to_owned(), losses),
         }
     }
 
@@ -229,6 +241,9 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
             epoch.items_total,
             perplexity(loss),
         );
+        for (plan, loss) in self.plans.iter().zip(self.by_plan.take()) {
+            let _ = writeln!(self.output, "  {plan:<27} loss {loss:.4}");
+        }
     }
 }
 
