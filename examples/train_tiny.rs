@@ -358,7 +358,7 @@ impl Args {
             let bytes = cache_bytes(model)?;
             println!(
                 "  {:<27} {valid_loss:>15.3}  {:>10.1}  {bytes:>13}  {:>3.0} %",
-                model.config().plan.to_string(),
+                model.config().plan,
                 perplexity(*valid_loss),
                 share(bytes),
             );

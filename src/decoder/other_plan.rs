@@ -7,10 +7,9 @@ use burn::tensor::{DType, Tensor, backend::Backend};
 
 use super::FusedKvDecoder;
 use super::attention::PlanParameters;
-use super::listed::{Listed, listed, tensors_of};
+use super::listed::listed;
 use crate::cache::CacheShape;
 use crate::config::{ConfigError, FusedKvDecoderConfig};
-use crate::parameters::ModulePath;
 use crate::plan::{KvLayout, KvPlan};
 
 /// A plan for a standard decoder, and the parameters that a decoder of that plan has beyond it: the
@@ -71,7 +70,9 @@ impl<B: Backend> OtherPlan<B> {
     /// Whether a record has what the plan needs, and nothing else.
     #[cfg(feature = "train")]
     pub fn is_of(&self, record: &OtherPlanRecord<B>) -> bool {
-        let (mut path, mut found) = (ModulePath::default(), Vec::new());
+        use super::listed::{Listed, tensors_of};
+
+        let (mut path, mut found) = (Default::default(), Vec::new());
         record.list(&mut path, &mut found);
         found == tensors_of(self)
     }

@@ -163,11 +163,11 @@ impl Method {
 impl fmt::Display for KvPlan {
     /// The method and what it has beside its name, as in `fused_kv:n=3`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.method())?;
+        let method = self.method();
         match (self, self.clone().storage_layers_mut()) {
-            (_, Some(storage_layers)) => write!(f, ":n={storage_layers}"),
-            (Self::Cla { factor }, None) => write!(f, ":factor={factor}"),
-            _ => Ok(()),
+            (_, Some(storage_layers)) => f.pad(&format!("{method}:n={storage_layers}")),
+            (Self::Cla { factor }, None) => f.pad(&format!("{method}:factor={factor}")),
+            _ => f.pad(method),
         }
     }
 }

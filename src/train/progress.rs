@@ -124,11 +124,12 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
         self.schedule.steps_until(epoch - 1) + part.div_ceil(self.parts)
     }
 
-    fn metric(&self, state: MetricState) -> (&str, f64, usize) {
+    /// The metric that is told of, by its name, its value and that value's weight.
+    fn metric(names: &HashMap<MetricId, String>, state: MetricState) -> (&str, f64, usize) {
         let MetricState::Numeric(entry, value) = state else {
             return ("", f64::NAN, 0);
         };
-        let name = self.names.get(&entry.metric_id).map_or("", String::as_str);
+        let name = names.get(&entry.metric_id).map_or("", String::as_str);
         let weight = match value {
             NumericEntry::Value(_) => 1,
             NumericEntry::Aggregated { count, .. } => count,
@@ -175,7 +176,7 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
 
 impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
     fn update_train(&mut self, state: MetricState) {
-        match self.metric(state) {
+        match Self::metric(&self.names, state) {
             ("Loss", mean, tokens) => {
                 let part = TokenLosses { mean, tokens };
                 self.train = self.train.joined(part);
@@ -191,11 +192,11 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
     }
 
     fn update_valid(&mut self, state: MetricState) {
-        let (name, mean, tokens) = self.metric(state);
+        let (name, mean, tokens) = Self::metric(&self.names, state);
         let losses = TokenLosses { mean, tokens };
         match name {
             "Loss" => self.valid = self.valid.joined(losses),
-            name => self.by_plan.add(&name.to_owned(), losses),
+            name => self.by_plan.add(name, losses),
         }
     }
 

@@ -1,5 +1,6 @@
 //! One model for several plans: what is learned, kept, resumed, taken out, refused.
 
+use fusedkv::train::compare::Method;
 use fusedkv::train::{EpochLosses, Routing, RoutingError, Trainable, distill};
 use fusedkv::{ConfigError, LoraConfig, PlanError};
 
@@ -21,6 +22,28 @@ fn among(plans: Vec<KvPlan>) -> TrainingConfig {
         ..config()
     };
     config.with_routing(Some(Routing::new(plans)))
+}
+
+/// What a plan is shown as is what it is asked for by.
+#[test]
+fn plans_are_named_as_methods_are() {
+    let base = decoder(KvPlan::Standard);
+    for n in 1..4 {
+        for method in KvPlan::methods() {
+            let mut plan = KvPlan::from_method(method, 4).unwrap();
+            match &mut plan {
+                KvPlan::Cla { factor } => *factor = n,
+                plan => {
+                    if let Some(storage_layers) = plan.storage_layers_mut() {
+                        *storage_layers = n.max(2);
+                    }
+                }
+            }
+            let method = Method::parse(&plan.to_string(), &base).unwrap();
+            assert_eq!(method.model.plan, plan);
+            assert_eq!(format!("{plan:<30}|").len(), 31);
+        }
+    }
 }
 
 fn drawn(directory: &Path) -> Vec<usize> {
