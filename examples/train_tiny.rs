@@ -318,9 +318,12 @@ impl Args {
     ) -> Result<(), Box<dyn Error>> {
         let model = &trained.model;
         let seconds = trained.elapsed.as_secs_f64();
+        let what = match trained.plans.len() {
+            0 => model.config().plan.to_string(),
+            plans => format!("one model for {plans} plans, the first"),
+        };
         println!(
-            "\n{} with {} parameters, {} tokens in {seconds:.0} s",
-            model.config().plan,
+            "\n{what} with {} parameters, {} tokens in {seconds:.0} s",
             model.num_params(),
             trained.tokens,
         );
@@ -349,7 +352,7 @@ impl Args {
         }
         println!(
             "\n{:<29} validation loss  perplexity  cache of {CACHE_TOKENS} tokens, bytes",
-            "the same model as",
+            "the model under",
         );
         for TrainedPlan {
             model, valid_loss, ..
