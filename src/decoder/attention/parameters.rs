@@ -243,7 +243,7 @@ impl<B: Backend> Parameters<B> {
             kv_fusion,
             kv_residual,
         } = PlanParameters::new(config, layer, index, device);
-        let own = Self::of(Named {
+        let without = Self::of(Named {
             q_proj: projection([hidden, q_width], block.qkv_bias),
             k_proj: k_proj.then(own),
             v_proj: v_proj.then(own),
@@ -256,7 +256,7 @@ impl<B: Backend> Parameters<B> {
         Self {
             kv_fusion,
             kv_residual,
-            ..own
+            ..without
         }
     }
 
