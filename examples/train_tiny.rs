@@ -6,6 +6,7 @@
 //! cargo run --release --example train_tiny -- --method standard --out target/standard
 //! cargo run --release --example train_tiny -- --data book.txt --steps 2000
 //! cargo run --release --example train_tiny -- --init target/fused --out target/recovered --steps 100
+//! cargo run --release --example train_tiny -- --route standard fused-kv yoco:n=2 --out target/routed
 //! ```
 
 mod backend;
@@ -23,8 +24,10 @@ use clap::{Parser, ValueEnum};
 use fusedkv::backend::Autodiff;
 use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
 use fusedkv::tokenizer::Tokenizer;
+use fusedkv::train::compare::Method;
 use fusedkv::train::{
-    Corpus, Part, Run, Trained, TrainingConfig, perplexity, train_from_on, train_on,
+    Corpus, Part, Routing, Run, Trained, TrainedPlan, TrainingConfig, perplexity, train_from_on,
+    train_on,
 };
 use fusedkv::{
     ConfigError, FusedKvDecoder, FusedKvDecoderConfig, FusionInit, GenerationConfig, KvPlan,
@@ -52,6 +55,11 @@ struct Args {
     valid: f64,
     #[command(flatten)]
     plan: PlanArgs,
+    /// Methods that one model is trained for, two or more as `name:n=LAYERS`, one drawn for each step; a
+    /// model of each is saved under --out by its name
+    #[arg(long, value_name = "METHOD", num_args = 1..,
+        conflicts_with_all = ["method", "storage_layers", "factor"])]
+    route: Vec<String>,
     /// Model to go on with, a directory in Hugging Face's layout; its shape, plan and tokenizer are
     /// taken
     #[arg(long, value_name = "DIR", conflicts_with_all = [
@@ -163,11 +171,20 @@ impl Program for Args {
         if let Some(model) = &init {
             config.model = model.config().clone();
         }
+        config.routing = self.routing(&config.model)?;
         config.validate()?;
+        let plans = match &config.routing {
+            Some(routing) => routing.plans.clone(),
+            None => vec![config.model.plan.clone()],
+        };
         println!(
             "{} parameters, {}, {} layers; a step reads {} tokens of {} bytes of text",
             config.model.costs()?.parameters(),
-            config.model.plan.method(),
+            plans
+                .iter()
+                .map(KvPlan::to_string)
+                .collect::<Vec<_>>()
+                .join(" or "),
             config.model.n_layers,
             config.tokens_per_step(),
             corpus.bytes(Part::Train),
@@ -188,18 +205,34 @@ impl Program for Args {
             let (model, losses) = run.best::<B>(device)?;
             (trained.train_loss, trained.valid_loss) = (losses.train, losses.valid);
             trained.model = model;
+            for (place, trained) in trained.plans.iter_mut().enumerate() {
+                let (model, _) = run.best_under::<B>(&plans[place], device)?;
+                (trained.model, trained.valid_loss) = (model, losses.plans[place]);
+            }
             println!("\nThe best model is that of validation {}", losses.epoch);
         }
         let options = SaveOptions::new()
             .with_eos(tokenizer.end_of_text().into_iter().collect())
             .with_tokenizer(tokenizer.clone());
-        save_checkpoint(&self.out, &trained.model, &options)?;
+        // A plan is saved as any other model, under its own name where there are several.
+        let directory = |plan: &KvPlan| match &config.routing {
+            Some(_) => self.out.join(plan.to_string().replace(':', "-")),
+            None => self.out.clone(),
+        };
+        for trained in &trained.plans {
+            let plan = directory(&trained.model.config().plan);
+            save_checkpoint(plan, &trained.model, &options)?;
+        }
+        let first = directory(&plans[0]);
+        if config.routing.is_none() {
+            save_checkpoint(&first, &trained.model, &options)?;
+        }
 
         self.summary(&trained, device)?;
         self.sample(&trained.model, &tokenizer)?;
         println!(
             "\nSaved to {0}. Write more with\n  cargo run --release --example generate -- --model {0} '{1}'",
-            self.out.display(),
+            first.display(),
             self.prompt,
         );
         Ok(())
@@ -221,8 +254,36 @@ impl Args {
         self.out.join("run-tokenizer.json")
     }
 
+    /// The plans of `--route` for a model.
+    fn routing(&self, model: &FusedKvDecoderConfig) -> Result<Option<Routing>, Box<dyn Error>> {
+        if self.route.is_empty() {
+            return Ok(None);
+        }
+        let plan = |name: &String| {
+            let method = Method::parse(name, model)?.model;
+            let plan = method.plan.clone();
+            let same = FusedKvDecoderConfig {
+                plan: model.plan.clone(),
+                ..method
+            };
+            match same == *model {
+                true => Ok(plan),
+                false => {
+                    Err(format!("`{name}` is more than a plan, expected n or factor alone").into())
+                }
+            }
+        };
+        let plans = self.route.iter().map(plan);
+        let plans: Vec<_> = plans.collect::<Result<_, Box<dyn Error>>>()?;
+        Ok(Some(Routing::new(plans)))
+    }
+
     fn config(&self, vocab_size: usize) -> Result<TrainingConfig, Box<dyn Error>> {
-        let model = FusedKvDecoderConfig::new(vocab_size, self.plan.plan(self.layers)?)
+        let plan = match self.route.is_empty() {
+            true => self.plan.plan(self.layers)?,
+            false => KvPlan::Standard,
+        };
+        let model = FusedKvDecoderConfig::new(vocab_size, plan)
             .with_hidden_size(self.hidden)
             .with_n_layers(self.layers)
             .with_n_heads(self.heads)
@@ -257,9 +318,12 @@ impl Args {
     ) -> Result<(), Box<dyn Error>> {
         let model = &trained.model;
         let seconds = trained.elapsed.as_secs_f64();
+        let what = match trained.plans.len() {
+            0 => model.config().plan.to_string(),
+            plans => format!("one model for {plans} plans, the first"),
+        };
         println!(
-            "\n{} with {} parameters, {} tokens in {seconds:.0} s",
-            model.config().plan.method(),
+            "\n{what} with {} parameters, {} tokens in {seconds:.0} s",
             model.num_params(),
             trained.tokens,
         );
@@ -272,16 +336,36 @@ impl Args {
             let perplexity = perplexity(loss);
             println!("  {name:<17} loss {loss:.3}  perplexity {perplexity:.1}");
         }
-        let own = cache_bytes(model)?;
         let standard = FusedKvDecoderConfig {
             plan: KvPlan::Standard,
             ..model.config().clone()
         };
         let standard = cache_bytes(&init::<B>(&standard, device)?)?;
+        let share = |bytes: usize| 100.0 * bytes as f64 / standard as f64;
+        if trained.plans.is_empty() {
+            let own = cache_bytes(model)?;
+            println!(
+                "  cache of {CACHE_TOKENS} tokens: {own} bytes, {:.0} % of the standard decoder's {standard}",
+                share(own),
+            );
+            return Ok(());
+        }
         println!(
-            "  cache of {CACHE_TOKENS} tokens: {own} bytes, {:.0} % of the standard decoder's {standard}",
-            100.0 * own as f64 / standard as f64,
+            "\n{:<29} validation loss  perplexity  cache of {CACHE_TOKENS} tokens, bytes",
+            "the model under",
         );
+        for TrainedPlan {
+            model, valid_loss, ..
+        } in &trained.plans
+        {
+            let bytes = cache_bytes(model)?;
+            println!(
+                "  {:<27} {valid_loss:>15.3}  {:>10.1}  {bytes:>13}  {:>3.0} %",
+                model.config().plan,
+                perplexity(*valid_loss),
+                share(bytes),
+            );
+        }
         Ok(())
     }
 
@@ -367,6 +451,41 @@ mod tests {
         train_tiny(&folder, &more, &init).unwrap();
         let kept = Tokenizer::load(more.join("tokenizer.json")).unwrap();
         assert_eq!(kept.vocab_size(), tokenizer.vocab_size());
+    }
+
+    #[test]
+    fn one_model_is_saved_under_each_of_its_methods() {
+        let directory = tempdir().unwrap();
+        let [text, out] = ["text.txt", "out"].map(|name| directory.path().join(name));
+        fs::write(&text, "the hat\nthe cat\nthe bat\nthe rat\n").unwrap();
+        let args = |more: &str| -> Vec<String> {
+            let shape = "--layers 4 --hidden 16 --heads 2 --vocab 270";
+            let args = shape.split_whitespace().chain(more.split_whitespace());
+            args.map(str::to_owned).collect()
+        };
+        let run = |more: &str| {
+            let args = args(more);
+            let args: Vec<_> = args.iter().map(String::as_str).collect();
+            train_tiny(&text, &out, &args)
+        };
+        run("--best --route standard fused-kv fused-kv:n=3").unwrap();
+        for (name, plan) in [
+            ("standard", KvPlan::Standard),
+            ("fused_kv-n=2", KvPlan::FusedKv { storage_layers: 2 }),
+            ("fused_kv-n=3", KvPlan::FusedKv { storage_layers: 3 }),
+        ] {
+            let device = Default::default();
+            let path = out.join(name);
+            let loaded = load_checkpoint::<fusedkv::backend::Flex>(path, WeightDtype::F32, &device);
+            assert_eq!(loaded.unwrap().model.config().plan, plan);
+        }
+        for refused in [
+            "standard",
+            "standard yoco:kv-heads=1",
+            "standard cla:factor=9",
+        ] {
+            assert!(run(&format!("--route {refused}")).is_err(), "{refused}");
+        }
     }
 
     #[test]

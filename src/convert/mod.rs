@@ -28,8 +28,7 @@ pub use report::{ConversionReport, FitError, LayerFit, LayerMatch, Stage, StageR
 pub use sources::{PlanChoice, SourceError, TriedPlan, choose_plan};
 pub use stages::{ConversionConfig, convert_in_stages};
 
-use crate::config::FusedKvDecoderConfig;
-use crate::decoder::FusedKvDecoder;
+use crate::decoder::{FusedKvDecoder, OtherPlan};
 use crate::plan::{KvPart, KvPlan};
 use crate::tokens::TokenBatch;
 use regression::Regressions;
@@ -70,25 +69,8 @@ pub fn convert<B: Backend>(
     if model.lora().is_some() {
         return Err(ConvertError::Adapted);
     }
-    let config = FusedKvDecoderConfig {
-        plan: plan.clone(),
-        ..config.clone()
-    };
     model.visit(&mut Draw);
-    let mut converted = config.init::<B>(&model.device())?;
-    converted.embed_tokens = model.embed_tokens.clone();
-    converted.embed_tokens_per_layer = model.embed_tokens_per_layer.clone();
-    converted.per_layer_model_projection = model.per_layer_model_projection.clone();
-    converted.per_layer_projection_norm = model.per_layer_projection_norm.clone();
-    converted.norm = model.norm.clone();
-    converted.lm_head = model.lm_head.clone();
-    for (to, from) in converted.layers.iter_mut().zip(&model.layers) {
-        // Everything but what the plan decides is the standard decoder's.
-        let attention = (to.self_attn.clone()).with_modules_of(&from.self_attn, model.dtype());
-        *to = from.clone();
-        to.self_attn = attention;
-    }
-    Ok(converted)
+    Ok(model.under(&OtherPlan::new(model, plan)?))
 }
 
 /// [`convert`] with fusion weights fitted on a calibration text, read in windows of `context`

@@ -15,6 +15,8 @@ mod lora;
 mod matrices;
 mod module;
 mod norm;
+#[cfg(feature = "convert")]
+mod other_plan;
 mod projection;
 mod record;
 mod rope;
@@ -37,6 +39,10 @@ pub(crate) use layer::DecoderLayer;
 pub(crate) use lora::Lora;
 pub use lora::{LoraConfig, LoraError};
 use norm::Norm;
+#[cfg(feature = "convert")]
+pub(crate) use other_plan::OtherPlan;
+#[cfg(feature = "train")]
+pub(crate) use other_plan::OtherPlanRecord;
 pub(crate) use projection::Projection;
 pub use record::{DecoderRecord, PlanRecord, RecordError};
 pub use rope::{Rope, RopeAngles, RopeError};

@@ -13,6 +13,7 @@ mod form;
 mod layout;
 mod reach;
 
+use std::fmt;
 use std::mem::discriminant;
 
 use serde::{Deserialize, Serialize};
@@ -156,6 +157,18 @@ impl Method {
         METHODS
             .iter()
             .find(|method| discriminant(&(method.plan)(1)) == discriminant(plan))
+    }
+}
+
+impl fmt::Display for KvPlan {
+    /// The method and what it has beside its name, as in `fused_kv:n=3`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let method = self.method();
+        match (self, self.clone().storage_layers_mut()) {
+            (_, Some(storage_layers)) => f.pad(&format!("{method}:n={storage_layers}")),
+            (Self::Cla { factor }, None) => f.pad(&format!("{method}:factor={factor}")),
+            _ => f.pad(method),
+        }
     }
 }
 

@@ -45,6 +45,10 @@ pub struct EpochLosses {
     /// Mean loss of the held-out windows after the epoch, in nats per token.
     #[serde(with = "number")]
     pub valid: f64,
+    /// `valid` under each plan of a [routing](super::Routing), whose mean by the plans' weights it then
+    /// is; empty in a training without.
+    #[serde(default, with = "number::list", skip_serializing_if = "Vec::is_empty")]
+    pub plans: Vec<f64>,
     /// Mean over the epoch's steps of the gradients' norms before they are clipped.
     #[serde(default)]
     pub gradient_norms: Option<GradientNorms>,
@@ -333,22 +337,26 @@ impl<B: Backend> FileRecorder<B> for CompleteFileRecorder {
 pub(super) struct KeepLastAndBest {
     pub run: RunDirectory,
     pub history: History,
-    /// The mean losses of each epoch, as it ends.
-    pub train: Receiver<f64>,
-    pub valid: Receiver<f64>,
-    pub gradient_norms: Receiver<Option<GradientNorms>>,
+    pub reports: Reports,
     pub interrupter: Interrupter,
     unwritten: Unwritten,
     kept: BTreeSet<usize>,
+}
+
+/// The means of each epoch, as it ends.
+pub(super) struct Reports {
+    pub train: Receiver<f64>,
+    pub valid: Receiver<f64>,
+    /// As `valid`, under each plan of a routing.
+    pub plans: Vec<Receiver<f64>>,
+    pub gradient_norms: Receiver<Option<GradientNorms>>,
 }
 
 impl KeepLastAndBest {
     pub fn new(
         run: RunDirectory,
         history: History,
-        train: Receiver<f64>,
-        valid: Receiver<f64>,
-        gradient_norms: Receiver<Option<GradientNorms>>,
+        reports: Reports,
         interrupter: Interrupter,
         unwritten: Unwritten,
     ) -> Self {
@@ -356,9 +364,7 @@ impl KeepLastAndBest {
         Self {
             run,
             history,
-            train,
-            valid,
-            gradient_norms,
+            reports,
             interrupter,
             unwritten,
             kept,
@@ -376,12 +382,20 @@ impl KeepLastAndBest {
     /// What is kept once an epoch has ended: nothing of one whose validation may have been stopped,
     /// which is made again when the run is resumed.
     fn ended(&mut self, epoch: usize) -> Vec<CheckpointingAction> {
+        let Reports {
+            train,
+            valid,
+            plans,
+            gradient_norms,
+        } = &self.reports;
         // A closed channel means that the metrics' thread died.
+        let mean = |report: &Receiver<f64>| report.recv().unwrap_or(f64::NAN);
         let losses = EpochLosses {
             epoch,
-            train: self.train.recv().unwrap_or(f64::NAN),
-            valid: self.valid.recv().unwrap_or(f64::NAN),
-            gradient_norms: self.gradient_norms.recv().ok().flatten(),
+            train: mean(train),
+            valid: mean(valid),
+            plans: plans.iter().map(mean).collect(),
+            gradient_norms: gradient_norms.recv().ok().flatten(),
         };
         if self.interrupter.should_stop() {
             return Vec::new();
@@ -471,9 +485,12 @@ mod tests {
         let mut strategy = KeepLastAndBest::new(
             run.clone(),
             history.clone(),
-            train.1,
-            valid.1,
-            norms.1,
+            Reports {
+                train: train.1,
+                valid: valid.1,
+                plans: Vec::new(),
+                gradient_norms: norms.1,
+            },
             interrupter.clone(),
             Unwritten::default(),
         );

@@ -4,6 +4,7 @@ use burn::config::Config;
 
 use super::error::TrainError;
 use super::objective::Distillation;
+use super::routing::Routing;
 use super::trainable::Trainable;
 use crate::config::FusedKvDecoderConfig;
 
@@ -45,6 +46,9 @@ pub struct TrainingConfig {
     /// How a [teacher](super::distill) is followed; the loss is the cross-entropy of the next token if
     /// none.
     pub distillation: Option<Distillation>,
+    /// The plans that the model, a standard decoder, is trained for together, one drawn for each step; its
+    /// own alone if none.
+    pub routing: Option<Routing>,
     /// Highest learning rate, that of the first step after warmup.
     #[config(default = 1e-3)]
     pub learning_rate: f64,
@@ -89,8 +93,8 @@ impl TrainingConfig {
     /// Checks every field.
     ///
     /// # Errors
-    /// [`TrainError::Config`], [`TrainError::Setting`] or [`TrainError::ContextTooLong`] for the
-    /// first that does not fit.
+    /// [`TrainError::Config`], [`TrainError::Setting`], [`TrainError::ContextTooLong`] or
+    /// [`TrainError::Routing`] for the first that does not fit.
     pub fn validate(&self) -> Result<(), TrainError> {
         self.model.validate()?;
         let positive = |value: f64| value > 0.0 && value.is_finite();
@@ -234,6 +238,9 @@ impl TrainingConfig {
                 context: self.context,
                 max_positions: self.model.max_positions,
             });
+        }
+        if let Some(routing) = &self.routing {
+            routing.validate(self)?;
         }
         Ok(())
     }

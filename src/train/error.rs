@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::chat::ChatDataError;
+use super::routing::RoutingError;
 use crate::cache::CacheError;
 use crate::checkpoint::CheckpointError;
 use crate::config::{ConfigError, FusedKvDecoderConfig};
@@ -52,6 +53,9 @@ pub enum TrainError {
     /// Nothing that trains.
     #[error("no parameter that can train is named like `{0}`, expected one or more")]
     NothingTrains(String),
+    /// Plans that the model cannot be trained for, or was not.
+    #[error(transparent)]
+    Routing(#[from] RoutingError),
     /// Adapters that the model cannot have.
     #[error(transparent)]
     Lora(#[from] LoraError),

@@ -15,7 +15,8 @@ use burn_train::{
 };
 
 use super::checkpoint::{
-    CompleteFileRecorder, EpochEnd, History, KeepLastAndBest, Patience, RunDirectory, Unwritten,
+    CompleteFileRecorder, EpochEnd, History, KeepLastAndBest, Patience, Reports, RunDirectory,
+    Unwritten,
 };
 use super::config::TrainingConfig;
 use super::data::{Windows, read_window};
@@ -29,9 +30,10 @@ use super::metrics::{
 };
 use super::objective::Teacher;
 use super::optimizer::optimizer;
+use super::plan_losses::PlanLossMetric;
 use super::precision::at_least_f32;
 use super::progress::{PlainRenderer, Progress};
-use super::run::{Run, Trained};
+use super::run::{Run, Trained, TrainedPlan};
 use super::saved::load_checked;
 use super::trainable::choose;
 use super::trainee::Trainee;
@@ -125,7 +127,8 @@ pub(super) fn run_training<B: AutodiffBackend>(
         (RunDirectory::start(&run.directory, config)?, 0, Vec::new())
     };
 
-    let teacher = taught.map(|(teacher, of)| Arc::new(Teacher::new(teacher, &model.model, of)));
+    let teacher = taught
+        .map(|(teacher, of)| Arc::new(Teacher::new(teacher, &model.model, &model.layouts(), of)));
 
     let history: History = Arc::new(Mutex::new(losses));
     let patience = config.patience.map(|epochs| Patience {
@@ -140,12 +143,17 @@ pub(super) fn run_training<B: AutodiffBackend>(
     let (train_report, train_losses) = channel();
     let (valid_report, valid_losses) = channel();
     let (norm_report, gradient_norms) = channel();
+    let plans = config.routing.iter().flat_map(|routing| &routing.plans);
+    let (plan_reports, plan_losses): (Vec<_>, _) = plans.map(|_| channel()).unzip();
     let strategy = KeepLastAndBest::new(
         directory.clone(),
         history.clone(),
-        train_losses,
-        valid_losses,
-        gradient_norms,
+        Reports {
+            train: train_losses,
+            valid: valid_losses,
+            plans: plan_losses,
+            gradient_norms,
+        },
         interrupter.clone(),
         unwritten.clone(),
     );
@@ -204,6 +212,12 @@ pub(super) fn run_training<B: AutodiffBackend>(
     if distilled {
         training = training.metric_train_numeric(DivergenceMetric::new());
     }
+    if let Some(routing) = &config.routing {
+        for (place, report) in plan_reports.into_iter().enumerate() {
+            let loss = PlanLossMetric::reporting(routing, place, report);
+            training = training.metric_valid_numeric(loss);
+        }
+    }
     if let Some(memory) = MemoryMetric::new() {
         training = training.metric_train_numeric(memory);
     }
@@ -248,8 +262,13 @@ pub(super) fn run_training<B: AutodiffBackend>(
         return Err(interrupted());
     }
     let last = epochs.last().ok_or_else(interrupted)?;
+    let decoders = result.model.decoders();
+    let model = decoders[0].clone();
+    let plans = decoders.into_iter().zip(&last.plans);
+    let plans = plans.map(|(model, &valid_loss)| TrainedPlan { model, valid_loss });
     Ok(Trained {
-        model: result.model.model,
+        model,
+        plans: plans.collect(),
         train_loss: last.train,
         valid_loss: last.valid,
         tokens: Schedule::new(config).steps_until(last.epoch) * config.tokens_per_step(),

@@ -16,6 +16,7 @@ use super::config::TrainingConfig;
 use super::data::{TokenWindow, Windows, read_window};
 use super::error::TrainError;
 use super::objective::{Lesson, Teacher};
+use super::routing::Routing;
 
 /// How many windows training reads, in which portions, in which order.
 ///
@@ -29,6 +30,7 @@ pub(super) struct Schedule {
     epochs: usize,
     seed: u64,
     accumulation: usize,
+    routing: Option<Routing>,
 }
 
 impl Schedule {
@@ -39,7 +41,14 @@ impl Schedule {
             epochs: config.epochs,
             seed: config.seed,
             accumulation: config.accumulation,
+            routing: config.routing.clone(),
         }
+    }
+
+    /// The plan of a routing that a step, counted from 0, is trained under.
+    pub fn plan(&self, step: usize) -> Option<usize> {
+        let routing = self.routing.as_ref()?;
+        Some(routing.drawn(self.seed, step))
     }
 
     /// Steps before the end of `epoch`, counted from 1.
@@ -273,6 +282,7 @@ impl<B: AutodiffBackend> Iterator for TrainBatches<'_, B> {
         Some(Lesson {
             batch: self.loader.source.failure.caught(batch)?,
             teacher: self.loader.teacher.clone(),
+            plan: self.loader.schedule.plan(step),
         })
     }
 }
@@ -384,6 +394,7 @@ mod tests {
             epochs: 3,
             seed: 1,
             accumulation: 1,
+            routing: None,
         };
         let ends: Vec<_> = (0..=3).map(|epoch| schedule.steps_until(epoch)).collect();
         assert_eq!(ends, [0, 3, 6, 10]);

@@ -16,6 +16,7 @@ use super::gradients::GradientNorms;
 use super::loader::Schedule;
 use super::metrics::{DivergenceMetric, StepEnds, TokenLosses, perplexity};
 use super::number;
+use super::plan_losses::ByPlan;
 use crate::file;
 
 /// A line of a run's `metrics.jsonl`: a training step, or a validation. Numbers that are infinite or
@@ -34,6 +35,10 @@ pub enum LogLine {
         /// Mean loss of the step's targets before it, in nats.
         #[serde(with = "number")]
         loss: f64,
+        /// The plan of a [routing](super::Routing) that the step was made under, by its place, counted
+        /// from 0.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        plan: Option<usize>,
         /// Mean KL(teacher ‖ student) of the same targets, in nats, where there is a teacher.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         divergence: Option<f64>,
@@ -62,6 +67,10 @@ pub enum LogLine {
         /// e to the loss.
         #[serde(with = "number")]
         perplexity: f64,
+        /// The loss under each plan of a [routing](super::Routing), whose mean by the plans' weights
+        /// `loss` then is.
+        #[serde(default, with = "number::list", skip_serializing_if = "Vec::is_empty")]
+        plans: Vec<f64>,
     },
 }
 
@@ -99,6 +108,7 @@ pub(super) struct JsonLines {
     train: TokenLosses,
     divergence: TokenLosses,
     valid: TokenLosses,
+    by_plan: ByPlan,
     interrupter: Interrupter,
 }
 
@@ -122,6 +132,7 @@ impl JsonLines {
             train: TokenLosses::NONE,
             divergence: TokenLosses::NONE,
             valid: TokenLosses::NONE,
+            by_plan: ByPlan::new(config.routing.as_ref()),
             interrupter,
         })
     }
@@ -156,6 +167,7 @@ impl JsonLines {
             step,
             tokens: step * self.tokens_per_step,
             loss: self.train.mean,
+            plan: self.schedule.plan(step - 1),
             divergence: (self.divergence.tokens > 0).then_some(self.divergence.mean),
             learning_rate: number("Learning Rate").unwrap_or(f64::NAN),
             tokens_per_second: number("Tokens per second").unwrap_or(f64::NAN),
@@ -185,6 +197,10 @@ impl MetricLogger for JsonLines {
         let loss = self.loss(&update, "Loss");
         if *split == Split::Valid {
             self.valid = self.valid.joined(loss);
+            for name in self.by_plan.names() {
+                let loss = self.loss(&update, &name);
+                self.by_plan.add(&name, loss);
+            }
             return;
         }
         self.train = self.train.joined(loss);
@@ -216,6 +232,7 @@ impl MetricLogger for JsonLines {
         }
         let step = self.schedule.steps_until(self.epoch);
         let loss = std::mem::replace(&mut self.valid, TokenLosses::NONE).mean;
+        let plans = self.by_plan.take();
         // A validation that was stopped has read some of the windows.
         if !self.interrupter.should_stop() {
             self.write(&LogLine::Valid {
@@ -224,6 +241,7 @@ impl MetricLogger for JsonLines {
                 tokens: step * self.tokens_per_step,
                 loss,
                 perplexity: perplexity(loss),
+                plans,
             });
         }
         self.epoch += 1;

@@ -61,19 +61,19 @@ impl TokenLosses {
 
 /// What some targets' losses come to: of the last batch, and of all since the epoch's start.
 #[derive(Clone, Copy, Debug)]
-struct Losses {
-    last: TokenLosses,
-    epoch: TokenLosses,
+pub(super) struct Losses {
+    pub last: TokenLosses,
+    pub epoch: TokenLosses,
 }
 
 impl Losses {
-    const NONE: Self = Self {
+    pub const NONE: Self = Self {
         last: TokenLosses::NONE,
         epoch: TokenLosses::NONE,
     };
 
     /// Takes in a batch and formats what `of` makes of both means.
-    fn update(&mut self, losses: TokenLosses, of: fn(f64) -> f64) -> SerializedEntry {
+    pub fn update(&mut self, losses: TokenLosses, of: fn(f64) -> f64) -> SerializedEntry {
         self.last = losses;
         self.epoch = self.epoch.joined(losses);
         let [epoch, batch] = [self.epoch, self.last].map(|l| format_float(of(l.mean), 2));
@@ -82,7 +82,7 @@ impl Losses {
     }
 }
 
-fn entry(losses: TokenLosses, of: fn(f64) -> f64) -> NumericEntry {
+pub(super) fn entry(losses: TokenLosses, of: fn(f64) -> f64) -> NumericEntry {
     NumericEntry::Aggregated {
         aggregated_value: of(losses.mean),
         count: losses.tokens,
@@ -505,7 +505,7 @@ fn resident_mib() -> Option<f64> {
     Some(memory.physical_mem as f64 / f64::from(1 << 20))
 }
 
-fn lower_is_better() -> MetricAttributes {
+pub(super) fn lower_is_better() -> MetricAttributes {
     NumericAttributes {
         unit: None,
         higher_is_better: false,

@@ -15,6 +15,8 @@ use burn_train::renderer::{
 use super::config::TrainingConfig;
 use super::loader::Schedule;
 use super::metrics::{DivergenceMetric, TokenLosses, perplexity};
+use super::plan_losses::ByPlan;
+use crate::plan::KvPlan;
 
 /// Where progress is shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,6 +70,9 @@ pub(super) struct PlainRenderer<W> {
     divergence: TokenLosses,
     /// Since the last training step.
     valid: TokenLosses,
+    /// Of a routing's plans, whose names these are; as `valid`.
+    plans: Vec<KvPlan>,
+    by_plan: ByPlan,
     learning_rate: f64,
     /// Of the parts of the step under way.
     step: TokenLosses,
@@ -96,6 +101,10 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
             train: TokenLosses::NONE,
             divergence: TokenLosses::NONE,
             valid: TokenLosses::NONE,
+            plans: (config.routing.iter())
+                .flat_map(|routing| routing.plans.clone())
+                .collect(),
+            by_plan: ByPlan::new(config.routing.as_ref()),
             learning_rate: f64::NAN,
             step: TokenLosses::NONE,
             observer: None,
@@ -115,11 +124,12 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
         self.schedule.steps_until(epoch - 1) + part.div_ceil(self.parts)
     }
 
-    fn metric(&self, state: MetricState) -> (&str, f64, usize) {
+    /// The metric that is told of, by its name, its value and that value's weight.
+    fn metric(names: &HashMap<MetricId, String>, state: MetricState) -> (&str, f64, usize) {
         let MetricState::Numeric(entry, value) = state else {
             return ("", f64::NAN, 0);
         };
-        let name = self.names.get(&entry.metric_id).map_or("", String::as_str);
+        let name = names.get(&entry.metric_id).map_or("", String::as_str);
         let weight = match value {
             NumericEntry::Value(_) => 1,
             NumericEntry::Aggregated { count, .. } => count,
@@ -166,7 +176,7 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
 
 impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
     fn update_train(&mut self, state: MetricState) {
-        match self.metric(state) {
+        match Self::metric(&self.names, state) {
             ("Loss", mean, tokens) => {
                 let part = TokenLosses { mean, tokens };
                 self.train = self.train.joined(part);
@@ -182,8 +192,11 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
     }
 
     fn update_valid(&mut self, state: MetricState) {
-        if let ("Loss", mean, tokens) = self.metric(state) {
-            self.valid = self.valid.joined(TokenLosses { mean, tokens });
+        let (name, mean, tokens) = Self::metric(&self.names, state);
+        let losses = TokenLosses { mean, tokens };
+        match name {
+            "Loss" => self.valid = self.valid.joined(losses),
+            name => self.by_plan.add(name, losses),
         }
     }
 
@@ -229,6 +242,9 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
             epoch.items_total,
             perplexity(loss),
         );
+        for (plan, loss) in self.plans.iter().zip(self.by_plan.take()) {
+            let _ = writeln!(self.output, "  {plan:<27} loss {loss:.4}");
+        }
     }
 }
 

@@ -14,10 +14,13 @@ use super::learning::{Models, run_training};
 use super::metrics::perplexity;
 use super::objective::Distillation;
 use super::progress::{Observer, Progress, StepReport};
+use super::routing::RoutingError;
 use super::saved::load_model;
 use super::trainable::Trainable;
 use super::trainee::Trainee;
+use crate::config::FusedKvDecoderConfig;
 use crate::decoder::FusedKvDecoder;
+use crate::plan::KvPlan;
 
 /// Where a training keeps its checkpoints, and how it is watched.
 #[derive(Clone, Debug)]
@@ -68,7 +71,8 @@ impl Run {
 
     /// The model of the epoch with the lowest validation loss, and the losses of that epoch. Its
     /// checkpoint is kept whatever comes after it. Parameters are in the backend's float type, with
-    /// the numbers of the run's own.
+    /// the numbers of the run's own. Of a [routed](super::Routing) training it is the decoder of the first
+    /// plan.
     ///
     /// ```no_run
     /// use fusedkv::backend::{Flex, FlexDevice};
@@ -85,7 +89,20 @@ impl Run {
         &self,
         device: &B::Device,
     ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
-        self.model(lowest, None, device)
+        self.model(lowest, None, None, device)
+    }
+
+    /// [`best`](Self::best) under a plan of the run's [routing](super::Routing). The epoch is that of the
+    /// lowest mean over the plans, whatever plan is asked for.
+    ///
+    /// # Errors
+    /// As [`best`](Self::best), and [`TrainError::Routing`] if the run was not trained under the plan.
+    pub fn best_under<B: Backend>(
+        &self,
+        plan: &KvPlan,
+        device: &B::Device,
+    ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
+        self.model(lowest, Some(plan), None, device)
     }
 
     /// [`best`](Self::best) of a training of [adapters](Trainable::Lora), beside the model that it
@@ -99,7 +116,7 @@ impl Run {
         base: FusedKvDecoder<B>,
     ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
         let device = base.device();
-        self.model(lowest, Some(base), &device)
+        self.model(lowest, None, Some(base), &device)
     }
 
     /// The model of the last epoch that was finished, and its losses.
@@ -110,7 +127,19 @@ impl Run {
         &self,
         device: &B::Device,
     ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
-        self.model(|mut epochs| epochs.pop(), None, device)
+        self.model(|mut epochs| epochs.pop(), None, None, device)
+    }
+
+    /// [`last`](Self::last) under a plan of the run's [routing](super::Routing).
+    ///
+    /// # Errors
+    /// As [`best_under`](Self::best_under).
+    pub fn last_under<B: Backend>(
+        &self,
+        plan: &KvPlan,
+        device: &B::Device,
+    ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
+        self.model(|mut epochs| epochs.pop(), Some(plan), None, device)
     }
 
     /// [`last`](Self::last) of a training of adapters, as [`best_with_base`](Self::best_with_base).
@@ -122,29 +151,45 @@ impl Run {
         base: FusedKvDecoder<B>,
     ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
         let device = base.device();
-        self.model(|mut epochs| epochs.pop(), Some(base), &device)
+        self.model(|mut epochs| epochs.pop(), None, Some(base), &device)
     }
 
-    /// The model of an epoch chosen among those with a checkpoint, in order.
+    /// The model of an epoch chosen among those with a checkpoint, in order; under one of the plans it was
+    /// trained for, or the first.
     fn model<B: Backend>(
         &self,
         choose: impl FnOnce(Vec<EpochLosses>) -> Option<EpochLosses>,
+        plan: Option<&KvPlan>,
         base: Option<FusedKvDecoder<B>>,
         device: &B::Device,
     ) -> Result<(FusedKvDecoder<B>, EpochLosses), TrainError> {
         let (directory, config, epochs) = RunDirectory::saved(&self.directory)?;
         let none = || TrainError::NoCheckpoint(self.directory.clone());
         let losses = choose(epochs).ok_or_else(none)?;
-        let model = match (&config.trainable, base) {
-            (Some(Trainable::Lora(_)), None) => {
-                return Err(TrainError::NeedsBase(self.directory.clone()));
+        if matches!(config.trainable, Some(Trainable::Lora(_))) && base.is_none() {
+            return Err(TrainError::NeedsBase(self.directory.clone()));
+        }
+        let model = Trainee::to_load(&config, base, device)?;
+        let place = match plan {
+            Some(plan) => {
+                let of_plan = FusedKvDecoderConfig {
+                    plan: plan.clone(),
+                    ..config.model.clone()
+                };
+                let layout = of_plan.validate()?;
+                let place = model.layouts().iter().position(|of| **of == layout);
+                place.ok_or_else(|| RoutingError::NotTrained {
+                    plan: plan.clone(),
+                    plans: match &config.routing {
+                        Some(routing) => routing.plans.clone(),
+                        None => vec![config.model.plan.clone()],
+                    },
+                })?
             }
-            (Some(Trainable::Lora(_)), base) => Trainee::start(&config, base, device)?,
-            // All that matters is in the record.
-            (_, _) => Trainee::whole(config.model.init::<B>(device)?),
+            None => 0,
         };
         let model = load_model(&directory, losses.epoch, model, device)?;
-        Ok((model.model, losses))
+        Ok((model.decoders().swap_remove(place), losses))
     }
 }
 
@@ -153,16 +198,30 @@ fn lowest(epochs: Vec<EpochLosses>) -> Option<EpochLosses> {
     epochs.into_iter().min_by(by_loss)
 }
 
+/// A model that was trained for several plans, under one of them.
+#[derive(Clone, Debug)]
+pub struct TrainedPlan<B: Backend> {
+    /// The decoder of the plan. It shares the parameters that it has in common with the others in memory,
+    /// and is saved by itself as any other.
+    pub model: FusedKvDecoder<B>,
+    /// Mean loss of the held-out windows under the plan, in nats per token.
+    pub valid_loss: f64,
+}
+
 /// What a training gives.
 #[derive(Clone, Debug)]
 pub struct Trained<B: Backend> {
-    /// The model after the last step, without autodiff.
+    /// The model after the last step, without autodiff; of a [routed](super::Routing) training under the
+    /// first plan.
     pub model: FusedKvDecoder<B>,
+    /// The model under every plan of a routing, in its order; empty in a training without.
+    pub plans: Vec<TrainedPlan<B>>,
     /// The losses of every epoch, those before a resumption included.
     pub epochs: Vec<EpochLosses>,
     /// Mean loss of the last epoch's batches, in nats per token.
     pub train_loss: f64,
-    /// Mean loss of the held-out windows, in nats per token.
+    /// Mean loss of the held-out windows, in nats per token; with a routing the mean over its plans by
+    /// their weights.
     pub valid_loss: f64,
     /// Tokens read since the training's first step, repetitions included.
     pub tokens: usize,

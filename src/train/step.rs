@@ -11,6 +11,7 @@ use super::batch::{LanguageBatch, TargetMask};
 use super::gradients::gradients;
 use super::metrics::{Divergence, TokenLosses};
 use super::objective::{HeadLosses, Lesson, head_losses, relative_error, token_losses};
+use super::plan_losses::PlanLosses;
 use crate::decoder::FusedKvDecoder;
 
 /// What metrics are told of a step. Losses alone: logits are as large as the vocabulary.
@@ -22,6 +23,9 @@ pub struct LanguageOutput<B: Backend> {
     /// KL(teacher ‖ student) in nats at the temperature, of the same targets in the same way, where
     /// there is a teacher.
     pub divergence: Option<Tensor<B, 1>>,
+    /// `losses` under each plan of a [routing](super::Routing), of which they are then the mean by the
+    /// plans' weights; empty in a training without, and of a training step.
+    pub by_plan: Vec<Tensor<B, 1>>,
     /// Targets of the batch that count.
     pub targets: usize,
     /// Tokens per window.
@@ -46,8 +50,22 @@ impl<B: Backend> LanguageOutput<B> {
         Self {
             losses: of_windows(losses),
             divergence: divergence.map(of_windows),
+            by_plan: Vec::new(),
             targets: mask.as_ref().map_or(rows * context, |mask| mask.targets),
             context,
+        }
+    }
+
+    /// Of what the same batch came to under several plans, one or more, each with its share of the mean.
+    pub(super) fn of_plans(outputs: Vec<Self>, shares: &[f64]) -> Self {
+        let by_plan: Vec<_> = outputs.iter().map(|of| of.losses.clone()).collect();
+        let parts = by_plan.iter().zip(shares);
+        let parts = parts.map(|(losses, share)| losses.clone() * *share);
+        let first = outputs.into_iter().next().expect("a routing has plans");
+        Self {
+            losses: parts.reduce(|sum, part| sum + part).expect("as above"),
+            by_plan,
+            ..first
         }
     }
 
@@ -68,7 +86,7 @@ impl<B: AutodiffBackend> TrainStep for FusedKvDecoder<B> {
     /// # Panics
     /// Of what [`FusedKvDecoder::forward`] returns an error for: windows longer than the decoder's
     /// `max_positions`, or none.
-    fn step(&self, Lesson { batch, teacher }: Lesson<B>) -> TrainOutput<Self::Output> {
+    fn step(&self, Lesson { batch, teacher, .. }: Lesson<B>) -> TrainOutput<Self::Output> {
         let teacher = teacher.as_deref();
         let (mut below, mut streams) = (None, Vec::new());
         let hidden = self.states(batch.tokens.clone(), None, &mut |layer, x| {
@@ -172,6 +190,13 @@ impl<B: Backend> Adaptor<Divergence> for LanguageOutput<B> {
     fn adapt(&self) -> Divergence {
         let losses = self.divergence.as_ref().map(|losses| self.mean(losses));
         Divergence(losses.unwrap_or(TokenLosses::NONE))
+    }
+}
+
+impl<B: Backend> Adaptor<PlanLosses> for LanguageOutput<B> {
+    fn adapt(&self) -> PlanLosses {
+        let of_plan = |losses| self.mean(losses);
+        PlanLosses(self.by_plan.iter().map(of_plan).collect())
     }
 }
 

@@ -20,8 +20,8 @@ use crate::plan::{KvLayout, KvPart};
 pub enum Trainable {
     /// The weights of blends, and the α of YOCO++.
     Fusion,
-    /// Those of the layers that reuse other layers' keys or values, the weights of their blends among
-    /// them: what a conversion changes.
+    /// Those of the layers that reuse other layers' keys or values, under any plan of a
+    /// [routing](super::Routing), the weights of their blends among them: what a conversion changes.
     Reusing,
     /// Those whose names in a checkpoint, as `model.layers.3.mlp.up_proj.weight`, are like one of these,
     /// where `*` stands for any letters: `model.layers.3.*`, `*_layernorm.weight`.
@@ -33,12 +33,12 @@ pub enum Trainable {
 
 impl Trainable {
     /// Whether a parameter trains, by its name in a checkpoint.
-    fn selects(&self, name: &str, layout: &KvLayout) -> bool {
+    fn selects(&self, name: &str, layouts: &[KvLayout]) -> bool {
         match self {
             Self::Fusion => name.contains(".kv_fusion.") || name.contains(".kv_residual."),
             Self::Reusing => layer_of(name).is_some_and(|layer| {
-                let stores = |part| layout.stores(part, layer);
-                !KvPart::BOTH.into_iter().all(stores)
+                let reuses = |part| layouts.iter().any(|layout| !layout.stores(part, layer));
+                KvPart::BOTH.into_iter().any(reuses)
             }),
             Self::Named(patterns) => patterns.iter().any(|pattern| is_like(name, pattern)),
             Self::Lora(_) => is_adapter(name),
@@ -72,10 +72,10 @@ pub(super) fn choose<B: Backend>(
     trainee: Trainee<B>,
     trainable: Option<&Trainable>,
 ) -> Result<Trainee<B>, TrainError> {
-    let layout = trainee.model.layout().clone();
+    let layouts: Vec<_> = trainee.layouts().into_iter().cloned().collect();
     let mut choose = Choose {
         trainable,
-        layout: &layout,
+        layouts: &layouts,
         path: ModulePath::default(),
         names: BTreeSet::new(),
         any: false,
@@ -95,7 +95,7 @@ pub(super) fn choose<B: Backend>(
 
 struct Choose<'t> {
     trainable: Option<&'t Trainable>,
-    layout: &'t KvLayout,
+    layouts: &'t [KvLayout],
     path: ModulePath,
     names: BTreeSet<String>,
     any: bool,
@@ -112,7 +112,7 @@ impl<B: Backend> ModuleMapper<B> for Choose<'_> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         let name = self.path.tensor();
-        let selects = |trainable: &Trainable| trainable.selects(&name, self.layout);
+        let selects = |trainable: &Trainable| trainable.selects(&name, self.layouts);
         let trains = self.trainable.is_none_or(selects);
         self.any |= trains;
         self.names.insert(name);

@@ -5,6 +5,7 @@ mod chats;
 mod distilling;
 mod lora;
 mod precision;
+mod routing;
 mod saving;
 mod targets;
 
@@ -19,7 +20,7 @@ use fusedkv::backend::{Autodiff, Flex, FlexDevice};
 use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
 use fusedkv::train::{
     LogLine, Progress, Run, TokenWindows, TrainError, Trained, TrainingConfig, evaluate,
-    perplexity, train, train_from,
+    perplexity, train, train_from, train_on,
 };
 use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, FusionInit, KvPlan, TokenBatch};
 use proptest::prelude::*;

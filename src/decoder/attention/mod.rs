@@ -5,8 +5,6 @@ mod parameters;
 mod source;
 
 use burn::module::Param;
-#[cfg(feature = "convert")]
-use burn::tensor::DType;
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::norm::Norm;
@@ -18,6 +16,8 @@ use crate::config::{FusedKvDecoderConfig, QkNorm};
 use crate::kernels::{rms_norm, swap_heads};
 use crate::plan::{KvPart, KvShape, LayerKv, Reach};
 use parameters::Parameters;
+#[cfg(feature = "convert")]
+pub(super) use parameters::PlanParameters;
 use source::{OwnKeys, OwnValues, Source};
 
 /// Grouped-query attention whose keys and values are its own or other layers'.
@@ -113,32 +113,6 @@ impl<B: Backend> Attention<B> {
             KvPart::Key => key,
             KvPart::Value => value,
         }
-    }
-
-    /// With the projections and norms of an attention that has all of them, of the same block; what it
-    /// learns of other layers' keys and values is cast to `dtype`.
-    #[cfg(feature = "convert")]
-    pub(crate) fn with_modules_of(mut self, other: &Self, dtype: DType) -> Self {
-        let (own, other) = (self.named_mut(), other.named());
-        *own.q_proj = other.q_proj.clone();
-        *own.o_proj = other.o_proj.clone();
-        for (own, other) in [(own.k_proj, other.k_proj), (own.v_proj, other.v_proj)] {
-            if let (Some(own), Some(other)) = (own, other) {
-                *own = other.clone();
-            }
-        }
-        for (own, other) in [(own.q_norm, other.q_norm), (own.k_norm, other.k_norm)] {
-            if let (Some(own), Some(other)) = (own, other) {
-                *own = other.clone();
-            }
-        }
-        for blend in own.blends.into_iter().flatten() {
-            *blend = blend.clone().map(|weights| weights.cast(dtype));
-        }
-        for alpha in own.alphas.into_iter().flatten() {
-            *alpha = alpha.clone().map(|alpha| alpha.cast(dtype));
-        }
-        self
     }
 
     /// Queries, keys and values, before norms and RoPE, of the last positions of which somebody reads

@@ -49,9 +49,18 @@ pub struct KvResidual<B: Backend> {
     value_weight: Option<Param<Tensor<B, 1>>>,
 }
 
+/// What an attention has beyond that of a standard decoder, by its names: the weights with which a plan
+/// has it read other layers' keys and values.
+#[derive(Module, Debug)]
+pub struct PlanParameters<B: Backend> {
+    kv_fusion: Option<Blends<B>>,
+    kv_residual: Option<KvResidual<B>>,
+}
+
 listed!(ParametersRecord: q_proj, k_proj, v_proj, o_proj, q_norm, k_norm, kv_fusion, kv_residual);
 listed!(BlendsRecord: key_weight, value_weight);
 listed!(KvResidualRecord: key_weight, value_weight);
+listed!(PlanParametersRecord: kv_fusion, kv_residual);
 
 /// The parameters of an attention wherever it has them: `P` are projections, `N` norms, `A` the α of
 /// YOCO++, `W` weights of blends, or references to them; those of keys before those of values.
@@ -152,6 +161,67 @@ impl<B: Backend> Attention<B> {
     pub(super) fn into_parameters(self) -> Parameters<B> {
         Parameters::of(named!(self))
     }
+
+    /// The same projections and norms, those that it has no use for left out, under another plan of the
+    /// layer.
+    ///
+    /// # Panics
+    /// If it lacks a projection that the plan needs; a standard decoder's lacks none.
+    #[cfg(feature = "convert")]
+    pub(in crate::decoder) fn under(self, layer: &LayerKv, of_plan: PlanParameters<B>) -> Self {
+        let settings = self.settings.clone();
+        let parameters = Parameters {
+            kv_fusion: of_plan.kv_fusion,
+            kv_residual: of_plan.kv_residual,
+            ..self.into_parameters()
+        };
+        parameters.assemble(layer, settings)
+    }
+}
+
+impl<B: Backend> PlanParameters<B> {
+    pub fn new(
+        config: &FusedKvDecoderConfig,
+        layer: &LayerKv,
+        index: usize,
+        device: &B::Device,
+    ) -> Self {
+        let fusion = KvFusionConfig {
+            kv: config.layer(index).kv,
+            key: layer.key.clone(),
+            value: layer.value.clone(),
+            init: config.fusion_init,
+        };
+        let alpha = |part| {
+            layer.part(part).residual()?;
+            let start = config.fusion_init.residual;
+            Some(Param::from_tensor(Tensor::full([1], start, device)))
+        };
+        let fusion = fusion.init(device);
+        let blends = fusion.map(|fusion| [fusion.key_weight, fusion.value_weight]);
+        Self::of(KvPart::BOTH.map(alpha), blends.unwrap_or([None, None]))
+    }
+
+    /// Of the α and the weights of blends, those of keys first.
+    fn of(
+        alphas: [Option<Param<Tensor<B, 1>>>; 2],
+        blends: [Option<Param<Tensor<B, 3>>>; 2],
+    ) -> Self {
+        let residual = alphas.iter().any(Option::is_some);
+        let fusion = blends.iter().any(Option::is_some);
+        let ([key_alpha, value_alpha], [key_blend, value_blend]) = (alphas, blends);
+        Self {
+            kv_fusion: fusion.then_some(Blends {
+                key_weight: key_blend,
+                value_weight: value_blend,
+                rotated_pairs: EmptyRecord,
+            }),
+            kv_residual: residual.then_some(KvResidual {
+                key_weight: key_alpha,
+                value_weight: value_alpha,
+            }),
+        }
+    }
 }
 
 impl<B: Backend> Parameters<B> {
@@ -169,38 +239,32 @@ impl<B: Backend> Parameters<B> {
         let stores = KvPart::BOTH.map(|part| layer.part(part).is_stored_by(index));
         let [k_proj, v_proj] = spec.kind.projects(stores);
         let own = || projection([hidden, kv_width], block.qkv_bias);
-        let fusion = KvFusionConfig {
-            kv: spec.kv,
-            key: layer.key.clone(),
-            value: layer.value.clone(),
-            init: config.fusion_init,
-        };
-        let fusion = fusion.init(device);
-        let alpha = |part| {
-            layer.part(part).residual()?;
-            let start = config.fusion_init.residual;
-            Some(Param::from_tensor(Tensor::full([1], start, device)))
-        };
-        let blends = fusion.map_or([None, None], |fusion| {
-            [fusion.key_weight, fusion.value_weight]
-        });
-        Self::of(Named {
+        let PlanParameters {
+            kv_fusion,
+            kv_residual,
+        } = PlanParameters::new(config, layer, index, device);
+        let without = Self::of(Named {
             q_proj: projection([hidden, q_width], block.qkv_bias),
             k_proj: k_proj.then(own),
             v_proj: v_proj.then(own),
             o_proj: projection([q_width, hidden], block.output_bias),
             q_norm: norm(q_norm),
             k_norm: norm(k_norm.filter(|_| stores[0])),
-            alphas: KvPart::BOTH.map(alpha),
-            blends,
-        })
+            alphas: [None, None],
+            blends: [None, None],
+        });
+        Self {
+            kv_fusion,
+            kv_residual,
+            ..without
+        }
     }
 
     pub(super) fn of(named: Owned<B>) -> Self {
-        let [key_alpha, value_alpha] = named.alphas;
-        let [key_blend, value_blend] = named.blends;
-        let blends = key_blend.is_some() || value_blend.is_some();
-        let residual = key_alpha.is_some() || value_alpha.is_some();
+        let PlanParameters {
+            kv_fusion,
+            kv_residual,
+        } = PlanParameters::of(named.alphas, named.blends);
         Self {
             q_proj: named.q_proj,
             k_proj: named.k_proj,
@@ -208,15 +272,8 @@ impl<B: Backend> Parameters<B> {
             o_proj: named.o_proj,
             q_norm: named.q_norm,
             k_norm: named.k_norm,
-            kv_fusion: blends.then_some(Blends {
-                key_weight: key_blend,
-                value_weight: value_blend,
-                rotated_pairs: EmptyRecord,
-            }),
-            kv_residual: residual.then_some(KvResidual {
-                key_weight: key_alpha,
-                value_weight: value_alpha,
-            }),
+            kv_fusion,
+            kv_residual,
             head_dim: EmptyRecord,
             qk_norm: EmptyRecord,
             value_norm: EmptyRecord,

@@ -50,6 +50,8 @@ pub struct Lesson<B: AutodiffBackend> {
     pub batch: LanguageBatch<B>,
     /// None: to predict the next token.
     pub(super) teacher: Option<Arc<Teacher<B::InnerBackend>>>,
+    /// Under which of a routing's plans, by its place; none in a training without.
+    pub(super) plan: Option<usize>,
 }
 
 impl<B: AutodiffBackend> From<LanguageBatch<B>> for Lesson<B> {
@@ -58,6 +60,7 @@ impl<B: AutodiffBackend> From<LanguageBatch<B>> for Lesson<B> {
         Self {
             batch,
             teacher: None,
+            plan: None,
         }
     }
 }

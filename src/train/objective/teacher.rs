@@ -10,7 +10,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 use super::Distillation;
 use crate::config::FusedKvDecoderConfig;
 use crate::decoder::FusedKvDecoder;
-use crate::plan::KvPart;
+use crate::plan::{KvLayout, KvPart};
 use crate::train::config::TrainingConfig;
 use crate::train::error::TrainError;
 use crate::train::trainable::trains;
@@ -71,16 +71,18 @@ impl<B: Backend> Teacher<B> {
         Ok(())
     }
 
-    /// The teacher, [checked](Self::check), of a student whose parameters that do not train are frozen.
+    /// The teacher, [checked](Self::check), of a student whose parameters that do not train are frozen,
+    /// under each of the plans that it is trained under.
     pub fn new<A: AutodiffBackend<InnerBackend = B>>(
         teacher: FusedKvDecoder<B>,
         student: &FusedKvDecoder<A>,
+        plans: &[&KvLayout],
         config: Distillation,
     ) -> Self {
         // Random weights are drawn when they are first used, by every copy anew.
         let device = teacher.device();
         let mut teacher = teacher.fork(&device);
-        let shared = shared(&teacher, student);
+        let shared = shared(&teacher, student, plans);
         if let Some(layers) = shared {
             // One copy in memory.
             teacher.embed_tokens = student.embed_tokens.valid();
@@ -148,6 +150,7 @@ impl<B: Backend> Teacher<B> {
 fn shared<A: AutodiffBackend>(
     teacher: &FusedKvDecoder<A::InnerBackend>,
     student: &FusedKvDecoder<A>,
+    plans: &[&KvLayout],
 ) -> Option<usize> {
     let (of, to) = (teacher.config(), student.config());
     let alike = FusedKvDecoderConfig {
@@ -168,11 +171,11 @@ fn shared<A: AutodiffBackend>(
     if alike != *to || !frozen || !same || given {
         return None;
     }
-    let (own, layout) = (teacher.layout(), student.layout());
+    let own = teacher.layout();
     let layers = (0..own.n_layers())
         .take_while(|&i| {
             let (of, to) = (&teacher.layers[i], &student.layers[i]);
-            own.layer(i) == layout.layer(i)
+            plans.iter().all(|plan| plan.layer(i) == own.layer(i))
                 && !trains::<A, _>(to)
                 && numbers::<A::InnerBackend, _>(of) == numbers::<A, _>(to)
         })

@@ -161,12 +161,12 @@ proptest! {
             Some(lowest) if hidden_weight > 0.0 => (lowest + 1..=4).collect(),
             _ => Vec::new(),
         };
-        let of = Teacher::new(teacher.clone(), &student, distillation);
+        let of = Teacher::new(teacher.clone(), &student, &[student.layout()], distillation);
         for layer in 0..=4 {
             prop_assert_eq!(of.goes_on_from(layer), shared == Some(layer));
             prop_assert_eq!(of.matches(layer), layers.contains(&layer));
         }
         let expected = expected(&student, &batch, Some((&teacher, distillation, layers)));
-        check(&student, Lesson { batch, teacher: Some(Arc::new(of)) }, &expected);
+        check(&student, Lesson { batch, teacher: Some(Arc::new(of)), plan: None }, &expected);
     }
 }

@@ -1,39 +1,83 @@
-//! What a training trains, and what its checkpoints keep of it: all of a decoder, or its adapters
-//! alone, which are small beside the base that they leave as it is.
+//! What a training trains, and what its checkpoints keep of it: all of a decoder, its adapters alone,
+//! which are small beside the base that they leave as it is, or a decoder and what several plans add to
+//! it.
+
+mod record;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::fmt;
-use std::marker::PhantomData;
 
 use burn::module::{
     AutodiffModule, Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
     ModuleVisitor, Param,
 };
-use burn::record::{PrecisionSettings, Record};
 use burn::tensor::Tensor;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn_train::{InferenceStep, TrainOutput, TrainStep};
-use serde::de::value::{MapAccessDeserializer, StringDeserializer};
-use serde::de::{DeserializeSeed, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+pub(super) use record::TraineeRecord;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::batch::LanguageBatch;
 use super::config::TrainingConfig;
 use super::error::TrainError;
 use super::objective::Lesson;
+use super::routing::Routing;
 use super::step::LanguageOutput;
 use super::trainable::Trainable;
-use crate::decoder::{DecoderRecord, FusedKvDecoder, Lora, RecordError};
+use crate::config::ConfigError;
+use crate::decoder::{FusedKvDecoder, Lora, OtherPlan, RecordError};
 use crate::parameters::ModulePath;
+use crate::plan::KvLayout;
 
 /// A decoder that is trained.
 #[derive(Clone, Debug)]
 pub(super) struct Trainee<B: Backend> {
+    /// Of a routed training the standard decoder, whose parameters all plans share.
     pub model: FusedKvDecoder<B>,
-    /// Where its adapters train and nothing else: the [`fingerprint`] of the base.
-    base: Option<u64>,
+    kind: Kind<B>,
+}
+
+/// What of a decoder is trained.
+#[derive(Clone, Debug)]
+enum Kind<B: Backend> {
+    /// It is, under the plan that it has.
+    Whole,
+    /// Its adapters are and nothing else.
+    Adapters {
+        /// The [`fingerprint`] of what they stand beside.
+        base: u64,
+    },
+    /// It is, under one of these plans in each step.
+    Routed {
+        plans: Vec<OtherPlan<B>>,
+        /// The probability of each.
+        shares: Vec<f64>,
+    },
+}
+
+/// A trainee of what `$body` makes of every module of `$trainee`, or of a reference to it.
+macro_rules! rebuilt {
+    ($trainee:expr, |$module:ident| $body:expr) => {{
+        let Trainee {
+            model: $module,
+            kind,
+        } = $trainee;
+        let model = $body;
+        let kind = match kind {
+            Kind::Whole => Kind::Whole,
+            Kind::Adapters { base } => Kind::Adapters {
+                base: base.to_owned(),
+            },
+            Kind::Routed { plans, shares } => Kind::Routed {
+                plans: plans.into_iter().map(|$module| $body).collect(),
+                shares: shares.to_owned(),
+            },
+        };
+        Trainee { model, kind }
+    }};
 }
 
 impl<B: Backend> Trainee<B> {
@@ -58,7 +102,7 @@ impl<B: Backend> Trainee<B> {
             }
             // Parameters draw their values when first used; a fork uses them all, in order.
             let model = config.model.init::<B>(device)?.fork(device);
-            return Ok(Self { model, base: None });
+            return Ok(Self::of(model, config.routing.as_ref())?);
         };
         if *model.config() != config.model {
             return Err(TrainError::OtherModel {
@@ -78,39 +122,97 @@ impl<B: Backend> Trainee<B> {
         }
         Ok(match lora {
             Some(_) => Self::adapted(model),
-            None => Self {
-                model: model.with_float_weights(),
-                base: None,
-            },
+            None => Self::of(model.with_float_weights(), config.routing.as_ref())?,
         })
+    }
+
+    /// A decoder all of whose parameters are in the record, and the plans that it is trained for.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for a plan that does not fit.
+    fn of(model: FusedKvDecoder<B>, routing: Option<&Routing>) -> Result<Self, ConfigError> {
+        let Some(routing) = routing else {
+            return Ok(Self::whole(model));
+        };
+        let plans = routing.plans.iter();
+        let plans = plans.map(|plan| OtherPlan::new(&model, plan));
+        Ok(Self {
+            kind: Kind::Routed {
+                plans: plans.collect::<Result<_, _>>()?,
+                shares: routing.shares(),
+            },
+            model,
+        })
+    }
+
+    /// A trainee like that of a finished training, to load what a checkpoint keeps.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn to_load(
+        config: &TrainingConfig,
+        base: Option<FusedKvDecoder<B>>,
+        device: &B::Device,
+    ) -> Result<Self, TrainError> {
+        match config.trainable {
+            Some(Trainable::Lora(_)) => Self::start(config, base, device),
+            // All that matters is in the record.
+            _ => Ok(Self::of(
+                config.model.init(device)?,
+                config.routing.as_ref(),
+            )?),
+        }
     }
 
     /// A decoder whose adapters train alone.
     pub fn adapted(model: FusedKvDecoder<B>) -> Self {
+        let base = fingerprint(&model);
         Self {
-            base: Some(fingerprint(&model)),
+            kind: Kind::Adapters { base },
             model,
         }
     }
 
     /// A decoder all of whose parameters a record has.
     pub fn whole(model: FusedKvDecoder<B>) -> Self {
-        Self { model, base: None }
+        let kind = Kind::Whole;
+        Self { model, kind }
     }
 
-    pub fn map_model(self, f: impl FnOnce(FusedKvDecoder<B>) -> FusedKvDecoder<B>) -> Self {
-        Self {
-            model: f(self.model),
-            base: self.base,
+    /// The decoder that is trained under each plan of a routing, in its order; of any other training
+    /// the one there is.
+    pub fn decoders(&self) -> Vec<FusedKvDecoder<B>> {
+        match &self.kind {
+            Kind::Routed { plans, .. } => {
+                let plans = plans.iter();
+                plans.map(|plan| self.model.under(plan)).collect()
+            }
+            _ => vec![self.model.clone()],
+        }
+    }
+
+    /// What the layers of each of its [`decoders`](Self::decoders) read.
+    pub fn layouts(&self) -> Vec<&KvLayout> {
+        match &self.kind {
+            Kind::Routed { plans, .. } => plans.iter().map(OtherPlan::layout).collect(),
+            _ => vec![self.model.layout()],
         }
     }
 
     /// Whether a record is of this decoder.
     pub fn check_record(&self, record: &TraineeRecord<B>) -> Result<(), OtherRecord> {
-        match (self.base, record) {
-            (None, TraineeRecord::Whole(record)) => Ok(self.model.check_record(record)?),
-            (Some(base), TraineeRecord::Adapters { base: of, adapters }) => {
-                if base != *of {
+        match (&self.kind, record) {
+            (Kind::Whole, TraineeRecord::Whole(record)) => Ok(self.model.check_record(record)?),
+            (Kind::Routed { plans, .. }, TraineeRecord::Routed { model, plans: of }) => {
+                self.model.check_record(model)?;
+                let mut pairs = plans.iter().zip(of);
+                match plans.len() == of.len() && pairs.all(|(plan, of)| plan.is_of(of)) {
+                    true => Ok(()),
+                    false => Err(OtherRecord::Plans),
+                }
+            }
+            (Kind::Adapters { base }, TraineeRecord::Adapters { base: of, adapters }) => {
+                if base != of {
                     return Err(OtherRecord::Base);
                 }
                 let own = self.model.adapters().into_iter();
@@ -124,6 +226,7 @@ impl<B: Backend> Trainee<B> {
                     false => Err(OtherRecord::Adapters),
                 }
             }
+            (Kind::Routed { .. }, _) | (_, TraineeRecord::Routed { .. }) => Err(OtherRecord::Plans),
             _ => Err(OtherRecord::Adapters),
         }
     }
@@ -143,6 +246,8 @@ pub(super) enum OtherRecord {
     Base,
     #[error("it does not hold the adapters that the run's configuration says")]
     Adapters,
+    #[error("it does not hold what the plans of the run's routing need")]
+    Plans,
 }
 
 /// A number that the parameters of other decoders most likely do not have, adapters left out: that of
@@ -183,29 +288,48 @@ impl<B: Backend> Module<B> for Trainee<B> {
     type Record = TraineeRecord<B>;
 
     fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
+        // What plans add is where their decoder is.
         self.model.collect_devices(devices)
     }
 
     fn fork(self, device: &B::Device) -> Self {
-        self.map_model(|model| model.fork(device))
+        rebuilt!(self, |module| Module::<B>::fork(module, device))
     }
 
     fn to_device(self, device: &B::Device) -> Self {
-        self.map_model(|model| model.to_device(device))
+        rebuilt!(self, |module| Module::<B>::to_device(module, device))
     }
 
+    /// What a plan adds has the names it has in a decoder of that plan, and so one name may be there once
+    /// for each plan.
     fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
         self.model.visit(visitor);
+        if let Kind::Routed { plans, .. } = &self.kind {
+            for plan in plans {
+                plan.visit(visitor);
+            }
+        }
     }
 
     fn map<M: ModuleMapper<B>>(self, mapper: &mut M) -> Self {
-        self.map_model(|model| model.map(mapper))
+        rebuilt!(self, |module| Module::<B>::map(module, mapper))
     }
 
     /// A record that is of another decoder, which [`Trainee::check_record`] tells, changes nothing.
     fn load_record(mut self, record: TraineeRecord<B>) -> Self {
         match record {
-            TraineeRecord::Whole(record) => self.map_model(|model| model.load_record(record)),
+            TraineeRecord::Whole(record) => Self {
+                model: self.model.load_record(record),
+                ..self
+            },
+            TraineeRecord::Routed { model, plans: of } => {
+                self.model = self.model.load_record(model);
+                if let Kind::Routed { plans, .. } = &mut self.kind {
+                    let loaded = plans.drain(..).zip(of);
+                    *plans = loaded.map(|(plan, of)| plan.load_record(of)).collect();
+                }
+                self
+            }
             TraineeRecord::Adapters { mut adapters, .. } => {
                 let load = |layer, name: &str, lora: &mut Lora<B>| {
                     if let Some([a, b]) = adapters.remove(&path(layer, name)) {
@@ -228,8 +352,15 @@ impl<B: Backend> Module<B> for Trainee<B> {
     }
 
     fn into_record(self) -> TraineeRecord<B> {
-        let Some(base) = self.base else {
-            return TraineeRecord::Whole(self.model.into_record());
+        let base = match self.kind {
+            Kind::Whole => return TraineeRecord::Whole(self.model.into_record()),
+            Kind::Routed { plans, .. } => {
+                return TraineeRecord::Routed {
+                    model: self.model.into_record(),
+                    plans: plans.into_iter().map(Module::into_record).collect(),
+                };
+            }
+            Kind::Adapters { base } => base,
         };
         let adapters = self.model.adapters().into_iter();
         let adapters = adapters.map(|(layer, name, lora)| {
@@ -247,17 +378,11 @@ impl<B: AutodiffBackend> AutodiffModule<B> for Trainee<B> {
     type InnerModule = Trainee<B::InnerBackend>;
 
     fn valid(&self) -> Self::InnerModule {
-        Trainee {
-            model: self.model.valid(),
-            base: self.base,
-        }
+        rebuilt!(self, |module| AutodiffModule::<B>::valid(module))
     }
 
     fn from_inner(module: Self::InnerModule) -> Self {
-        Self {
-            model: FusedKvDecoder::from_inner(module.model),
-            base: module.base,
-        }
+        rebuilt!(module, |module| AutodiffModule::<B>::from_inner(module))
     }
 }
 
@@ -265,8 +390,18 @@ impl<B: AutodiffBackend> TrainStep for Trainee<B> {
     type Input = Lesson<B>;
     type Output = LanguageOutput<B::InnerBackend>;
 
+    /// # Panics
+    /// As a decoder's, and if the lesson's plan is none of the trainee's.
     fn step(&self, lesson: Lesson<B>) -> TrainOutput<Self::Output> {
-        TrainStep::step(&self.model, lesson)
+        match &self.kind {
+            Kind::Routed { plans, .. } => {
+                let plan = lesson
+                    .plan
+                    .expect("a routed training draws a plan for each step");
+                TrainStep::step(&self.model.under(&plans[plan]), lesson)
+            }
+            _ => TrainStep::step(&self.model, lesson),
+        }
     }
 }
 
@@ -274,8 +409,14 @@ impl<B: Backend> InferenceStep for Trainee<B> {
     type Input = LanguageBatch<B>;
     type Output = LanguageOutput<B>;
 
+    /// Of a routed training under every plan.
     fn step(&self, batch: Self::Input) -> Self::Output {
-        InferenceStep::step(&self.model, batch)
+        let Kind::Routed { plans, shares } = &self.kind else {
+            return InferenceStep::step(&self.model, batch);
+        };
+        let plans = plans.iter();
+        let outputs = plans.map(|plan| InferenceStep::step(&self.model.under(plan), batch.clone()));
+        LanguageOutput::of_plans(outputs.collect(), shares)
     }
 }
 
@@ -292,129 +433,3 @@ impl<B: Backend> ModuleDisplayDefault for Trainee<B> {
 }
 
 impl<B: Backend> ModuleDisplay for Trainee<B> {}
-
-/// What a checkpoint keeps of a [`Trainee`].
-pub(super) enum TraineeRecord<B: Backend> {
-    /// All of it, as a decoder's own record.
-    Whole(DecoderRecord<B>),
-    Adapters {
-        /// The [`fingerprint`] of what they stand beside.
-        base: u64,
-        /// Both matrices of each.
-        adapters: BTreeMap<String, [Param<Tensor<B, 2>>; 2]>,
-    },
-}
-
-impl<B: Backend> Record<B> for TraineeRecord<B> {
-    type Item<S: PrecisionSettings> = TraineeItem<
-        <DecoderRecord<B> as Record<B>>::Item<S>,
-        <Param<Tensor<B, 2>> as Record<B>>::Item<S>,
-    >;
-
-    fn into_item<S: PrecisionSettings>(self) -> Self::Item<S> {
-        match self {
-            Self::Whole(record) => TraineeItem::Whole(record.into_item()),
-            Self::Adapters { base, adapters } => {
-                let adapters = adapters.into_iter();
-                let item = |(name, both): (String, [Param<Tensor<B, 2>>; 2])| {
-                    (name, both.map(Record::<B>::into_item))
-                };
-                TraineeItem::Adapters(AdapterItems {
-                    base_fingerprint: base,
-                    adapters: adapters.map(item).collect(),
-                })
-            }
-        }
-    }
-
-    fn from_item<S: PrecisionSettings>(item: Self::Item<S>, device: &B::Device) -> Self {
-        match item {
-            TraineeItem::Whole(item) => Self::Whole(Record::<B>::from_item(item, device)),
-            TraineeItem::Adapters(items) => {
-                let adapters = items.adapters.into_iter().map(|(name, both)| {
-                    (name, both.map(|item| Record::<B>::from_item(item, device)))
-                });
-                Self::Adapters {
-                    base: items.base_fingerprint,
-                    adapters: adapters.collect(),
-                }
-            }
-        }
-    }
-}
-
-/// A [`TraineeRecord`] in a file: the whole decoder is written as it was before there were adapters,
-/// and told apart by the first key.
-#[derive(Clone)]
-pub(super) enum TraineeItem<W, P> {
-    Whole(W),
-    Adapters(AdapterItems<P>),
-}
-
-#[derive(Clone, Serialize, Deserialize)]
-pub(super) struct AdapterItems<P> {
-    base_fingerprint: u64,
-    adapters: BTreeMap<String, [P; 2]>,
-}
-
-/// The first key of [`AdapterItems`], which no decoder's record has.
-const FIRST_KEY: &str = "base_fingerprint";
-
-impl<W: Serialize, P: Serialize> Serialize for TraineeItem<W, P> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Whole(item) => item.serialize(serializer),
-            Self::Adapters(items) => items.serialize(serializer),
-        }
-    }
-}
-
-impl<'de, W: Deserialize<'de>, P: Deserialize<'de>> Deserialize<'de> for TraineeItem<W, P> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct ByFirstKey<W, P>(PhantomData<(W, P)>);
-
-        impl<'de, W: Deserialize<'de>, P: Deserialize<'de>> Visitor<'de> for ByFirstKey<W, P> {
-            type Value = TraineeItem<W, P>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a decoder's record or one of its adapters")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let first: Option<String> = map.next_key()?;
-                let adapters = first.as_deref() == Some(FIRST_KEY);
-                let whole = MapAccessDeserializer::new(WithFirst { first, rest: map });
-                match adapters {
-                    true => Deserialize::deserialize(whole).map(TraineeItem::Adapters),
-                    false => Deserialize::deserialize(whole).map(TraineeItem::Whole),
-                }
-            }
-        }
-
-        deserializer.deserialize_map(ByFirstKey(PhantomData))
-    }
-}
-
-/// A map whose first key has been read.
-struct WithFirst<A> {
-    first: Option<String>,
-    rest: A,
-}
-
-impl<'de, A: MapAccess<'de>> MapAccess<'de> for WithFirst<A> {
-    type Error = A::Error;
-
-    fn next_key_seed<K: DeserializeSeed<'de>>(
-        &mut self,
-        seed: K,
-    ) -> Result<Option<K::Value>, A::Error> {
-        match self.first.take() {
-            Some(first) => seed.deserialize(StringDeserializer::new(first)).map(Some),
-            None => self.rest.next_key_seed(seed),
-        }
-    }
-
-    fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, A::Error> {
-        self.rest.next_value_seed(seed)
-    }
-}
