@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs"
 CONVERSION = HERE / "conversion"
 DISTILLATION = HERE / "distillation"
+CLOZE = HERE / "cloze"
 PAGE = HERE.parent / "results.md"
 CONVERSION_PAGE = HERE.parent / "conversion.md"
 
@@ -560,12 +561,24 @@ def made_conversion():
         "stages": conversion_table(reports) or NOTHING,
         "layers": layers_table(reports[LAYERS]) if LAYERS in reports else NOTHING,
         "distilled": distillation_table(distilled) or NOTHING,
+        "cloze": cloze_table() or NOTHING,
     }
     figures = {}
     if svg := distillation_figure(distilled):
         figures["distillation"] = svg
         blocks["distilled"] += "\n\n![perplexity while distilling](results/distillation.svg)"
     return blocks, figures
+
+
+def cloze_table():
+    """Right endings by model, as cloze.py found them."""
+    names = ["standard", "fused_kv-15", "fused_kv-15-123k"]
+    found = {n: json.loads((CLOZE / f"{n}.json").read_text()) for n in names if (CLOZE / f"{n}.json").exists()}
+    if not found:
+        return None
+    kinds = list(next(iter(found.values())))
+    rows = [[name, *(f"{kind['right']} of {kind['of']}" for kind in of.values())] for name, of in found.items()]
+    return table(["model", *kinds], rows)
 
 
 def distillation_name(report):

@@ -35,7 +35,7 @@ use burn::tensor::{DType, backend::Backend};
 use embedding::Embedding;
 pub use error::ForwardError;
 pub(crate) use layer::DecoderLayer;
-#[cfg(any(feature = "checkpoint", feature = "train"))]
+#[cfg(feature = "train")]
 pub(crate) use lora::Lora;
 pub use lora::{LoraConfig, LoraError};
 use norm::Norm;
