@@ -85,6 +85,10 @@ def rest(config):
         del config[key]
     for key in ("plan", "n_kv_heads", "init_std", "fusion_init", "ffn_size"):
         del config["model"][key]
+    # What is not set is as it was before there was anything to set.
+    for part in (config, config["model"]):
+        for key in [key for key, value in part.items() if value is None]:
+            del part[key]
     return json.dumps(config, sort_keys=True)
 
 
@@ -393,7 +397,7 @@ def comparison(runs, methods, documents):
                 some.cache,
             ]
         )
-    heading = ["method", "learning rate of those tried", "seeds", "validation loss", "perplexity"]
+    heading = ["method", "rate, of those with as many seeds", "seeds", "validation loss", "perplexity"]
     heading += ["difference to standard [95 %]", "over documents", "parameters", "cache bytes/token"]
     return table(heading, rows if len(rows) > 1 else [])
 
