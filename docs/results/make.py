@@ -565,7 +565,7 @@ def made_conversion():
         "stages": conversion_table(reports) or NOTHING,
         "layers": layers_table(reports[LAYERS]) if LAYERS in reports else NOTHING,
         "distilled": distillation_table(distilled) or NOTHING,
-        "cloze": cloze_table() or NOTHING,
+        "cloze": cloze_table(),
     }
     figures = {}
     if svg := distillation_figure(distilled):
@@ -576,12 +576,17 @@ def made_conversion():
 
 def cloze_table():
     """Right endings by model, as cloze.py found them."""
-    names = ["standard", "fused_kv-15", "fused_kv-15-123k"]
-    found = {n: json.loads((CLOZE / f"{n}.json").read_text()) for n in names if (CLOZE / f"{n}.json").exists()}
-    if not found:
-        return None
-    kinds = list(next(iter(found.values())))
-    rows = [[name, *(f"{kind['right']} of {kind['of']}" for kind in of.values())] for name, of in found.items()]
+    # By file, and how it is named in the table.
+    models = {
+        "standard": "standard",
+        "fused_kv-24": "fused_kv, 24 of 30, fitted on 8192 tokens",
+        "fused_kv-20-41k": "fused_kv, 20 of 30, distilled on 41 thousand",
+        "fused_kv-15": "fused_kv, 15 of 30, fitted on 65536 tokens",
+        "fused_kv-15-123k": "fused_kv, 15 of 30, distilled on 123 thousand",
+    }
+    found = {name: json.loads((CLOZE / f"{file}.json").read_text()) for file, name in models.items()}
+    kinds = list(found["standard"])
+    rows = [[name, *(f"{of[kind]['right']} of {of[kind]['of']}" for kind in kinds)] for name, of in found.items()]
     return table(["model", *kinds], rows)
 
 
