@@ -598,34 +598,35 @@ def distillation_name(report):
 
 def distillation_table(reports):
     """Perplexity before and after, and beside the teacher's; the fewer tokens, the higher."""
-    key = lambda r: (distillation_name(r), r["curve"][-1]["tokens"], r["config"]["learning_rate"])
+    key = lambda r: (distillation_name(r), r["curve"][-1]["tokens"], -r["curve"][-1]["perplexity"])
     rows = []
     for report in sorted(reports.values(), key=key):
         config, curve, teacher = report["config"], report["curve"], report["teacher_perplexity"]
         tokens, after = curve[-1]["tokens"], curve[-1]["perplexity"]
-        row = [distillation_name(report), f"{config['learning_rate'] * 1e4:g}e-4", tokens]
+        rate = f"{config['learning_rate']:.0e}".replace("e-0", "e-")
+        row = [distillation_name(report), config["batch_size"], rate, tokens]
         row.append(f"{tokens / report['text_tokens']:.2f}")
         row += [f"{x:.1f}" for x in (teacher, curve[0]["perplexity"], after)]
         rows.append([*row, f"{after / teacher:.2f}"])
-    heading = ["student, layers that store", "learning rate", "tokens read", "passes over the text"]
+    heading = ["student, layers that store", "windows a step", "learning rate", "tokens read"]
+    heading.append("passes over the text")
     heading += ["teacher", "before", "after", "after / teacher"]
     return table(heading, rows)
 
 
 def distillation_figure(reports):
-    """Perplexity over the tokens read."""
+    """Perplexity over the tokens read; of reports of one model and as many tokens that which ends lowest."""
     if not reports:
         return None
     curves = {}
-    for report in reports.values():
+    for report in sorted(reports.values(), key=lambda r: -r["curve"][-1]["perplexity"]):
         end = report["curve"][-1]["tokens"]
         points = [(p["tokens"] / 1e3, p["perplexity"]) for p in report["curve"]]
-        curves[f"{distillation_name(report)}: {end / 1e3:.0f} thousand"] = points
+        name = distillation_name(report).replace(", ", " ").replace(" of ", "/")
+        curves[f"{name}, to {end / 1e3:.0f}"] = points
     teacher = next(iter(reports.values()))["teacher_perplexity"]
     most = max(x for points in curves.values() for x, _ in points)
     curves["teacher"] = [(0, teacher), (most, teacher)]
-    if len(curves) != len(reports) + 1:
-        raise SystemExit(f"two reports in {DISTILLATION} are of one model and as many tokens")
     points = [p for points in curves.values() for p in points]
     chart = Chart(
         "Perplexity of held-out text while distilling",
