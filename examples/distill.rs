@@ -156,13 +156,10 @@ impl Program for Args {
 
         corpus::make_directory(&self.out)?;
         let (train, valid) = match &self.test {
-            Some(path) => {
-                let file = self.out.join("train.bin");
-                (
-                    corpus::windows_of(Part::Train, &corpus, &tokenizer, self.context, &file)?,
-                    self.test_windows(path, &tokenizer)?,
-                )
-            }
+            Some(path) => (
+                corpus::windows_of(Part::Train, &corpus, &tokenizer, self.context, &self.out)?,
+                self.test_windows(path, &tokenizer)?,
+            ),
             None => corpus::windows(&corpus, &tokenizer, self.context, &self.out)?,
         };
         let (scored, data) = (valid.len() * self.context, train.len() * self.context);
@@ -200,7 +197,7 @@ impl Program for Args {
         }
         if let Some(path) = &self.report {
             let after = trained.epochs.iter().map(|epoch| Point {
-                tokens: config.steps * epoch.epoch / config.epochs * config.tokens_per_step(),
+                tokens: config.tokens_until(epoch.epoch),
                 perplexity: perplexity(epoch.valid),
             });
             let start = Point {

@@ -219,14 +219,14 @@ impl Program for Args {
             Some(_) => self.out.join(plan.to_string().replace(':', "-")),
             None => self.out.clone(),
         };
-        for trained in &trained.plans {
-            let plan = directory(&trained.model.config().plan);
-            save_checkpoint(plan, &trained.model, &options)?;
+        let mut models: Vec<_> = trained.plans.iter().map(|of| &of.model).collect();
+        if models.is_empty() {
+            models.push(&trained.model);
+        }
+        for model in models {
+            save_checkpoint(directory(&model.config().plan), model, &options)?;
         }
         let first = directory(&plans[0]);
-        if config.routing.is_none() {
-            save_checkpoint(&first, &trained.model, &options)?;
-        }
 
         self.summary(&trained, device)?;
         self.sample(&trained.model, &tokenizer)?;

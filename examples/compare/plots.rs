@@ -111,10 +111,8 @@ fn losses(results: &[RunResult]) -> Vec<Curve> {
     let curve = |(method, runs): (String, Vec<&RunResult>)| {
         let epochs = runs.iter().map(|run| run.epochs.len()).min().unwrap_or(0);
         let points = (0..epochs).map(|epoch| {
-            let config = &runs[0].config;
-            let steps = config.steps * (epoch + 1) / config.epochs;
             let losses: Vec<f64> = runs.iter().map(|run| run.epochs[epoch].valid).collect();
-            let tokens = (steps * config.tokens_per_step()) as f64;
+            let tokens = runs[0].config.tokens_until(epoch + 1) as f64;
             (tokens / 1e3, MeanDeviation::of(&losses).mean)
         });
         (method, points.collect())

@@ -24,28 +24,29 @@ pub fn windows(
     context: usize,
     directory: &Path,
 ) -> Result<(TokenWindows, TokenWindows), TrainError> {
-    let windows =
-        |part, name: &str| windows_of(part, corpus, tokenizer, context, &directory.join(name));
-    let train = windows(Part::Train, "train.bin")?;
-    let valid = windows(Part::Valid, "valid.bin")?;
+    let windows = |part| windows_of(part, corpus, tokenizer, context, directory);
+    let (train, valid) = (windows(Part::Train)?, windows(Part::Valid)?);
     if corpus.passed_over() > 0 {
         println!("{} files are no text", corpus.passed_over());
     }
     Ok((train, valid))
 }
 
-/// Windows of one part, whose tokens are kept in `file`.
+/// Windows of one part, whose tokens are kept in a file of a directory.
 pub fn windows_of(
     part: Part,
     corpus: &Corpus,
     tokenizer: &Tokenizer,
     context: usize,
-    file: &Path,
+    directory: &Path,
 ) -> Result<TokenWindows, TrainError> {
-    let tokens = corpus.tokenize(part, tokenizer, file)?;
+    let name = match part {
+        Part::Train => "train.bin",
+        Part::Valid => "valid.bin",
+    };
+    let tokens = corpus.tokenize(part, tokenizer, directory.join(name))?;
     println!(
-        "{}: {} document(s), {} bytes, {} tokens",
-        file.display(),
+        "{name}: {} document(s), {} bytes, {} tokens",
         corpus.documents(part),
         corpus.bytes(part),
         tokens.len(),

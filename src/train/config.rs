@@ -4,7 +4,7 @@ use burn::config::Config;
 
 use super::error::TrainError;
 use super::objective::Distillation;
-use super::routing::Routing;
+use super::routing::{Routing, RoutingError};
 use super::trainable::Trainable;
 use crate::config::FusedKvDecoderConfig;
 
@@ -240,7 +240,10 @@ impl TrainingConfig {
             });
         }
         if let Some(routing) = &self.routing {
-            routing.validate(self)?;
+            routing.validate(&self.model)?;
+            if matches!(self.trainable, Some(Trainable::Lora(_))) {
+                return Err(RoutingError::Adapters.into());
+            }
         }
         Ok(())
     }

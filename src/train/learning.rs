@@ -271,7 +271,7 @@ pub(super) fn run_training<B: AutodiffBackend>(
         plans: plans.collect(),
         train_loss: last.train,
         valid_loss: last.valid,
-        tokens: Schedule::new(config).steps_until(last.epoch) * config.tokens_per_step(),
+        tokens: config.tokens_until(last.epoch),
         epochs,
         elapsed: start.elapsed(),
     })

@@ -33,6 +33,13 @@ pub(super) struct Schedule {
     routing: Option<Routing>,
 }
 
+impl TrainingConfig {
+    /// Tokens read before the end of an epoch, counted from 1, repetitions included.
+    pub fn tokens_until(&self, epoch: usize) -> usize {
+        Schedule::new(self).steps_until(epoch) * self.tokens_per_step()
+    }
+}
+
 impl Schedule {
     pub fn new(config: &TrainingConfig) -> Self {
         Self {

@@ -232,7 +232,7 @@ impl MetricLogger for JsonLines {
         }
         let step = self.schedule.steps_until(self.epoch);
         let loss = std::mem::replace(&mut self.valid, TokenLosses::NONE).mean;
-        let plans = self.by_plan.take();
+        let plans = self.by_plan.take().into_iter();
         // A validation that was stopped has read some of the windows.
         if !self.interrupter.should_stop() {
             self.write(&LogLine::Valid {
@@ -241,7 +241,7 @@ impl MetricLogger for JsonLines {
                 tokens: step * self.tokens_per_step,
                 loss,
                 perplexity: perplexity(loss),
-                plans,
+                plans: plans.map(|(_, loss)| loss).collect(),
             });
         }
         self.epoch += 1;

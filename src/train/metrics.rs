@@ -61,19 +61,19 @@ impl TokenLosses {
 
 /// What some targets' losses come to: of the last batch, and of all since the epoch's start.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Losses {
-    pub last: TokenLosses,
-    pub epoch: TokenLosses,
+struct Losses {
+    last: TokenLosses,
+    epoch: TokenLosses,
 }
 
 impl Losses {
-    pub const NONE: Self = Self {
+    const NONE: Self = Self {
         last: TokenLosses::NONE,
         epoch: TokenLosses::NONE,
     };
 
     /// Takes in a batch and formats what `of` makes of both means.
-    pub fn update(&mut self, losses: TokenLosses, of: fn(f64) -> f64) -> SerializedEntry {
+    fn update(&mut self, losses: TokenLosses, of: fn(f64) -> f64) -> SerializedEntry {
         self.last = losses;
         self.epoch = self.epoch.joined(losses);
         let [epoch, batch] = [self.epoch, self.last].map(|l| format_float(of(l.mean), 2));
@@ -82,7 +82,7 @@ impl Losses {
     }
 }
 
-pub(super) fn entry(losses: TokenLosses, of: fn(f64) -> f64) -> NumericEntry {
+fn entry(losses: TokenLosses, of: fn(f64) -> f64) -> NumericEntry {
     NumericEntry::Aggregated {
         aggregated_value: of(losses.mean),
         count: losses.tokens,
@@ -114,6 +114,14 @@ impl LossMetric {
         Self {
             report: Some(report),
             ..Self::new()
+        }
+    }
+
+    /// The same under another name.
+    pub(super) fn named(self, name: String) -> Self {
+        Self {
+            name: Arc::new(name),
+            ..self
         }
     }
 }
@@ -505,7 +513,7 @@ fn resident_mib() -> Option<f64> {
     Some(memory.physical_mem as f64 / f64::from(1 << 20))
 }
 
-pub(super) fn lower_is_better() -> MetricAttributes {
+fn lower_is_better() -> MetricAttributes {
     NumericAttributes {
         unit: None,
         higher_is_better: false,

@@ -16,7 +16,6 @@ use super::config::TrainingConfig;
 use super::loader::Schedule;
 use super::metrics::{DivergenceMetric, TokenLosses, perplexity};
 use super::plan_losses::ByPlan;
-use crate::plan::KvPlan;
 
 /// Where progress is shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,8 +69,7 @@ pub(super) struct PlainRenderer<W> {
     divergence: TokenLosses,
     /// Since the last training step.
     valid: TokenLosses,
-    /// Of a routing's plans, whose names these are; as `valid`.
-    plans: Vec<KvPlan>,
+    /// As `valid`.
     by_plan: ByPlan,
     learning_rate: f64,
     /// Of the parts of the step under way.
@@ -101,9 +99,6 @@ impl<W: Write + Send + Sync> PlainRenderer<W> {
             train: TokenLosses::NONE,
             divergence: TokenLosses::NONE,
             valid: TokenLosses::NONE,
-            plans: (config.routing.iter())
-                .flat_map(|routing| routing.plans.clone())
-                .collect(),
             by_plan: ByPlan::new(config.routing.as_ref()),
             learning_rate: f64::NAN,
             step: TokenLosses::NONE,
@@ -242,7 +237,7 @@ impl<W: Write + Send + Sync> MetricsRendererTraining for PlainRenderer<W> {
             epoch.items_total,
             perplexity(loss),
         );
-        for (plan, loss) in self.plans.iter().zip(self.by_plan.take()) {
+        for (plan, loss) in self.by_plan.take() {
             let _ = writeln!(self.output, "  {plan:<27} loss {loss:.4}");
         }
     }

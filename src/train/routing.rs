@@ -5,8 +5,6 @@ use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 use thiserror::Error;
 
-use super::config::TrainingConfig;
-use super::trainable::Trainable;
 use crate::config::{ConfigError, FusedKvDecoderConfig};
 use crate::plan::KvPlan;
 
@@ -110,17 +108,14 @@ fn named(plans: &[KvPlan]) -> String {
 }
 
 impl Routing {
-    /// Checks that a training's model can be trained for all plans.
-    pub(super) fn validate(&self, config: &TrainingConfig) -> Result<(), RoutingError> {
-        let (plans, model) = (&self.plans, &config.model);
+    /// Checks that a model can be trained for all plans.
+    pub(super) fn validate(&self, model: &FusedKvDecoderConfig) -> Result<(), RoutingError> {
+        let plans = &self.plans;
         if plans.len() < 2 {
             return Err(RoutingError::TooFewPlans { found: plans.len() });
         }
         if model.plan != KvPlan::Standard {
             return Err(RoutingError::NotStandard(model.plan.clone()));
-        }
-        if matches!(config.trainable, Some(Trainable::Lora(_))) {
-            return Err(RoutingError::Adapters);
         }
         let mut layouts = Vec::new();
         for (index, plan) in plans.iter().enumerate() {

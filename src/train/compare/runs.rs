@@ -20,7 +20,6 @@ use crate::train::config::TrainingConfig;
 use crate::train::data::Windows;
 use crate::train::error::TrainError;
 use crate::train::evaluate::{Evaluation, evaluate};
-use crate::train::loader::Schedule;
 use crate::train::metrics::perplexity;
 use crate::train::number;
 use crate::train::progress::{Progress, StepReport};
@@ -272,12 +271,11 @@ impl Comparison {
                 Ok(Finished { result, model })
             }
             Err(TrainError::Diverged { epoch, loss }) => {
-                let steps = Schedule::new(config).steps_until(epoch);
                 let result = RunResult {
                     diverged: Some(epoch),
                     valid_loss: loss,
                     perplexity: perplexity(loss),
-                    tokens: steps * config.tokens_per_step(),
+                    tokens: config.tokens_until(epoch),
                     epochs: RunDirectory::losses(&directory)?,
                     ..result
                 };
