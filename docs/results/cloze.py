@@ -18,6 +18,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from make import write
+
 # The first ending is the right one.
 KNOWN = [
     ("The capital of France is", ["Paris", "London", "Madrid", "Rome"]),
@@ -113,7 +115,7 @@ def main():
             chosen = list(pool.map(right, range(len(items)), items))
             found[kind] = {"right": sum(chosen), "of": len(items)}
             print(kind, found[kind], flush=True)
-    Path(out).write_text(json.dumps(found, indent=1) + "\n")
+    write(Path(out), json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

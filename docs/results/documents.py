@@ -9,13 +9,14 @@ seed; what is there is kept. Needs NumPy.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from make import rate_name, write
 
 CONTEXT = 256
 # The tokenizer's end of a document, which stands behind each.
@@ -39,7 +40,7 @@ def main():
         for run in map(Path, runs):
             result = json.loads((run / "result.json").read_text())
             config = result["config"]
-            name = f"{config['learning_rate'] * 1e3:g}e-3/{result['method']}/{config['seed']}"
+            name = f"{rate_name(config['learning_rate'])}/{result['method']}/{config['seed']}"
             if name in kept["runs"]:
                 continue
             logits = Path(folder, "logits.safetensors")
@@ -53,9 +54,7 @@ def main():
             kept["runs"][name] = [round(x, 3) for x in sums.tolist()]
             print(name, losses.mean(), result["valid_loss"], flush=True)
     kept["runs"] = dict(sorted(kept["runs"].items()))
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(json.dumps(kept, indent=0) + "\n")
-    os.replace(partial, out)
+    write(out, json.dumps(kept, indent=0) + "\n")
 
 
 def nll(path, targets):

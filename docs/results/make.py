@@ -178,8 +178,7 @@ def over_documents(runs, base, documents):
         return ""
     found = documents["runs"]
     pairs = [(found.get(r.name), found.get(base[s].name)) for s, r in runs.items() if s in base]
-    pairs = [pair for pair in pairs if None not in pair]
-    if not pairs:
+    if not pairs or any(None in pair for pair in pairs):
         return ""
     targets = documents["targets"]
     sums = [statistics.mean(ours[d] - theirs[d] for ours, theirs in pairs) for d in range(len(targets))]
@@ -313,6 +312,15 @@ class Chart:
         return "\n".join([head, back, *self.parts, "</svg>"]) + "\n"
 
 
+def drawn(title, x, y, curves, **axes):
+    """A chart of curves by name, each the points of a line and dots beside it."""
+    points = [p for line, dots in curves.values() for p in [*line, *dots]]
+    chart = Chart(title, x, y, [x for x, _ in points], [y for _, y in points], **axes)
+    for number, (name, (line, dots)) in enumerate(curves.items()):
+        chart.curve(name, line, number, dots)
+    return chart.svg()
+
+
 def ticks(low, high):
     """About six round numbers."""
     span = high - low
@@ -442,17 +450,8 @@ def loss_figure(runs):
             curves[f"{method} ({len(done)})"] = (means, dots)
     if len(curves) < 2:
         return None
-    points = [p for means, dots in curves.values() for p in means + dots]
-    chart = Chart(
-        "Validation loss over training (number of seeds; dots: each seed's end)",
-        "tokens read, millions",
-        "validation loss, nats per token",
-        [x for x, _ in points],
-        [y for _, y in points],
-    )
-    for number, (name, (means, dots)) in enumerate(curves.items()):
-        chart.curve(name, means, number, dots)
-    return chart.svg()
+    title = "Validation loss over training (number of seeds; dots: each seed's end)"
+    return drawn(title, "tokens read, millions", "validation loss, nats per token", curves)
 
 
 def rates_figure(runs):
@@ -471,19 +470,14 @@ def rates_figure(runs):
             curves[method] = (means, dots)
     if len(curves) < 2:
         return None
-    points = [p for _, dots in curves.values() for p in dots]
-    chart = Chart(
+    return drawn(
         "Validation loss by learning rate (dots: runs; lines: their means)",
         "highest learning rate, 1e-3",
         "validation loss, nats per token",
-        [x for x, _ in points],
-        [y for _, y in points],
+        curves,
         log_x=True,
-        x_ticks=sorted({x for x, _ in points}),
+        x_ticks=sorted({x for _, dots in curves.values() for x, _ in dots}),
     )
-    for number, (name, (means, dots)) in enumerate(curves.items()):
-        chart.curve(name, means, number, dots)
-    return chart.svg()
 
 
 def made():
@@ -556,11 +550,14 @@ def made_conversion():
     """What stands between the marks of the page on conversion. Reports of one table are of one text."""
     paths = sorted(CONVERSION.glob("*.json"))
     reports = {path.stem: json.loads(path.read_text()) for path in paths}
+    distilled = {p.stem: json.loads(p.read_text()) for p in sorted(DISTILLATION.glob("*.json"))}
+    texts = {(r["scored_tokens"], r["teacher_perplexity"]) for r in distilled.values()}
+    if len(texts) > 1:
+        raise SystemExit(f"reports in {DISTILLATION} are of different texts or teachers: {texts}")
     contexts = {r["context"] for r in reports.values()}
     scored = {(r["held_out_tokens"], r["standard_perplexity"]) for r in reports.values()}
     if len(contexts) > 1 or len(scored) > len(dict(scored)):
         raise SystemExit(f"reports in {CONVERSION} are of different texts: {contexts}, {scored}")
-    distilled = {p.stem: json.loads(p.read_text()) for p in sorted(DISTILLATION.glob("*.json"))}
     blocks = {
         "stages": conversion_table(reports) or NOTHING,
         "layers": layers_table(reports[LAYERS]) if LAYERS in reports else NOTHING,
@@ -623,22 +620,12 @@ def distillation_figure(reports):
         end = report["curve"][-1]["tokens"]
         points = [(p["tokens"] / 1e3, p["perplexity"]) for p in report["curve"]]
         name = distillation_name(report).replace(", ", " ").replace(" of ", "/")
-        curves[f"{name}, to {end / 1e3:.0f}"] = points
+        curves[f"{name}, to {end / 1e3:.0f}"] = (points, points)
+    most = max(x for points, _ in curves.values() for x, _ in points)
     teacher = next(iter(reports.values()))["teacher_perplexity"]
-    most = max(x for points in curves.values() for x, _ in points)
-    curves["teacher"] = [(0, teacher), (most, teacher)]
-    points = [p for points in curves.values() for p in points]
-    chart = Chart(
-        "Perplexity of held-out text while distilling",
-        "tokens read, thousands",
-        "perplexity",
-        [x for x, _ in points],
-        [y for _, y in points],
-    )
-    for number, (name, points) in enumerate(curves.items()):
-        dots = [] if name == "teacher" else points
-        chart.curve(name, points, number, dots)
-    return chart.svg()
+    curves["teacher"] = ([(0, teacher), (most, teacher)], [])
+    title = "Perplexity of held-out text while distilling"
+    return drawn(title, "tokens read, thousands", "perplexity", curves)
 
 
 # ---- files -----------------------------------------------------------------------------------------
