@@ -114,7 +114,8 @@ pub(super) fn run_training<B: AutodiffBackend>(
 
     B::seed(device, config.seed);
     let trainee = Trainee::start(config, model, device)?.map(&mut KeepPrecision);
-    let mut model = choose(trainee, config.trainable.as_ref())?;
+    let layouts = trainee.layouts();
+    let mut model = choose(trainee, &layouts, config.trainable.as_ref())?;
     let (squares, squares_of_steps) = channel();
     let optimizer = optimizer::<B, Trainee<B>>(config, devices.len(), squares);
     let scheduler = WarmupCosine::new(config);
@@ -127,8 +128,8 @@ pub(super) fn run_training<B: AutodiffBackend>(
         (RunDirectory::start(&run.directory, config)?, 0, Vec::new())
     };
 
-    let teacher = taught
-        .map(|(teacher, of)| Arc::new(Teacher::new(teacher, &model.model, &model.layouts(), of)));
+    let teacher =
+        taught.map(|(teacher, of)| Arc::new(Teacher::new(teacher, &model.model, &layouts, of)));
 
     let history: History = Arc::new(Mutex::new(losses));
     let patience = config.patience.map(|epochs| Patience {

@@ -177,7 +177,7 @@ impl Run {
                     ..config.model.clone()
                 };
                 let layout = of_plan.validate()?;
-                let place = model.layouts().iter().position(|of| **of == layout);
+                let place = model.layouts().iter().position(|of| *of == layout);
                 place.ok_or_else(|| RoutingError::NotTrained {
                     plan: plan.clone(),
                     plans: match &config.routing {

@@ -8,7 +8,6 @@ use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
 use super::error::TrainError;
-use super::trainee::{Trainee, is_adapter};
 use crate::decoder::LoraConfig;
 use crate::parameters::ModulePath;
 use crate::plan::{KvLayout, KvPart};
@@ -46,6 +45,11 @@ impl Trainable {
     }
 }
 
+/// Whether a parameter is of an adapter, by its name.
+pub(super) fn is_adapter(name: &str) -> bool {
+    name.contains(".lora.")
+}
+
 /// The layer a parameter is of.
 fn layer_of(name: &str) -> Option<usize> {
     let (layer, _) = name.strip_prefix("model.layers.")?.split_once('.')?;
@@ -64,23 +68,24 @@ fn is_like(name: &str, pattern: &str) -> bool {
     ends.any(|end| is_like(&name[end..], rest))
 }
 
-/// Has the chosen parameters train and no others, whatever Burn's flags said: all if none are chosen.
+/// Has the chosen parameters of a module train and no others, whatever Burn's flags said: all if none are
+/// chosen. `layouts` are those of the plans that it is trained under.
 ///
 /// # Errors
 /// [`TrainError::NothingTrains`] if a pattern is like no name, or nothing is left to train.
-pub(super) fn choose<B: Backend>(
-    trainee: Trainee<B>,
+pub(super) fn choose<B: Backend, M: Module<B>>(
+    module: M,
+    layouts: &[KvLayout],
     trainable: Option<&Trainable>,
-) -> Result<Trainee<B>, TrainError> {
-    let layouts: Vec<_> = trainee.layouts().into_iter().cloned().collect();
+) -> Result<M, TrainError> {
     let mut choose = Choose {
         trainable,
-        layouts: &layouts,
+        layouts,
         path: ModulePath::default(),
         names: BTreeSet::new(),
         any: false,
     };
-    let trainee = trainee.map(&mut choose);
+    let module = module.map(&mut choose);
     if let Some(Trainable::Named(patterns)) = trainable {
         let idle = |pattern: &&String| !choose.names.iter().any(|name| is_like(name, pattern));
         if let Some(pattern) = patterns.iter().find(idle) {
@@ -88,7 +93,7 @@ pub(super) fn choose<B: Backend>(
         }
     }
     match choose.any {
-        true => Ok(trainee),
+        true => Ok(module),
         false => Err(TrainError::NothingTrains("*".to_owned())),
     }
 }
@@ -169,7 +174,8 @@ mod tests {
         let plan = KvPlan::FusedKv { storage_layers: 2 };
         let model: Model = small_decoder(plan).init(&FlexDevice).unwrap();
         let mut count = Count([0; 5], ModulePath::default());
-        choose(Trainee::whole(model), Some(trainable))?.visit(&mut count);
+        let layouts = [model.layout().clone()];
+        choose(model, &layouts, Some(trainable))?.visit(&mut count);
         Ok(count.0)
     }
 

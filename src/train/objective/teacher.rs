@@ -76,7 +76,7 @@ impl<B: Backend> Teacher<B> {
     pub fn new<A: AutodiffBackend<InnerBackend = B>>(
         teacher: FusedKvDecoder<B>,
         student: &FusedKvDecoder<A>,
-        plans: &[&KvLayout],
+        plans: &[KvLayout],
         config: Distillation,
     ) -> Self {
         // Random weights are drawn when they are first used, by every copy anew.
@@ -150,7 +150,7 @@ impl<B: Backend> Teacher<B> {
 fn shared<A: AutodiffBackend>(
     teacher: &FusedKvDecoder<A::InnerBackend>,
     student: &FusedKvDecoder<A>,
-    plans: &[&KvLayout],
+    plans: &[KvLayout],
 ) -> Option<usize> {
     let (of, to) = (teacher.config(), student.config());
     let alike = FusedKvDecoderConfig {

@@ -16,7 +16,6 @@ use crate::convert::convert;
 use crate::train::TargetMask;
 use crate::train::small_decoder;
 use crate::train::trainable::{Trainable, choose};
-use crate::train::trainee::Trainee;
 use crate::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan};
 
 type Train = Autodiff<Flex>;
@@ -144,7 +143,8 @@ proptest! {
         let teacher = standard.valid();
         let plan = KvPlan::FusedKv { storage_layers: 2 };
         let student = convert(&standard, &plan).unwrap();
-        let student = choose(Trainee::whole(student), trainable.as_ref()).unwrap().model;
+        let layouts = [student.layout().clone()];
+        let student = choose(student, &layouts, trainable.as_ref()).unwrap();
         let batch = batch(config.vocab_size, masked);
         if !taught {
             let expected = expected(&student, &batch, None);
@@ -161,7 +161,7 @@ proptest! {
             Some(lowest) if hidden_weight > 0.0 => (lowest + 1..=4).collect(),
             _ => Vec::new(),
         };
-        let of = Teacher::new(teacher.clone(), &student, &[student.layout()], distillation);
+        let of = Teacher::new(teacher.clone(), &student, &layouts, distillation);
         for layer in 0..=4 {
             prop_assert_eq!(of.goes_on_from(layer), shared == Some(layer));
             prop_assert_eq!(of.matches(layer), layers.contains(&layer));

@@ -26,7 +26,7 @@ use super::error::TrainError;
 use super::objective::Lesson;
 use super::routing::Routing;
 use super::step::LanguageOutput;
-use super::trainable::Trainable;
+use super::trainable::{Trainable, is_adapter};
 use crate::config::ConfigError;
 use crate::decoder::{FusedKvDecoder, Lora, OtherPlan, RecordError};
 use crate::parameters::ModulePath;
@@ -192,10 +192,10 @@ impl<B: Backend> Trainee<B> {
     }
 
     /// What the layers of each of its [`decoders`](Self::decoders) read.
-    pub fn layouts(&self) -> Vec<&KvLayout> {
+    pub fn layouts(&self) -> Vec<KvLayout> {
         match &self.kind {
-            Kind::Routed { plans, .. } => plans.iter().map(OtherPlan::layout).collect(),
-            _ => vec![self.model.layout()],
+            Kind::Routed { plans, .. } => plans.iter().map(|plan| plan.layout().clone()).collect(),
+            _ => vec![self.model.layout().clone()],
         }
     }
 
@@ -277,11 +277,6 @@ fn fingerprint<B: Backend>(model: &FusedKvDecoder<B>) -> u64 {
     let mut hash = Hash(ModulePath::default(), Xxh3Default::new());
     model.visit(&mut hash);
     hash.1.digest()
-}
-
-/// Whether a parameter is of an adapter, by its name.
-pub(super) fn is_adapter(name: &str) -> bool {
-    name.contains(".lora.")
 }
 
 impl<B: Backend> Module<B> for Trainee<B> {

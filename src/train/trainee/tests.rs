@@ -62,7 +62,8 @@ fn config(plans: Vec<KvPlan>) -> TrainingConfig {
 
 fn trainee(config: &TrainingConfig) -> Trainee<Train> {
     let trainee = Trainee::start(config, None, &DEVICE).unwrap();
-    choose(trainee, config.trainable.as_ref()).unwrap()
+    let layouts = trainee.layouts();
+    choose(trainee, &layouts, config.trainable.as_ref()).unwrap()
 }
 
 fn lesson(plan: Option<usize>) -> Lesson<Train> {
