@@ -62,8 +62,8 @@ struct Args {
     /// Tokens decoded after each prompt
     #[arg(long, default_value_t = 16)]
     decode: usize,
-    /// Turns each method takes
-    #[arg(long, default_value_t = 3)]
+    /// Turns each method takes, after one that is not counted
+    #[arg(long, default_value_t = 3, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     repeats: usize,
     /// Formats of the matrices, each with every method: model, f16, bf16, int8 or int4
     #[arg(long, value_delimiter = ',', default_value = "model")]
@@ -125,7 +125,8 @@ impl Program for Args {
                 }));
             }
         }
-        let mut report = Report::new(B::name(device), read_bandwidth());
+        let on_cpu = matches!(self.backend, BackendName::Flex | BackendName::Ndarray);
+        let mut report = Report::new(B::name(device), on_cpu.then(read_bandwidth));
         println!("{}", report.heading());
         for &batch in &self.batches {
             for &prompt in &self.prompts {

@@ -57,7 +57,7 @@ struct Args {
     #[arg(long, default_value_t = 1)]
     batch: usize,
     /// Steps each method takes, after one that is not counted
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     repeats: usize,
     /// Measure again with Burn's activation checkpointing
     #[arg(long)]

@@ -22,8 +22,8 @@ const GIB: f64 = 1024.0 * MIB;
 pub struct Report {
     backend: String,
     threads: usize,
-    /// Bytes per second.
-    read_bandwidth: f64,
+    /// Bytes per second; of the processor's memory, and nothing of a GPU's is measured.
+    read_bandwidth: Option<f64>,
     cases: Vec<Figures>,
     draws: Vec<Draws>,
 }
@@ -57,9 +57,10 @@ struct Figures {
     /// Bytes read per decoded token, against the first method's.
     bytes_ratio: f64,
     /// Bytes read per decoded token ÷ its time ÷ the bandwidth probed.
-    bandwidth_share: f64,
+    bandwidth_share: Option<f64>,
     cache_bytes: usize,
-    peak_bytes: usize,
+    /// Of the processor's memory.
+    peak_bytes: Option<usize>,
 }
 
 impl Case {
@@ -99,7 +100,7 @@ impl Case {
 }
 
 impl Report {
-    pub fn new(backend: String, read_bandwidth: f64) -> Self {
+    pub fn new(backend: String, read_bandwidth: Option<f64>) -> Self {
         Self {
             backend,
             threads: rayon::current_num_threads(),
@@ -110,13 +111,15 @@ impl Report {
     }
 
     pub fn heading(&self) -> String {
+        let bandwidth = match self.read_bandwidth {
+            Some(bandwidth) => format!(", memory is read at {:.1} GiB/s", bandwidth / GIB),
+            None => String::new(),
+        };
         format!(
-            "{}, {} threads, memory is read at {:.1} GiB/s\n\n\
+            "{}, {} threads{bandwidth}\n\n\
              | method | batch | prompt | TTFT s | ratio | FLOP ratio | GFLOP/s | TPOT ms | ratio | bytes ratio | of bandwidth | cache MiB | peak MiB |\n\
              |---|---|---|---|---|---|---|---|---|---|---|---|---|",
-            self.backend,
-            self.threads,
-            self.read_bandwidth / GIB
+            self.backend, self.threads,
         )
     }
 
@@ -136,14 +139,13 @@ impl Report {
                 tpot_s: case.median(tpot),
                 tpot_ratio: case.median(tpot) / first.median(tpot),
                 bytes_ratio: case.bytes_read() / first.bytes_read(),
-                bandwidth_share: case.bytes_read() / case.median(tpot) / self.read_bandwidth,
+                bandwidth_share: self
+                    .read_bandwidth
+                    .map(|bandwidth| case.bytes_read() / case.median(tpot) / bandwidth),
                 cache_bytes: case.turns[0].cache_bytes,
-                peak_bytes: case
-                    .turns
-                    .iter()
-                    .map(|turn| turn.peak_bytes)
-                    .max()
-                    .unwrap_or(0),
+                peak_bytes: self
+                    .read_bandwidth
+                    .and(case.turns.iter().map(|turn| turn.peak_bytes).max()),
             };
             println!("{}", figures.row());
             self.cases.push(figures);
@@ -197,7 +199,7 @@ impl Report {
 impl Figures {
     fn row(&self) -> String {
         format!(
-            "| {} | {} | {} | {:.3} | {:.3} | {:.3} | {:.0} | {:.1} | {:.2} | {:.2} | {:.0} % | {:.1} | {:.1} |",
+            "| {} | {} | {} | {:.3} | {:.3} | {:.3} | {:.0} | {:.1} | {:.2} | {:.2} | {} | {:.1} | {} |",
             self.method,
             self.batch,
             self.prompt,
@@ -208,9 +210,19 @@ impl Figures {
             self.tpot_s * 1e3,
             self.tpot_ratio,
             self.bytes_ratio,
-            self.bandwidth_share * 100.0,
+            or_dash(self.bandwidth_share, |share| format!(
+                "{:.0} %",
+                share * 100.0
+            )),
             self.cache_bytes as f64 / MIB,
-            self.peak_bytes as f64 / MIB,
+            or_dash(self.peak_bytes, |bytes| format!(
+                "{:.1}",
+                bytes as f64 / MIB
+            )),
         )
     }
+}
+
+fn or_dash<T>(figure: Option<T>, show: impl FnOnce(T) -> String) -> String {
+    figure.map_or_else(|| "–".to_owned(), show)
 }

@@ -105,7 +105,11 @@ impl<B: Backend> Visibility<B> {
     }
 
     /// The same on another backend.
-    #[cfg(all(test, feature = "cubecl-attention", feature = "wgpu"))]
+    #[cfg(all(
+        test,
+        feature = "cubecl-attention",
+        any(feature = "wgpu", feature = "cuda")
+    ))]
     pub fn on<C: Backend>(&self) -> Visibility<C> {
         Visibility::of(self.seen.clone())
     }

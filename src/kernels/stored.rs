@@ -34,10 +34,16 @@ impl<B: Backend> Stored<B> {
         }
     }
 
+    /// Codes and scales, the codes as integers of 8 bits.
+    fn int8(x: Tensor<B, 4>) -> (Tensor<B, 4, Int>, Tensor<B, 4>) {
+        let (codes, scales) = Self::rounded(x);
+        (codes.cast(IntDType::I8), scales)
+    }
+
     /// Codes round(x / scale) and scales, where a scale is a token's and head's largest magnitude /
     /// 127: an element is off by at most half its scale. Computed in f32 whatever x is: in f16 the
     /// scale of a small head would be subnormal, and codes in bf16 are off by a half already.
-    fn int8(x: Tensor<B, 4>) -> (Tensor<B, 4, Int>, Tensor<B, 4>) {
+    pub fn rounded(x: Tensor<B, 4>) -> (Tensor<B, 4, Int>, Tensor<B, 4>) {
         let x = x.cast(DType::F32);
         // Without the floor, a row of zeros would be divided by zero.
         // (NdArray's `abs`, of Burn 0.21, is wrong where dimensions were swapped.)
@@ -45,7 +51,7 @@ impl<B: Backend> Stored<B> {
             .max_pair(x.clone().min_dim(3).neg())
             .clamp_min(f64::from(f32::MIN_POSITIVE) * 1e3);
         let scales = largest.div_scalar(Self::CODES);
-        let codes = (x / scales.clone()).round().int().cast(IntDType::I8);
+        let codes = (x / scales.clone()).round().int();
         (codes, scales)
     }
 

@@ -22,6 +22,9 @@ pub struct Subject<B: Backend> {
     pub dtype: DType,
     /// What numbers caches can keep there; with others a cache is refused.
     pub cache_dtypes: &'static [CacheDtype],
+    /// Whether products in f32 round what they multiply to TF32, whose mantissa is f16's: CubeCL does
+    /// where tensor cores are the fastest.
+    pub tf32: bool,
 }
 
 impl<B: Backend> Subject<B> {
@@ -29,6 +32,7 @@ impl<B: Backend> Subject<B> {
     /// numbers computed with makes of it through four layers.
     pub fn tolerance(&self) -> f64 {
         match self.dtype {
+            DType::F32 if self.tf32 => 1e-2,
             DType::F32 | DType::F64 => 1e-4,
             DType::F16 => 2e-2,
             DType::BF16 => 1e-1,
@@ -414,24 +418,46 @@ pub fn greedy_text<B: Backend>(subject: &Subject<B>) {
         let found = text(&model, &prompts, &settings);
         let expected = text(&reference, &prompts, &settings);
         for (row, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) else {
-                assert_eq!(found.len(), expected.len());
-                continue;
-            };
-            let read = [&prompts[row][..], &expected[..at]].concat();
-            let logits = whole(&reference, &FlexDevice, &[read]);
-            let last = &logits[logits.len() - config.vocab_size..];
-            let scale = last.iter().fold(0f64, |max, x| max.max(x.abs()));
-            let gap = (last[expected[at] as usize] - last[found[at] as usize]) / scale;
-            assert!(
-                gap <= 2.0 * subject.tolerance(),
-                "{}, row {row}: token {at} is {} instead of {}, whose logit is {gap:.1e} higher",
-                config.plan.method(),
-                found[at],
-                expected[at],
+            let what = format!("{}, row {row}", config.plan.method());
+            let tolerance = subject.tolerance();
+            agree_but_for_ties(
+                &what,
+                &reference,
+                &prompts[row],
+                [found, expected],
+                tolerance,
             );
         }
     }
+}
+
+/// Asserts that a greedy text goes on as expected, or parts from it where the two best logits of the
+/// reference are a tie: both off by `tolerance` of the largest.
+pub fn agree_but_for_ties(
+    what: &str,
+    reference: &FusedKvDecoder<Flex>,
+    prompt: &[u32],
+    [found, expected]: [&[u32]; 2],
+    tolerance: f64,
+) {
+    let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) else {
+        assert_eq!(found.len(), expected.len(), "{what}");
+        return;
+    };
+    let logits = whole(
+        reference,
+        &FlexDevice,
+        &[[prompt, &expected[..at]].concat()],
+    );
+    let last = &logits[logits.len() - reference.config().vocab_size..];
+    let scale = last.iter().fold(0f64, |max, x| max.max(x.abs()));
+    let gap = (last[expected[at] as usize] - last[found[at] as usize]) / scale;
+    assert!(
+        gap <= 2.0 * tolerance,
+        "{what}: token {at} is {} instead of {}, whose logit is {gap:.1e} higher",
+        found[at],
+        expected[at],
+    );
 }
 
 fn text<B: Backend>(

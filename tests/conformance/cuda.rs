@@ -17,6 +17,7 @@ fn subject(dtype: DType) -> Subject<Dispatch> {
             CacheDtype::Bf16,
             CacheDtype::Int8,
         ],
+        tf32: true,
     }
 }
 

@@ -19,6 +19,7 @@ fn subject(dtype: DType) -> Subject<Flex> {
         device: FlexDevice,
         dtype,
         cache_dtypes: CACHE_DTYPES,
+        tf32: false,
     }
 }
 

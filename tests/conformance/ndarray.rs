@@ -13,6 +13,7 @@ mod f32 {
         device: NdArrayDevice::Cpu,
         dtype: DType::F32,
         cache_dtypes: &[CacheDtype::Model, CacheDtype::F32, CacheDtype::Int8],
+        tf32: false,
     };
 
     conformance!(NdArray, SUBJECT);
@@ -26,6 +27,7 @@ mod f64 {
         device: NdArrayDevice::Cpu,
         dtype: DType::F64,
         cache_dtypes: &[CacheDtype::Model, CacheDtype::F32, CacheDtype::Int8],
+        tf32: false,
     };
 
     conformance!(NdArray<f64>, SUBJECT);

@@ -14,6 +14,7 @@ fn subject() -> Subject<Dispatch> {
         device: DispatchDevice::Wgpu(Default::default()),
         dtype: DType::F32,
         cache_dtypes: &[CacheDtype::Model, CacheDtype::F32, CacheDtype::F16],
+        tf32: false,
     }
 }
 

@@ -26,6 +26,8 @@ const TILE: usize = 32;
 /// for; fewer where shared memory is small.
 const ROWS: usize = 16;
 const UNITS: usize = 128;
+/// Channels read at once at most: as f32 they are what registers should hold of it.
+const MAX_VECTOR: usize = 8;
 
 /// [`kernels::attention`](crate::kernels::attention) on a device of `R`, on which `B` computes.
 pub(super) fn attention<R: CubeRuntime, B: Backend>(
@@ -37,7 +39,8 @@ pub(super) fn attention<R: CubeRuntime, B: Backend>(
 ) -> Option<Tensor<B, 4>> {
     let shape @ [batch, n_heads, n_queries, head_dim] = query.dims();
     let [_, n_kv_heads, n_keys, _] = keys[0].source.dims();
-    if query.dtype() != DType::F32 || n_queries > FEW {
+    let dtype = query.dtype();
+    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) || n_queries > FEW {
         return None;
     }
     let form = form::<R>(
@@ -63,13 +66,13 @@ pub(super) fn attention<R: CubeRuntime, B: Backend>(
 
     let mut queue = Queue::<R>::new(device);
     let query_ir = queue.input(query, shape)?;
-    let keys = terms(&mut queue, keys)?;
-    let values = terms(&mut queue, values)?;
+    let keys = terms(&mut queue, keys, dtype)?;
+    let values = terms(&mut queue, values, dtype)?;
     let hidden = match &visible.hidden {
         None => None,
         Some(hidden) => Some(queue.input(hidden, [batch, 1, n_queries, n_keys])?),
     };
-    let (output, tensor) = queue.output(shape, &query.device(), DType::F32)?;
+    let (output, tensor) = queue.output(shape, &query.device(), dtype)?;
     let operation = Attention {
         query: query_ir,
         keys,
@@ -81,7 +84,7 @@ pub(super) fn attention<R: CubeRuntime, B: Backend>(
         output: output.clone(),
     };
     queue.register("fusedkv::attention", output, operation);
-    #[cfg(all(test, feature = "wgpu"))]
+    #[cfg(test)]
     super::tests::SERVED.set(super::tests::SERVED.get() + 1);
     Some(tensor)
 }
@@ -168,11 +171,14 @@ fn form<R: CubeRuntime>(
     Some(form)
 }
 
+/// The inputs of terms whose weights are of type `dtype`.
 fn terms<R: CubeRuntime, B: Backend>(
     queue: &mut Queue<R>,
     terms: &[Term<B>],
+    dtype: DType,
 ) -> Option<Vec<Inputs>> {
-    terms.iter().map(|term| Inputs::of(queue, term)).collect()
+    let inputs = |term| Inputs::of(queue, term, dtype);
+    terms.iter().map(inputs).collect()
 }
 
 /// A term's tensors.
@@ -184,7 +190,11 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn of<R: CubeRuntime, B: Backend>(queue: &mut Queue<R>, term: &Term<B>) -> Option<Self> {
+    fn of<R: CubeRuntime, B: Backend>(
+        queue: &mut Queue<R>,
+        term: &Term<B>,
+        dtype: DType,
+    ) -> Option<Self> {
         let dims @ [batch, n_kv_heads, n_keys, head_dim] = term.source.dims();
         let (rows, scales) = match &term.source {
             Stored::Float(x) => (queue.input(x, dims)?, None),
@@ -195,9 +205,9 @@ impl Inputs {
         };
         let weight = match &term.weight {
             None => None,
-            Some(weight) => match (weight.dtype(), weight.dims()) {
+            Some(weight) => match weight.dims() {
                 // One for all rows and tokens.
-                (DType::F32, [1, _, 1, _]) => {
+                [1, _, 1, _] if weight.dtype() == dtype => {
                     Some(queue.input(weight, [1, n_kv_heads, 1, head_dim])?)
                 }
                 _ => return None,
@@ -210,13 +220,49 @@ impl Inputs {
         })
     }
 
-    fn tensors<R: CubeRuntime>(&self, handles: &mut Handles<R>) -> [Option<CubeTensor<R>>; 3] {
+    fn tensors<R: CubeRuntime>(&self, handles: &mut Handles<R>) -> Tensors<R> {
         let mut get = |ir| tensor(handles, ir);
-        [
-            Some(get(&self.rows)),
-            self.scales.as_ref().map(&mut get),
-            self.weight.as_ref().map(&mut get),
-        ]
+        Tensors {
+            rows: get(&self.rows),
+            scales: self.scales.as_ref().map(&mut get),
+            weight: self.weight.as_ref().map(&mut get),
+        }
+    }
+}
+
+/// A term's tensors, where they lie.
+struct Tensors<R: CubeRuntime> {
+    rows: CubeTensor<R>,
+    scales: Option<CubeTensor<R>>,
+    weight: Option<CubeTensor<R>>,
+}
+
+impl<R: CubeRuntime> Tensors<R> {
+    fn all(&self) -> impl Iterator<Item = &CubeTensor<R>> {
+        self.by_vectors().chain(&self.scales)
+    }
+
+    /// Those whose channels are read several at a time.
+    fn by_vectors(&self) -> impl Iterator<Item = &CubeTensor<R>> {
+        [&self.rows].into_iter().chain(&self.weight)
+    }
+}
+
+/// How many neighbouring channels of `tensor` can be read at once wherever a row begins.
+fn vector_size<R: CubeRuntime>(tensor: &CubeTensor<R>) -> usize {
+    let size = tensor.dtype.size();
+    let offset = tensor.handle.offset_start.unwrap_or(0) as usize;
+    let (channels, rows) = (tensor.meta.shape()[3], &tensor.meta.strides()[..3]);
+    let fits = |n: usize| {
+        n <= MAX_VECTOR
+            && channels.is_multiple_of(n)
+            && rows.iter().all(|stride| stride.is_multiple_of(n))
+            && offset.is_multiple_of(n * size)
+    };
+    let mut sizes = tensor.client.io_optimized_vector_sizes(size);
+    match tensor.meta.strides()[3] {
+        1 => sizes.find(|&n| fits(n)).unwrap_or(1),
+        _ => 1,
     }
 }
 
@@ -266,58 +312,63 @@ impl<R: CubeRuntime> Operation<FusionCubeRuntime<R>> for Attention {
             DType::F32,
         );
 
-        let mut largest = [&query, &output, &partial]
-            .map(CubeTensor::required_address_type)
-            .into_iter()
-            .max()
-            .unwrap_or_default();
         let hidden = self.hidden.as_ref().map(|ir| tensor(handles, ir));
         let hidden_type = hidden.as_ref().map_or(DType::U32, |hidden| hidden.dtype);
-        let mut sources = |terms: &[Inputs]| {
+        let mut tensors = |terms: &[Inputs]| -> Vec<Tensors<R>> {
+            terms.iter().map(|term| term.tensors(handles)).collect()
+        };
+        let (keys, values) = (tensors(&self.keys), tensors(&self.values));
+        let sources = || keys.iter().chain(&values);
+        let vector = sources().flat_map(Tensors::by_vectors).map(vector_size);
+        let vector = vector.min().unwrap_or(1);
+        let address = [&query, &output, &partial]
+            .into_iter()
+            .chain(&hidden)
+            .chain(sources().flat_map(Tensors::all))
+            .map(CubeTensor::required_address_type)
+            .max()
+            .unwrap_or_default();
+        let sources = |tensors: Vec<Tensors<R>>| {
             let mut sources = SequenceArg::new();
-            for term in terms {
-                let tensors = term.tensors(handles);
-                for tensor in tensors.iter().flatten() {
-                    largest = largest.max(tensor.required_address_type());
-                }
-                let [rows, scales, weight] =
-                    tensors.map(|tensor| tensor.map(CubeTensor::into_tensor_arg));
+            for tensors in tensors {
                 sources.push(SourceLaunch::new(
-                    rows.expect("a source has rows"),
-                    scales.into(),
-                    weight.into(),
+                    tensors.rows.into_tensor_arg(),
+                    tensors.scales.map(CubeTensor::into_tensor_arg).into(),
+                    tensors.weight.map(CubeTensor::into_tensor_arg).into(),
                 ));
             }
             sources
         };
-        let (keys, values) = (sources(&self.keys), sources(&self.values));
 
         let blocks = (n_heads / n_kv_heads * n_queries).div_ceil(rows);
-        let units = CubeDim::new_1d(units as u32);
+        let dim = CubeDim::new_1d(units as u32);
+        let dtype: StorageType = self.query.dtype.into();
         attend_part::launch::<R>(
             &client,
             CubeCount::Static((n_kv_heads * blocks) as u32, batch as u32, parts as u32),
-            units,
-            largest,
+            dim,
+            address,
+            vector,
             query.into_tensor_arg(),
-            keys,
-            values,
+            sources(keys),
+            sources(values),
             hidden.map(CubeTensor::into_tensor_arg).into(),
             partial.clone().into_tensor_arg(),
             self.first_key,
             self.form,
-            [self.stored.into(), hidden_type.into()],
+            [dtype, self.stored.into(), hidden_type.into()],
         );
-        let numbers = batch * n_heads * n_queries * head_dim;
         merge_parts::launch::<R>(
             &client,
-            CubeCount::Static(numbers.div_ceil(UNITS) as u32, 1, 1),
-            units,
-            largest,
+            CubeCount::Static((batch * n_heads * n_queries) as u32, 1, 1),
+            dim,
+            address,
             partial.into_tensor_arg(),
             output.into_tensor_arg(),
             parts,
             head_dim,
+            units,
+            dtype,
         );
     }
 }

@@ -6,7 +6,7 @@
 mod attention;
 mod kernel;
 mod queue;
-#[cfg(all(test, feature = "wgpu"))]
+#[cfg(test)]
 mod tests;
 
 use std::any::{Any, TypeId};

@@ -1,5 +1,5 @@
 //! The kernel against Burn's operations on Flex, over shapes that fill tiles, parts and units, and
-//! shapes that do not; on whatever device wgpu finds.
+//! shapes that do not; on whatever device wgpu finds, and on CUDA's.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -9,12 +9,13 @@ use burn::module::Module;
 use burn::record::{BinBytesRecorder, FullPrecisionSettings, Recorder};
 use burn::tensor::{DType, Distribution, Int, Tolerance};
 use burn_flex::{Flex, FlexDevice};
-use burn_wgpu::Wgpu;
 use proptest::prelude::*;
 
 use super::*;
 use crate::holes::Holes;
 use crate::kernels::attention::generic_attention;
+use crate::kernels::linear_packed;
+use crate::kernels::packed::{Codes, Packed, PackedRows};
 use crate::kernels::stored::Stored;
 use crate::{CacheDtype, FusedKvDecoder, FusedKvDecoderConfig, KvPlan, Logits, TokenBatch};
 
@@ -30,21 +31,13 @@ type Case = (
     Visibility<Flex>,
 );
 
-/// A backend that computes on wgpu.
-trait OnWgpu: Backend {
-    fn device() -> Self::Device;
-}
-
-impl OnWgpu for Dispatch {
-    fn device() -> DispatchDevice {
-        DispatchDevice::Wgpu(Default::default())
-    }
-}
-
-impl OnWgpu for Wgpu {
-    fn device() -> burn_wgpu::WgpuDevice {
-        Default::default()
-    }
+/// A device.
+struct On<B: Backend> {
+    device: B::Device,
+    /// What codes of 8 bits are kept as.
+    codes: DType,
+    /// How far off products are.
+    products: f32,
 }
 
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<Flex, D> {
@@ -59,48 +52,73 @@ fn stored(dtype: DType, [batch, heads, keys, width]: [usize; 4]) -> Stored<Flex>
         .narrow(0, keys)
 }
 
-fn floats<B: OnWgpu>(x: &Tensor<Flex, 4>) -> Tensor<B, 4> {
-    Tensor::from_data(x.to_data(), (&B::device(), x.dtype()))
-}
+impl<B: Backend> On<B> {
+    fn floats(&self, x: &Tensor<Flex, 4>) -> Tensor<B, 4> {
+        Tensor::from_data(x.to_data(), (&self.device, x.dtype()))
+    }
 
-/// The same, read from the middle of a larger one.
-fn view<B: OnWgpu>(x: &Tensor<Flex, 4>) -> Tensor<B, 4> {
-    let [batch, heads, keys, width] = x.dims();
-    let room = [batch + 1, heads + 1, keys + 7, width];
-    let room = Tensor::<B, 4>::ones(room, (&B::device(), x.dtype()));
-    room.slice_assign([1..batch + 1, 0..heads, 0..keys, 0..width], floats(x))
-        .slice([1..batch + 1, 0..heads, 0..keys, 0..width])
-}
+    /// The same, read from the middle of a larger one.
+    fn view(&self, x: &Tensor<Flex, 4>) -> Tensor<B, 4> {
+        let [batch, heads, keys, width] = x.dims();
+        let room = [batch + 1, heads + 1, keys + 7, width];
+        let room = Tensor::<B, 4>::ones(room, (&self.device, x.dtype()));
+        let place = [1..batch + 1, 0..heads, 0..keys, 0..width];
+        room.slice_assign(place.clone(), self.floats(x))
+            .slice(place)
+    }
 
-fn term<B: OnWgpu>(term: &Term<Flex>) -> Term<B> {
-    let source = match &term.source {
-        Stored::Float(x) => Stored::Float(view(x)),
-        Stored::Int8 { codes, scales } => {
-            // WGSL has no integers of 8 bits.
-            let codes = codes.to_data().convert::<i32>();
-            Stored::Int8 {
-                codes: Tensor::<B, 4, Int>::from_data(codes, (&B::device(), DType::I32)),
-                scales: view(scales),
+    fn term(&self, term: &Term<Flex>) -> Term<B> {
+        let source = match &term.source {
+            Stored::Float(x) => Stored::Float(self.view(x)),
+            Stored::Int8 { codes, scales } => {
+                let codes = codes.to_data().convert_dtype(self.codes);
+                Stored::Int8 {
+                    codes: Tensor::<B, 4, Int>::from_data(codes, (&self.device, self.codes)),
+                    scales: self.view(scales),
+                }
             }
-        }
-    };
-    let weight = term.weight.as_ref().map(floats);
-    Term { source, weight }
+        };
+        let weight = term.weight.as_ref().map(|weight| self.floats(weight));
+        Term { source, weight }
+    }
+
+    fn terms(&self, terms: &[Term<Flex>]) -> Vec<Term<B>> {
+        terms.iter().map(|term| self.term(term)).collect()
+    }
+
+    fn found(&self, (query, keys, values, visibility): &Case) -> Option<Tensor<B, 4>> {
+        CubeclKernels::attention::<B>(
+            &self.floats(query),
+            &self.terms(keys),
+            &self.terms(values),
+            &visibility.on(),
+        )
+    }
 }
 
-fn found<B: OnWgpu>((query, keys, values, visibility): &Case) -> Option<Tensor<B, 4>> {
-    let terms = |terms: &[Term<Flex>]| terms.iter().map(term).collect::<Vec<_>>();
-    let visibility = visibility.on();
-    CubeclKernels::attention::<B>(&floats(query), &terms(keys), &terms(values), &visibility)
-}
-
+/// In f32, whatever the numbers are.
 fn expected((query, keys, values, visibility): Case) -> Tensor<Flex, 4> {
-    generic_attention(None, query, keys, values, &visibility, None)
+    let wide = |terms: Vec<Term<Flex>>| {
+        let wide = |term: Term<Flex>| Term {
+            weight: term.weight.map(|weight| weight.cast(DType::F32)),
+            ..term
+        };
+        terms.into_iter().map(wide).collect()
+    };
+    let query = query.cast(DType::F32);
+    generic_attention(None, query, wide(keys), wide(values), &visibility, None)
 }
 
 fn assert_same<B: Backend>(found: Option<Tensor<B, 4>>, expected: Tensor<Flex, 4>) {
-    let found = found.expect("a kernel for few queries in f32").into_data();
-    let tolerance = Tolerance::<f32>::rel_abs(1e-4, 1e-4);
+    let found = found.expect("a kernel for few queries");
+    // Sums are in f32; a result in fewer bits is rounded once.
+    let tolerance = match found.dtype() {
+        DType::BF16 => 6e-3,
+        DType::F16 => 1e-3,
+        _ => 1e-4,
+    };
+    let found = found.into_data().convert::<f32>();
+    let tolerance = Tolerance::<f32>::rel_abs(tolerance, tolerance);
     found.assert_approx_eq(&expected.into_data(), tolerance);
 }
 
@@ -115,7 +133,9 @@ struct Shape {
     keys: usize,
     width: usize,
     sources: [usize; 2],
+    /// Of queries and weights.
     dtype: DType,
+    stored: DType,
     weighted: bool,
     hidden: u8,
 }
@@ -132,8 +152,8 @@ impl Shape {
             ..
         } = self;
         let term = || Term {
-            source: stored(self.dtype, [batch, kv_heads, keys, width]),
-            weight: self.weighted.then(|| random([1, kv_heads, 1, width])),
+            source: stored(self.stored, [batch, kv_heads, keys, width]),
+            weight: (self.weighted).then(|| random([1, kv_heads, 1, width]).cast(self.dtype)),
         };
         let [n_keys, n_values] = self.sources;
         let holes = (0..batch).map(|row| {
@@ -149,7 +169,7 @@ impl Shape {
             _ => Visibility::new(Some(keys / 3 + 1), Arc::default(), keys),
         };
         (
-            random([batch, kv_heads * group, queries, width]),
+            random([batch, kv_heads * group, queries, width]).cast(self.dtype),
             (0..n_keys).map(|_| term()).collect(),
             (0..n_values).map(|_| term()).collect(),
             visibility,
@@ -158,7 +178,7 @@ impl Shape {
 }
 
 prop_compose! {
-    fn shapes()(
+    fn shapes(floats: &'static [DType])(
         batch in 1usize..4,
         kv_heads in 1usize..4,
         group in 1usize..5,
@@ -166,50 +186,13 @@ prop_compose! {
         more in prop_oneof![Just(0usize), 1usize..5, 20usize..300, 500usize..600],
         width in prop_oneof![prop::sample::select(vec![32usize, 64, 80, 128]), 1usize..150],
         sources in [1usize..4, 1usize..4],
-        dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::I8]),
+        dtype in prop::sample::select(floats),
+        stored in prop::sample::select([floats, &[DType::I8]].concat()),
         weighted in any::<bool>(),
         hidden in 0u8..3,
     ) -> Shape {
-        Shape { batch, kv_heads, group, queries, keys: queries + more, width, sources, dtype, weighted, hidden }
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
-
-    #[test]
-    fn attention_is_that_of_stock_operations(shape in shapes()) {
-        let case = shape.case();
-        assert_same(found::<Dispatch>(&case), expected(case));
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(8))]
-
-    #[test]
-    fn it_is_the_same_without_dispatch(shape in shapes()) {
-        let case = shape.case();
-        assert_same(found::<Wgpu>(&case), expected(case));
-    }
-
-    /// As a window needs it: keys before the first are as if they were not there.
-    #[test]
-    fn no_key_before_the_first_is_seen(shape in shapes(), first in 0usize..400) {
-        let shape = Shape { hidden: 0, ..shape };
-        let first_key = first % (shape.keys - shape.queries + 1);
-        let (query, keys, values, visibility) = shape.case();
-        let terms = |terms: &[Term<Flex>]| terms.iter().map(term).collect::<Vec<_>>();
-        let visible = Visible::<Dispatch> { hidden: None, causal: shape.queries > 1, first_key };
-        let device = Default::default();
-        let found = attention::<WgpuRuntime, Dispatch>(
-            &device, &floats(&query), &terms(&keys), &terms(&values), &visible,
-        );
-        let seen = |terms: Vec<Term<Flex>>| terms.into_iter().map(|term| Term {
-            source: term.source.narrow(first_key, shape.keys - first_key),
-            ..term
-        }).collect();
-        assert_same(found, expected((query, seen(keys), seen(values), visibility)));
+        let keys = queries + more;
+        Shape { batch, kv_heads, group, queries, keys, width, sources, dtype, stored, weighted, hidden }
     }
 }
 
@@ -223,102 +206,10 @@ const DECODING: Shape = Shape {
     width: 32,
     sources: [2, 2],
     dtype: DType::F32,
+    stored: DType::F32,
     weighted: true,
     hidden: 0,
 };
-
-/// The numbers of tensors are told by those of their neighbours: other threads come between.
-#[test]
-fn threads_do_not_take_each_others_tensors() {
-    let worker = |_| {
-        thread::spawn(|| {
-            let mut taken = 0;
-            for _ in 0..40 {
-                let case = DECODING.case();
-                if let Some(found) = found::<Dispatch>(&case) {
-                    // Something for fusion to do with it.
-                    assert_same(Some(found * 2.0), expected(case) * 2.0);
-                    taken += 1;
-                }
-            }
-            taken
-        })
-    };
-    let workers: Vec<_> = (0..4).map(worker).collect();
-    let taken: usize = workers
-        .into_iter()
-        .map(|worker| worker.join().unwrap())
-        .sum();
-    assert!(taken > 0);
-}
-
-/// Inputs that another thread's queue has still to compute.
-#[test]
-fn inputs_may_be_another_threads() {
-    for _ in 0..10 {
-        let case = DECODING.case();
-        let (query, keys, values, _) = &case;
-        let terms = |terms: &[Term<Flex>]| terms.iter().map(term::<Dispatch>).collect::<Vec<_>>();
-        let (query, keys, values) = thread::scope(|scope| {
-            let made = scope.spawn(|| {
-                (
-                    floats::<Dispatch>(query) * 0.5 + 0.25,
-                    terms(keys),
-                    terms(values),
-                )
-            });
-            made.join().unwrap()
-        });
-        let found =
-            CubeclKernels::attention::<Dispatch>(&query, &keys, &values, &Visibility::causal());
-        let (query, keys, values, visibility) = case;
-        assert_same(
-            found,
-            expected((query * 0.5 + 0.25, keys, values, visibility)),
-        );
-    }
-}
-
-#[test]
-fn what_the_kernel_is_not_for_is_left_to_burn() {
-    let many = Shape {
-        queries: 17,
-        ..DECODING
-    };
-    assert!(found::<Dispatch>(&many.case()).is_none());
-    let (query, keys, values, visibility) = DECODING.case();
-    let half = (
-        query.clone().cast(DType::F16),
-        keys.clone(),
-        values.clone(),
-        visibility.clone(),
-    );
-    assert!(found::<Dispatch>(&half).is_none());
-    let mixed = vec![
-        values[0].clone(),
-        Shape {
-            dtype: DType::F16,
-            ..DECODING
-        }
-        .case()
-        .2
-        .remove(0),
-    ];
-    assert!(found::<Dispatch>(&(query.clone(), keys.clone(), mixed, visibility.clone())).is_none());
-    let of_rows = Term {
-        source: stored(DType::F32, [2, 2, 40, 32]),
-        weight: Some(random([2, 2, 1, 32])),
-    };
-    let of_rows = (
-        query.clone(),
-        vec![of_rows],
-        values.clone(),
-        visibility.clone(),
-    );
-    assert!(found::<Dispatch>(&of_rows).is_none());
-    // On another backend.
-    assert!(CubeclKernels::attention::<Flex>(&query, &keys, &values, &visibility).is_none());
-}
 
 /// Logits of a prompt, of single tokens and of a few at once.
 fn decoded<B: Backend>(
@@ -342,9 +233,91 @@ fn decoded<B: Backend>(
     logits.collect()
 }
 
-#[test]
-fn a_decoder_decodes_as_on_flex() {
-    let device = <Dispatch as OnWgpu>::device();
+/// Keys as a decoder makes them, a view whose heads and tokens are swapped of what was just computed:
+/// a code is off by half a scale at most, the scale is Flex's, and both widen to what they say.
+fn assert_rounds_as_on_flex<B: Backend>(on: &On<B>) {
+    for shape @ [_, _, _, width] in [
+        [3, 19, 1, 16],
+        [1, 1, 2, 64],
+        [8, 1, 3, 80],
+        [2, 33, 4, 32],
+        [1, 300, 3, 149],
+    ] {
+        let x = random(shape);
+        let keys = |x: Tensor<Flex, 4>| (x * 1.5 + 0.25).swap_dims(1, 2);
+        let (_, scales) = Stored::rounded(keys(x.clone()));
+        let computed = (on.floats(&x) * 1.5 + 0.25).swap_dims(1, 2);
+        let (found, found_scales) = Stored::rounded(computed);
+        let widened = Stored::Int8 {
+            codes: found.clone().cast(on.codes),
+            scales: found_scales.clone(),
+        };
+        let tolerance = Tolerance::<f32>::rel_abs(1e-6, 1e-9);
+        let found_scales = found_scales.into_data();
+        found_scales.assert_approx_eq(&scales.clone().into_data(), tolerance);
+        let floats = |data: burn::tensor::TensorData| data.iter::<f32>().collect::<Vec<_>>();
+        let x = floats(keys(x).into_data());
+        let scales = floats(scales.into_data());
+        let codes = floats(found.into_data());
+        let widened = floats(widened.float(DType::F32).into_data());
+        for (i, (x, code)) in x.iter().zip(&codes).enumerate() {
+            let scale = scales[i / width];
+            assert!((code * scale - x).abs() <= scale * 0.50001, "{shape:?} {i}");
+            assert!(
+                (code * scale - widened[i]).abs() <= scale * 1e-4,
+                "{shape:?} {i}"
+            );
+        }
+    }
+}
+
+/// Matrices of 8 and 4 bits, whole, some rows, and transposed.
+fn assert_widens_as_on_flex<B: Backend>(on: &On<B>) {
+    for (kind, rows, columns) in [
+        (Codes::Int8, 24, 64),
+        (Codes::Int8, 7, 80),
+        (Codes::Int4, 24, 64),
+        (Codes::Int4, 5, 37),
+    ] {
+        let mut packed = PackedRows::new(kind, rows, columns);
+        let numbers = random([rows, columns]).into_data();
+        packed.write(numbers.as_slice().unwrap()).unwrap();
+        let packed = Packed::<Flex>::new(packed, &FlexDevice);
+        let there = packed.clone().map(
+            |codes| {
+                let codes = codes.into_data().convert_dtype(on.codes);
+                Tensor::from_data(codes, (&on.device, on.codes))
+            },
+            |floats| {
+                let dtype = floats.dtype();
+                Tensor::from_data(floats.into_data(), (&on.device, dtype))
+            },
+        );
+        let some = rows / 3..rows - 1;
+        for (found, expected) in [
+            (there.clone(), packed.clone()),
+            (there.clone().transpose(), packed.clone().transpose()),
+            (there.narrow(some.clone()), packed.narrow(some)),
+        ] {
+            // With something for fusion to go on with: an operation, and products of one row and more.
+            let widened = (found.clone().widen(DType::F32) * 2.0).into_data();
+            let tolerance = Tolerance::<f32>::rel_abs(1e-6, 1e-6);
+            let expected_widened = (expected.clone().widen(DType::F32) * 2.0).into_data();
+            widened.assert_approx_eq(&expected_widened, tolerance);
+            for seq in [1, 2, 5, 32, 57] {
+                let [width, _] = expected.dims();
+                let x = random([1, seq, width]);
+                let there = Tensor::from_data(x.to_data(), (&on.device, DType::F32));
+                let added = linear_packed(there, &found) + 1.0;
+                let expected = linear_packed(x, &expected) + 1.0;
+                let tolerance = Tolerance::<f32>::rel_abs(on.products, on.products);
+                (added.into_data()).assert_approx_eq(&expected.into_data(), tolerance);
+            }
+        }
+    }
+}
+
+fn assert_decodes_as_on_flex(device: &DispatchDevice) {
     let recorder = BinBytesRecorder::<FullPrecisionSettings>::new();
     for (plan, dtype) in [
         (KvPlan::Standard, CacheDtype::Model),
@@ -368,12 +341,12 @@ fn a_decoder_decodes_as_on_flex() {
         let reference = config.init::<Flex>(&FlexDevice).unwrap();
         let there = recorder.load(record.clone(), &FlexDevice).unwrap();
         let reference = reference.try_load_record(there).unwrap();
-        let model = config.init::<Dispatch>(&device).unwrap();
-        let there = recorder.load(record, &device).unwrap();
+        let model = config.init::<Dispatch>(device).unwrap();
+        let there = recorder.load(record, device).unwrap();
         let model = model.try_load_record(there).unwrap();
         let expected = decoded(&reference, dtype, &FlexDevice);
         SERVED.set(0);
-        let found = decoded(&model, dtype, &device);
+        let found = decoded(&model, dtype, device);
         // All but the prompt in every layer, and of the prompt where only its last token is needed.
         assert!(SERVED.get() >= 4 * (expected.len() - 1));
         // A number that lies between two of the cache's may be rounded to either.
@@ -399,3 +372,184 @@ fn a_decoder_decodes_as_on_flex() {
         }
     }
 }
+
+/// The tests of one device, in a module of its name; `Dispatch` computes there, and `$named` too.
+macro_rules! on {
+    ($name:ident, $named:ty, $runtime:ty, $device:expr, $floats:expr, $codes:expr, $products:expr) => {
+        mod $name {
+            use super::*;
+
+            const FLOATS: &[DType] = &$floats;
+
+            fn dispatch() -> On<Dispatch> {
+                On {
+                    device: $device.into(),
+                    codes: $codes,
+                    products: $products,
+                }
+            }
+
+            proptest! {
+                #![proptest_config(ProptestConfig::with_cases(48))]
+
+                #[test]
+                fn attention_is_that_of_stock_operations(shape in shapes(FLOATS)) {
+                    let case = shape.case();
+                    assert_same(dispatch().found(&case), expected(case));
+                }
+            }
+
+            proptest! {
+                #![proptest_config(ProptestConfig::with_cases(8))]
+
+                #[test]
+                fn it_is_the_same_without_dispatch(shape in shapes(FLOATS)) {
+                    let named = On::<$named> { device: $device, codes: $codes, products: $products };
+                    let case = shape.case();
+                    assert_same(named.found(&case), expected(case));
+                }
+
+                /// As a window needs it: keys before the first are as if they were not there.
+                #[test]
+                fn no_key_before_the_first_is_seen(shape in shapes(FLOATS), first in 0usize..400) {
+                    let shape = Shape { hidden: 0, ..shape };
+                    let first_key = first % (shape.keys - shape.queries + 1);
+                    let (query, keys, values, visibility) = shape.case();
+                    let on = dispatch();
+                    let visible = Visible { hidden: None, causal: shape.queries > 1, first_key };
+                    let (floats, k, v) = (on.floats(&query), on.terms(&keys), on.terms(&values));
+                    let found = attention::<$runtime, _>(&$device, &floats, &k, &v, &visible);
+                    let seen = |terms: Vec<Term<Flex>>| terms.into_iter().map(|term| Term {
+                        source: term.source.narrow(first_key, shape.keys - first_key),
+                        ..term
+                    }).collect();
+                    assert_same(found, expected((query, seen(keys), seen(values), visibility)));
+                }
+            }
+
+            /// The numbers of tensors are told by those of their neighbours: other threads come
+            /// between.
+            #[test]
+            fn threads_do_not_take_each_others_tensors() {
+                let worker = || {
+                    let mut taken = 0;
+                    for _ in 0..40 {
+                        let case = DECODING.case();
+                        if let Some(found) = dispatch().found(&case) {
+                            // Something for fusion to do with it.
+                            assert_same(Some(found * 2.0), expected(case) * 2.0);
+                            taken += 1;
+                        }
+                    }
+                    taken
+                };
+                let workers: Vec<_> = (0..4).map(|_| thread::spawn(worker)).collect();
+                let taken = workers.into_iter().map(|worker| worker.join().unwrap());
+                assert!(taken.sum::<usize>() > 0);
+            }
+
+            /// Inputs that another thread's queue has still to compute.
+            #[test]
+            fn inputs_may_be_another_threads() {
+                for _ in 0..10 {
+                    let (query, keys, values, visibility) = DECODING.case();
+                    let on = dispatch();
+                    let make = || {
+                        let query = on.floats(&query) * 0.5 + 0.25;
+                        (query, on.terms(&keys), on.terms(&values))
+                    };
+                    let made = thread::scope(|scope| scope.spawn(make).join().unwrap());
+                    let (found_query, found_keys, found_values) = made;
+                    let found = CubeclKernels::attention::<Dispatch>(
+                        &found_query,
+                        &found_keys,
+                        &found_values,
+                        &Visibility::causal(),
+                    );
+                    let case = (query * 0.5 + 0.25, keys, values, visibility);
+                    assert_same(found, expected(case));
+                }
+            }
+
+            #[test]
+            fn what_the_kernel_is_not_for_is_left_to_burn() {
+                let on = dispatch();
+                let many = Shape {
+                    queries: 17,
+                    ..DECODING
+                };
+                assert!(on.found(&many.case()).is_none());
+                let (query, keys, values, visibility) = DECODING.case();
+                let other_type = Shape {
+                    stored: DType::F16,
+                    ..DECODING
+                }
+                .case()
+                .2
+                .remove(0);
+                let mixed = vec![values[0].clone(), other_type];
+                let mixed = (query.clone(), keys.clone(), mixed, visibility.clone());
+                assert!(on.found(&mixed).is_none());
+                for weight in [
+                    random([2, 2, 1, 32]),
+                    random([1, 2, 1, 32]).cast(DType::F16),
+                ] {
+                    let source = stored(DType::F32, [2, 2, 40, 32]);
+                    let term = Term {
+                        source,
+                        weight: Some(weight),
+                    };
+                    let case = (
+                        query.clone(),
+                        vec![term],
+                        values.clone(),
+                        visibility.clone(),
+                    );
+                    assert!(on.found(&case).is_none());
+                }
+                // On another backend.
+                let found = CubeclKernels::attention::<Flex>(&query, &keys, &values, &visibility);
+                assert!(found.is_none());
+            }
+
+            #[test]
+            fn eight_bit_caches_are_those_of_flex() {
+                assert_rounds_as_on_flex(&dispatch());
+            }
+
+            #[test]
+            fn packed_weights_are_those_of_flex() {
+                assert_widens_as_on_flex(&dispatch());
+            }
+
+            #[test]
+            fn a_decoder_decodes_as_on_flex() {
+                assert_decodes_as_on_flex(&dispatch().device);
+            }
+        }
+    };
+}
+
+#[cfg(feature = "wgpu")]
+// WGSL has no integers of 8 bits, and no bf16.
+on!(
+    wgpu,
+    burn_wgpu::Wgpu,
+    WgpuRuntime,
+    burn_wgpu::WgpuDevice::default(),
+    [DType::F32, DType::F16],
+    DType::I32,
+    1e-4
+);
+
+#[cfg(feature = "cuda")]
+on!(
+    cuda,
+    burn_cuda::Cuda,
+    CudaRuntime,
+    burn_cuda::CudaDevice::default(),
+    [DType::F32, DType::F16, DType::BF16],
+    DType::I8,
+    // TF32.
+    2e-2
+);
