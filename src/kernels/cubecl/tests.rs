@@ -283,7 +283,7 @@ fn assert_widens_as_on_flex<B: Backend>(on: &On<B>) {
         let numbers = random([rows, columns]).into_data();
         packed.write(numbers.as_slice().unwrap()).unwrap();
         let packed = Packed::<Flex>::new(packed, &FlexDevice);
-        let there = packed.clone().map(
+        let there: Packed<B> = packed.clone().map(
             |codes| {
                 let codes = codes.into_data().convert_dtype(on.codes);
                 Tensor::from_data(codes, (&on.device, on.codes))
