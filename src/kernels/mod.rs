@@ -24,7 +24,7 @@ mod table;
 pub(crate) mod work;
 
 use burn::tensor::activation::silu;
-use burn::tensor::{BasicOps, DType, Tensor, backend::Backend};
+use burn::tensor::{BasicOps, DType, Int, Numeric, Tensor, backend::Backend};
 
 use attention::generic_attention;
 pub(crate) use attention::{blended, same_for_all_tokens};
@@ -241,6 +241,28 @@ pub(crate) fn assign_rows<B: Backend, K: BasicOps<B> + 'static>(
     work::is_done_by("assign_rows, Burn's");
     let [batch, heads, len, width] = rows.dims();
     target.slice_assign([0..batch, 0..heads, start..start + len, 0..width], rows)
+}
+
+/// Rows of `x`, along its first dimension.
+///
+/// Burn's fusion on CubeCL reads rows of a tensor whose last dimension is 1 from wrong places where
+/// wider ones are computed beside them (docs/decisions/cubecl-faults.md), so that theirs are made wider.
+pub(crate) fn select_rows<B: Backend, const D: usize, K: Numeric<B> + 'static>(
+    x: Tensor<B, D, K>,
+    rows: Tensor<B, 1, Int>,
+) -> Tensor<B, D, K> {
+    let mut dims = x.dims();
+    if dims[D - 1] != 1 {
+        return x.select(0, rows);
+    }
+    let width = dims[1..].iter().product();
+    let x = x.reshape([dims[0], width]);
+    [dims[0]] = rows.dims();
+    match width {
+        1 => x.repeat_dim(1, 2).select(0, rows).narrow(1, 0, 1),
+        _ => x.select(0, rows),
+    }
+    .reshape(dims)
 }
 
 /// `silu(gate) ⊙ up`.

@@ -6,6 +6,8 @@ use burn::tensor::{
     DType, ElementConversion, Int, IntDType, Tensor, TensorData, backend::Backend, f16,
 };
 
+use super::select_rows;
+
 /// Neighbours in a row that share a scale.
 pub(crate) const GROUP: usize = 32;
 
@@ -413,8 +415,8 @@ impl<B: Backend> Packed<B> {
 
     /// Rows of what is not transposed, by their numbers.
     pub fn select(self, rows: Tensor<B, 1, Int>) -> Self {
-        let codes = |codes: Tensor<B, 2, Int>| codes.select(0, rows.clone());
-        self.map(codes, |floats| floats.select(0, rows.clone()))
+        let codes = |codes| select_rows(codes, rows.clone());
+        self.map(codes, |floats| select_rows(floats, rows.clone()))
     }
 
     /// What it is made of, on the host, of what is not transposed.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Int, IntDType, Numeric, Tensor, backend::Backend};
 
-use super::assign_rows;
+use super::{assign_rows, select_rows};
 
 /// Keys or values of one layer as they are stored, `[batch, n_kv_heads, seq, head_dim]`.
 #[derive(Clone, Debug)]
@@ -94,10 +94,10 @@ impl<B: Backend> Stored<B> {
     /// Rows of the batch.
     pub fn select(self, rows: Tensor<B, 1, Int>) -> Self {
         match self {
-            Self::Float(x) => Self::Float(x.select(0, rows)),
+            Self::Float(x) => Self::Float(select_rows(x, rows)),
             Self::Int8 { codes, scales } => Self::Int8 {
-                codes: codes.select(0, rows.clone()),
-                scales: scales.select(0, rows),
+                codes: select_rows(codes, rows.clone()),
+                scales: select_rows(scales, rows),
             },
         }
     }

@@ -322,6 +322,8 @@ pub fn cache_dtypes<B: Backend>(subject: &Subject<B>) {
         }
         let mut steps = vec![Step::Append(rows(&[64, 50]), Logits::Last)];
         steps.extend((0..4).map(|_| Step::Append(rows(&[1, 1]), Logits::Last)));
+        steps.push(Step::SelectRows(vec![1, 0, 1]));
+        steps.push(Step::Append(rows(&[1, 1, 1]), Logits::Last));
         let (found, expected) = (run(&model, dtype, &steps), run(&reference, dtype, &steps));
         // A number that lies between two of the cache's may be rounded to either.
         let step = match dtype {

@@ -234,7 +234,8 @@ fn decoded<B: Backend>(
 }
 
 /// Keys as a decoder makes them, a view whose heads and tokens are swapped of what was just computed:
-/// a code is off by half a scale at most, the scale is Flex's, and both widen to what they say.
+/// a code is off by half a scale at most, the scale is Flex's, and both widen to what they say, as do
+/// some of the rows.
 fn assert_rounds_as_on_flex<B: Backend>(on: &On<B>) {
     for shape @ [_, _, _, width] in [
         [3, 19, 1, 16],
@@ -253,6 +254,14 @@ fn assert_rounds_as_on_flex<B: Backend>(on: &On<B>) {
             scales: found_scales.clone(),
         };
         let tolerance = Tolerance::<f32>::rel_abs(1e-6, 1e-9);
+        let last = shape[0] as i32 - 1;
+        let rows = [last, 0, last, last / 2];
+        let some = widened.clone().select(Tensor::from_data(rows, &on.device));
+        let all = widened.clone().float(DType::F32).into_data();
+        let all = Tensor::<Flex, 4>::from_data(all, &FlexDevice);
+        let rows = Tensor::from_data(rows, &FlexDevice);
+        let some = some.float(DType::F32).into_data();
+        some.assert_approx_eq(&all.select(0, rows).into_data(), tolerance);
         let found_scales = found_scales.into_data();
         found_scales.assert_approx_eq(&scales.clone().into_data(), tolerance);
         let floats = |data: burn::tensor::TensorData| data.iter::<f32>().collect::<Vec<_>>();
@@ -271,11 +280,13 @@ fn assert_rounds_as_on_flex<B: Backend>(on: &On<B>) {
     }
 }
 
-/// Matrices of 8 and 4 bits, whole, some rows, and transposed.
+/// Matrices of 8 and 4 bits: whole, some rows, rows by their numbers, and transposed.
 fn assert_widens_as_on_flex<B: Backend>(on: &On<B>) {
     for (kind, rows, columns) in [
         (Codes::Int8, 24, 64),
         (Codes::Int8, 7, 80),
+        (Codes::Int8, 9, 32),
+        (Codes::Int8, 12, 8),
         (Codes::Int4, 24, 64),
         (Codes::Int4, 5, 37),
     ] {
@@ -293,6 +304,12 @@ fn assert_widens_as_on_flex<B: Backend>(on: &On<B>) {
                 Tensor::from_data(floats.into_data(), (&on.device, dtype))
             },
         );
+        let ids = [rows as i32 - 1, 0, 3, 3, 1];
+        let found = there.clone().select(Tensor::from_data(ids, &on.device));
+        let expected = packed.clone().select(Tensor::from_data(ids, &FlexDevice));
+        let found = (found.widen(DType::F32) * 2.0).into_data();
+        let expected = (expected.widen(DType::F32) * 2.0).into_data();
+        found.assert_approx_eq(&expected, Tolerance::<f32>::rel_abs(1e-6, 1e-6));
         let some = rows / 3..rows - 1;
         for (found, expected) in [
             (there.clone(), packed.clone()),

@@ -39,6 +39,24 @@ fn product(matrices: usize, rows: usize, [inner, columns]: [usize; 2], transpose
     off(&values(&(lhs.matmul(rhs) + added)), &expected)
 }
 
+/// How far `column[rows] · wide` is off, the selected rows of `[8, 1]` broadcast along `wide`.
+fn selected() -> f64 {
+    let column = random([8, 1, 1, 1]);
+    let wide = random([4, 1, 1, 8]);
+    let [c, w] = [&column, &wide].map(values);
+    let rows = [3usize, 0, 5, 2];
+    let expected: Vec<f64> = (0..32).map(|i| c[rows[i / 8]] * w[i]).collect();
+    let rows = Tensor::from_data(rows.map(|row| row as i32), &column.device());
+    Dispatch::sync(&column.device()).unwrap();
+    off(&values(&(column.select(0, rows) * wide)), &expected)
+}
+
+#[test]
+#[ignore = "a fault of Burn's: asked for by itself"]
+fn selected_rows_of_one_number_are_wrong() {
+    assert!(selected() > 0.1);
+}
+
 /// Multiples of the units of a plane times the elements of a vector.
 const SHAPES: [[usize; 2]; 4] = [[32, 32], [64, 96], [128, 128], [512, 128]];
 
