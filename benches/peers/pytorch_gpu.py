@@ -31,6 +31,8 @@ def model_of(shape, dtype):
         attn_implementation="sdpa",
     )
     torch.set_default_dtype(dtype)
+    # TF32, as Burn's products are.
+    torch.set_float32_matmul_precision("high")
     with torch.device("cuda"):
         return transformers.Qwen3ForCausalLM(config), vocab
 

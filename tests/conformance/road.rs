@@ -92,11 +92,18 @@ pub fn whole_road<B: Backend>(subject: &Subject<B>) {
     let found = answers(&generator::<B>(&fused, &subject.device, weights), cache);
     let reference = generator::<Flex>(&fused, &FlexDevice, WeightFormat::Int8);
     let expected = answers(&reference, cache);
+    // A number that lies between two of an 8-bit cache may be rounded to either.
+    let rounded = if subject.tf32 && eight_bits {
+        2e-2
+    } else {
+        0.0
+    };
+    let tolerance = subject.tolerance() + rounded;
     for (i, prompt) in chats().iter().enumerate() {
         let prompt = reference.tokens(prompt).unwrap();
         let ids = [&found[i].0[..], &expected[i].0];
         let what = format!("answer {i}");
-        agree_but_for_ties(&what, reference.model(), &prompt, ids, subject.tolerance());
+        agree_but_for_ties(&what, reference.model(), &prompt, ids, tolerance);
         if ids[0] == ids[1] {
             assert_eq!(found[i].1, expected[i].1, "{what}");
         }

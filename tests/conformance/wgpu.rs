@@ -9,14 +9,24 @@ use fusedkv::backend::{Dispatch, DispatchDevice};
 
 use crate::checks::Subject;
 
-fn subject() -> Subject<Dispatch> {
+fn subject(dtype: DType) -> Subject<Dispatch> {
     Subject {
         device: DispatchDevice::Wgpu(Default::default()),
-        dtype: DType::F32,
+        dtype,
         cache_dtypes: &[CacheDtype::Model, CacheDtype::F32, CacheDtype::F16],
         tf32: false,
     }
 }
 
-conformance!(Dispatch, subject());
-conformance!(training Dispatch, subject());
+mod f32 {
+    use super::*;
+
+    conformance!(Dispatch, subject(DType::F32));
+    conformance!(training Dispatch, subject(DType::F32));
+}
+
+mod f16 {
+    use super::*;
+
+    conformance!(Dispatch, subject(DType::F16));
+}

@@ -1,6 +1,5 @@
-//! Attention of few queries over blends of stored keys and values, read where they lie: one pass
-//! with an online softmax (arXiv 1805.02867, 2205.14135), the keys in parts that a second, short
-//! kernel merges.
+//! Attention of few queries over blends of stored keys and values, read where they lie: the keys in
+//! parts, each with a softmax of its own (arXiv 2205.14135), that a second, short kernel merges.
 
 use burn::tensor::{Bool, DType, Shape, Tensor, backend::Backend};
 use burn_cubecl::cubecl::prelude::*;
@@ -18,7 +17,7 @@ use crate::kernels::stored::Stored;
 
 /// Queries per head that the kernel is for: with more, products by a matrix unit win.
 const FEW: usize = 16;
-/// Keys of a part: a number of cubes at long contexts, and the same sums on every device.
+/// Keys of a part: many cubes at long contexts, and shared memory for a score of each.
 const KEYS_PER_PART: usize = 256;
 /// Keys in shared memory at a time; fewer where it is small.
 const TILE: usize = 32;
@@ -159,14 +158,7 @@ fn form<R: CubeRuntime>(
     }
     // With few queries, several units share a score.
     while form.rows * form.tile * form.slices * 2 <= units {
-        let finer = Form {
-            slices: form.slices * 2,
-            ..form
-        };
-        if finer.shared_bytes() > hardware.max_shared_memory_size {
-            break;
-        }
-        form = finer;
+        form.slices *= 2;
     }
     Some(form)
 }
@@ -301,7 +293,7 @@ impl<R: CubeRuntime> Operation<FusionCubeRuntime<R>> for Attention {
         let [batch, n_heads, n_queries, _] = self.query.shape.dims();
         let [_, n_kv_heads, n_keys, _] = self.keys[0].rows.shape.dims();
 
-        let parts = (n_keys - self.first_key).div_ceil(KEYS_PER_PART);
+        let parts = (n_keys - self.first_key).div_ceil(self.form.part);
         let shape = Shape::new([batch, n_heads, n_queries, parts, head_dim + 2]);
         let buffer = client.empty(shape.num_elements() * size_of::<f32>());
         let partial = CubeTensor::new_contiguous(
@@ -360,7 +352,7 @@ impl<R: CubeRuntime> Operation<FusionCubeRuntime<R>> for Attention {
         );
         merge_parts::launch::<R>(
             &client,
-            CubeCount::Static((batch * n_heads * n_queries) as u32, 1, 1),
+            CubeCount::Static((n_heads * n_queries) as u32, batch as u32, 1),
             dim,
             address,
             partial.into_tensor_arg(),

@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 
 /// The score of a hidden key. Finite, so that a query that sees no key at all still gets numbers.
 const HIDDEN: f32 = -1e30;
-/// Units that share the scores of a query, or the parts of one, where all of them are looked at.
+/// Units, at most, that share the scores of a query, or its parts, where all of them are looked at.
 const LANES: usize = 16;
 /// Vectors that a unit reads before it keeps the first of them: reads then overlap.
 const IN_FLIGHT: usize = 4;
@@ -365,8 +365,8 @@ fn numbers<F: Float, E: Numeric, N: Size>(
     sum
 }
 
-/// The parts of a query's sums to `output` `[batch, n_heads, queries, head_dim]`, by a cube for every
-/// query.
+/// The parts of a query's sums to `output` `[batch, n_heads, queries, head_dim]`, by cubes
+/// `[n_heads · queries, batch]`.
 #[cube(launch, address_type = "dynamic")]
 pub fn merge_parts<F: Float>(
     partial: &Tensor<f32>,
@@ -379,7 +379,7 @@ pub fn merge_parts<F: Float>(
     let unit = UNIT_POS as usize;
     let n_heads = output.shape(1);
     let n_queries = output.shape(2);
-    let query = CUBE_POS_X as usize;
+    let query = (CUBE_POS_Y * CUBE_COUNT_X + CUBE_POS_X) as usize;
     let width = comptime!(head_dim + 2);
     let lanes = comptime!(LANES.min(units));
     // Units that share a channel.

@@ -1,5 +1,5 @@
 //! The faults of Burn 0.21's fusion on CubeCL that the decoder goes around, in Burn's operations
-//! alone: docs/decisions/cubecl-faults.md. Whether one is seen depends on the kernel that tuning finds
+//! alone: docs/decisions/cubecl-faults.md. Whether most are seen depends on the kernel that tuning finds
 //! fastest, so those tests are ignored unless asked for; `.ci/run` asks, and says so where one is not
 //! seen. When Burn has mended it, the way around it can go.
 
