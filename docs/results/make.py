@@ -580,6 +580,7 @@ def cloze_table():
         "fused_kv-20-41k": "fused_kv, 20 of 30, distilled on 41 thousand",
         "fused_kv-15": "fused_kv, 15 of 30, fitted on 65536 tokens",
         "fused_kv-15-123k": "fused_kv, 15 of 30, distilled on 123 thousand",
+        "fused_kv-15-1024k": "fused_kv, 15 of 30, distilled on 1024 thousand",
     }
     found = {name: json.loads((CLOZE / f"{file}.json").read_text()) for file, name in models.items()}
     kinds = list(found["standard"])
