@@ -325,20 +325,24 @@ pub fn cache_dtypes<B: Backend>(subject: &Subject<B>) {
         steps.push(Step::SelectRows(vec![1, 0, 1]));
         steps.push(Step::Append(rows(&[1, 1, 1]), Logits::Last));
         let (found, expected) = (run(&model, dtype, &steps), run(&reference, dtype, &steps));
-        // A number that lies between two of the cache's may be rounded to either.
-        let step = match dtype {
-            CacheDtype::F16 => 2e-3,
-            CacheDtype::Bf16 | CacheDtype::Int8 => 2e-2,
-            _ => 0.0,
-        };
         for (found, expected) in found.iter().zip(&expected) {
             agree(
                 &dtype.to_string(),
                 found,
                 expected,
-                subject.tolerance() + step,
+                subject.tolerance() + rounding(dtype),
             );
         }
+    }
+}
+
+/// How far off logits may be since a number that lies between two of the cache's may be rounded to
+/// either.
+pub fn rounding(dtype: CacheDtype) -> f64 {
+    match dtype {
+        CacheDtype::F16 => 2e-3,
+        CacheDtype::Bf16 | CacheDtype::Int8 => 2e-2,
+        _ => 0.0,
     }
 }
 
