@@ -23,6 +23,7 @@ mod shape;
 
 use std::error::Error;
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -60,11 +61,11 @@ struct Args {
     #[arg(long, value_delimiter = ',', default_value = "1")]
     batches: Vec<usize>,
     /// Tokens decoded after each prompt
-    #[arg(long, default_value_t = 16)]
-    decode: usize,
+    #[arg(long, default_value = "16")]
+    decode: NonZeroUsize,
     /// Turns each method takes, after one that is not counted
-    #[arg(long, default_value_t = 3, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
-    repeats: usize,
+    #[arg(long, default_value = "3")]
+    repeats: NonZeroUsize,
     /// Formats of the matrices, each with every method: model, f16, bf16, int8 or int4
     #[arg(long, value_delimiter = ',', default_value = "model")]
     weights: Vec<WeightFormat>,
@@ -109,7 +110,7 @@ fn main() -> ExitCode {
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
         check_place(&self.out)?;
-        let positions = self.prompts.iter().max().unwrap_or(&0) + self.decode;
+        let positions = self.prompts.iter().max().unwrap_or(&0) + self.decode.get();
         let mut subjects = Vec::new();
         for method in &self.methods {
             let model = self.model_of::<B>(method, positions, device)?;
@@ -135,7 +136,7 @@ impl Program for Args {
                     .map(|Subject { name, model, .. }| Case::new(name, batch, prompt, model));
                 let mut cases = cases.collect::<Result<Vec<Case>, _>>()?;
                 // One turn to warm up, which is not counted.
-                for turn in 0..=self.repeats {
+                for turn in 0..=self.repeats.get() {
                     for (subject, case) in subjects.iter().zip(&mut cases) {
                         let run = self.measure(subject, batch, prompt, device)?;
                         if turn > 0 {
@@ -214,7 +215,7 @@ impl Args {
             if i == 0 {
                 println!("\n{}", draws::HEADING);
             }
-            let tokens = self.decode * self.repeats;
+            let tokens = self.decode.get() * self.repeats.get();
             let mut config = self.shape.config(method, draws::PROMPT + tokens + 1)?;
             config.vocab_size = vocab;
             let model = config.init::<B>(device)?;
@@ -243,7 +244,7 @@ impl Args {
             TokenBatch::<B>::from_rows(&rows, vocab, device)
         };
         let memory = PeakMemory::start();
-        let mut cache = model.new_cache_of(*cache, batch, prompt + self.decode)?;
+        let mut cache = model.new_cache_of(*cache, batch, prompt + self.decode.get())?;
         let chunk = tokens(prompt, 0)?;
         let start = Instant::now();
         // Reading a number waits for all of them.
@@ -257,7 +258,7 @@ impl Args {
             fs::write(directory.join(format!("{name}.f32")), bytes)?;
         }
         let mut steps = Vec::new();
-        for step in 0..self.decode {
+        for step in 0..self.decode.get() {
             let token = tokens(1, step + 1)?;
             let start = Instant::now();
             wait(model.forward_cached(token, &mut cache, Logits::Last)?);

@@ -19,6 +19,7 @@ use std::env;
 use std::error::Error;
 use std::fs::{self, File};
 use std::io::Read;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Instant;
@@ -67,8 +68,8 @@ struct Args {
     #[arg(long, default_value_t = 16)]
     prompt: usize,
     /// Processes for each figure
-    #[arg(long, default_value_t = 5)]
-    repeats: usize,
+    #[arg(long, default_value = "5")]
+    repeats: NonZeroUsize,
     #[command(flatten)]
     shape: Shape,
     /// Directories, or GGUF files, in place of random ones
@@ -277,7 +278,7 @@ impl Args {
             self.process::<Start>(path, "start", WeightFormat::Model)?;
             let mut readings = Vec::new();
             let mut starts: Vec<Vec<Start>> = self.weights.iter().map(|_| Vec::new()).collect();
-            for _ in 0..self.repeats {
+            for _ in 0..self.repeats.get() {
                 readings.push(self.process::<Reading>(path, "read", WeightFormat::Model)?);
                 for (&weights, starts) in self.weights.iter().zip(&mut starts) {
                     starts.push(self.process(path, "start", weights)?);

@@ -16,6 +16,7 @@ mod memory;
 mod shape;
 
 use std::error::Error;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -57,8 +58,8 @@ struct Args {
     #[arg(long, default_value_t = 1)]
     batch: usize,
     /// Steps each method takes, after one that is not counted
-    #[arg(long, default_value_t = 3, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
-    repeats: usize,
+    #[arg(long, default_value = "3")]
+    repeats: NonZeroUsize,
     /// Measure again with Burn's activation checkpointing
     #[arg(long)]
     checkpointing: bool,
@@ -88,7 +89,7 @@ struct Figures {
     checkpointing: bool,
     tokens_per_s: f64,
     tokens_per_s_ratio: f64,
-    /// Most bytes at once beyond the model and the optimizer's moments.
+    /// Most bytes of the processor's memory at once beyond the model and the optimizer's moments.
     peak_bytes: usize,
     peak_ratio: f64,
 }
@@ -148,7 +149,7 @@ impl Args {
             .iter()
             .map(|name| Trainee::<B>::new(&self.shape, name, context, device))
             .collect::<Result<Vec<_>, _>>()?;
-        for repeat in 0..=self.repeats {
+        for repeat in 0..=self.repeats.get() {
             for model in &mut models {
                 let turn = model.step(self.batch, context, self.shape.vocab, device);
                 if repeat > 0 {
