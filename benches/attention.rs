@@ -1,5 +1,5 @@
-//! Attention alone over a standard cache, Lite's and FusedKV's, and the append of one token at two
-//! capacities, on Flex.
+//! Attention alone over a standard cache, Lite's and FusedKV's, a decoded token's over caches of every
+//! format, and the append of one token at two capacities, on Flex.
 //!
 //! ```sh
 //! cargo bench --bench attention
@@ -16,8 +16,8 @@ use divan::Bencher;
 use divan::counter::ItemsCount;
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::{
-    BlendWeights, FusedKvDecoderConfig, FusionInit, KvFusion, KvFusionConfig, KvPart, KvPlan,
-    KvShape, KvSource, Logits, TokenBatch, fused_attention,
+    BlendWeights, CacheDtype, FusedKvDecoderConfig, FusionInit, KvFusion, KvFusionConfig, KvPart,
+    KvPlan, KvShape, KvSource, Logits, TokenBatch, fused_attention,
 };
 
 #[global_allocator]
@@ -120,18 +120,21 @@ fn fused_kv_materialised(bencher: Bencher, size: [usize; 2]) {
     });
 }
 
-/// A decoded token after 16 others, in caches of two capacities.
-#[divan::bench(args = [1024, 65_536])]
-fn append(bencher: Bencher, capacity: usize) {
-    let plan = KvPlan::FusedKv { storage_layers: 2 };
+/// Times a decoded token after `past` others, in a decoder that has little but attention.
+fn decode(
+    bencher: Bencher,
+    (plan, n_kv_heads): (KvPlan, usize),
+    [past, capacity]: [usize; 2],
+    dtype: CacheDtype,
+) {
     let config = FusedKvDecoderConfig::new(VOCAB, plan)
         .with_hidden_size(64)
         .with_n_layers(4)
         .with_n_heads(HEADS)
-        .with_n_kv_heads(HEADS)
+        .with_n_kv_heads(n_kv_heads)
         .with_head_dim(HEAD_DIM)
         .with_ffn_size(64)
-        .with_max_positions(1024);
+        .with_max_positions(past + 1);
     let model = config
         .init::<Flex>(&FlexDevice)
         .expect("the shape is valid");
@@ -139,14 +142,62 @@ fn append(bencher: Bencher, capacity: usize) {
         let row: Vec<u32> = (0..len).map(|i| (i % VOCAB) as u32).collect();
         TokenBatch::<Flex>::from_rows(&[row], VOCAB, &FlexDevice).expect("ids are known")
     };
-    let mut cache = model.new_cache(1, capacity).expect("capacity is not 0");
+    let cache = model.new_cache_of(dtype, 1, capacity);
+    let mut cache = cache.expect("capacity is not 0");
     let mut feed = |len: usize| {
         let logits = model.forward_cached(tokens(len), &mut cache, Logits::Last);
         black_box(logits.expect("the cache has room"));
-        cache.truncate(16).expect("16 are in use at least");
+        cache.truncate(past).expect("they are in use");
     };
-    feed(16);
+    feed(past);
     bencher.bench_local(|| feed(1));
+}
+
+const FUSED: KvPlan = KvPlan::FusedKv { storage_layers: 2 };
+
+/// Formats, and tokens there are before the one that is decoded.
+const CACHES: [(CacheDtype, usize); 9] = {
+    use CacheDtype::{F16, Int8, Model};
+    [
+        (Model, 512),
+        (F16, 512),
+        (Int8, 512),
+        (Model, 2048),
+        (F16, 2048),
+        (Int8, 2048),
+        (Model, 8192),
+        (F16, 8192),
+        (Int8, 8192),
+    ]
+};
+
+/// A decoded token of four layers.
+#[divan::bench(args = CACHES)]
+fn decode_standard(bencher: Bencher, (dtype, past): (CacheDtype, usize)) {
+    decode(bencher, (KvPlan::Standard, HEADS), [past, past + 1], dtype);
+}
+
+/// Of four layers whose query heads share keys and values in threes.
+#[divan::bench(args = CACHES)]
+fn decode_gqa(bencher: Bencher, (dtype, past): (CacheDtype, usize)) {
+    decode(
+        bencher,
+        (KvPlan::Standard, HEADS / 3),
+        [past, past + 1],
+        dtype,
+    );
+}
+
+/// Of four layers, of which the upper two blend two sources.
+#[divan::bench(args = CACHES)]
+fn decode_fused_kv(bencher: Bencher, (dtype, past): (CacheDtype, usize)) {
+    decode(bencher, (FUSED, HEADS), [past, past + 1], dtype);
+}
+
+/// A decoded token after 16 others, in caches of two capacities.
+#[divan::bench(args = [1024, 65_536])]
+fn append(bencher: Bencher, capacity: usize) {
+    decode(bencher, (FUSED, HEADS), [16, capacity], CacheDtype::Model);
 }
 
 fn main() {

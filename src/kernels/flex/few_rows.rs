@@ -2,6 +2,7 @@
 //! several matrices that the same rows are multiplied with are one step among threads.
 
 use std::ops::Range;
+use std::slice::ChunksExact;
 
 use burn::tensor::{DType, Tensor, backend::Backend};
 use burn_flex::FlexTensor;
@@ -9,7 +10,8 @@ use half::f16;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::rows::{Floats, GroupStorage, Groups, Matrix as _, PIECE};
+use super::narrow::{AT_ONCE, Rows, floats_at_once};
+use super::rows::{GroupStorage, Groups, floats};
 use super::widen::{self, Coded, Int4, Int8};
 use super::{ARCH, PARALLEL, float_tensor, simd};
 use crate::kernels::packed::{Codes, GROUP, Packed};
@@ -50,7 +52,7 @@ impl Held {
             return Some(Self::Inputs(weight));
         }
         let outputs = weight.transpose(0, 1);
-        Floats::new(&outputs)?;
+        floats(&outputs)?;
         Some(Self::Outputs(outputs))
     }
 
@@ -66,7 +68,7 @@ impl Held {
                 output: weight.layout().shape()[1],
             },
             Self::Outputs(weight) => Matrix::Outputs {
-                weight: Floats::new(weight)?,
+                weight: floats(weight)?,
                 output: weight.layout().shape()[0],
             },
             Self::Groups(weight) => Matrix::Groups(weight.groups()?),
@@ -78,7 +80,7 @@ impl Held {
 #[derive(Clone, Copy)]
 enum Matrix<'a> {
     Inputs { weight: &'a [f32], output: usize },
-    Outputs { weight: Floats<'a>, output: usize },
+    Outputs { weight: Rows<'a>, output: usize },
     Groups(Groups<'a>),
 }
 
@@ -270,7 +272,7 @@ fn add_rows<S: Simd>(simd: S, x: &[f32], weights: [&[f32]; UNROLL], sums: &mut [
 /// x[row] · weight[j] for all rows and some j.
 struct Products<'a> {
     x: &'a [f32],
-    weight: Floats<'a>,
+    weight: Rows<'a>,
     outputs: Range<usize>,
     products: &'a mut [f32],
 }
@@ -280,17 +282,12 @@ impl WithSimd for Products<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let (width, input) = (self.outputs.len(), self.weight.columns());
-        let mut scratch = [0.0; PIECE];
-        for (j, output) in self.outputs.enumerate() {
-            for from in (0..input).step_by(PIECE) {
-                let piece = from..(from + PIECE).min(input);
-                let weight = (self.weight).piece(simd, output, piece.clone(), &mut scratch);
-                for (row, x) in self.x.chunks(input).enumerate() {
-                    self.products[row * width + j] += simd::dot(simd, &x[piece.clone()], weight);
-                }
-            }
-        }
+        let width = self.outputs.len();
+        let pitch = width.next_multiple_of(AT_ONCE);
+        let mut products = vec![0.0; self.products.len() / width * pitch];
+        (self.weight).add_products(simd, self.x, self.outputs, &mut products, pitch);
+        let rows = self.products.chunks_mut(width).zip(products.chunks(pitch));
+        rows.for_each(|(to, row)| to.copy_from_slice(&row[..width]));
     }
 }
 
@@ -332,10 +329,15 @@ impl GroupProducts<'_> {
                 .map(|numbers| widened(simd, numbers, &mut *offsets));
             let bytes = weight.bytes(outputs);
             let bytes = bytes.chunks_exact(per_row * C::CODES.bytes());
-            for ((j, bytes), scales) in (first..last).zip(bytes).zip(scales.chunks(per_row)) {
-                let rows = x.groups.chunks(per_row);
-                for (row, x) in rows.enumerate() {
-                    self.products[row * width + j] = dot_codes::<S, C>(simd, bytes, x, scales);
+            let at_once = floats_at_once(simd);
+            for (i, x) in x.groups.chunks(at_once * per_row).enumerate() {
+                let products = &mut self.products[i * at_once * width + first..];
+                let of = (bytes.clone(), scales, products, width);
+                match x.len() / per_row {
+                    1 => products_of::<S, C, 1>(simd, x.as_chunks().0, of),
+                    2 => products_of::<S, C, 2>(simd, &side_by_side(x, per_row), of),
+                    3 => products_of::<S, C, 3>(simd, &side_by_side(x, per_row), of),
+                    _ => products_of::<S, C, 4>(simd, &side_by_side(x, per_row), of),
                 }
             }
             if let Some(offsets) = offsets {
@@ -352,41 +354,88 @@ impl GroupProducts<'_> {
 #[inline(always)]
 fn widened<'a, S: Simd>(simd: S, numbers: &[f16], to: &'a mut [f32]) -> &'a [f32] {
     let to = &mut to[..numbers.len()];
-    widen::f16s(simd, numbers, to);
+    widen::widened(simd, numbers, to);
     to
 }
 
-/// Σ_g scales[g] · (codes of g · x_g).
+/// Group after group of R rows, those of all rows side by side.
 #[inline(always)]
-fn dot_codes<S: Simd, C: Coded>(simd: S, bytes: &[i8], x: &[[f32; GROUP]], scales: &[f32]) -> f32 {
+fn side_by_side<const R: usize>(x: &[[f32; GROUP]], per_row: usize) -> Vec<[[f32; GROUP]; R]> {
+    let mut groups = vec![[[0.0; GROUP]; R]; per_row];
+    for (r, row) in x.chunks_exact(per_row).enumerate() {
+        for (to, group) in groups.iter_mut().zip(row) {
+            to[r] = *group;
+        }
+    }
+    groups
+}
+
+/// Rows of codes with their scales, times R rows x: the products `[rows, pitch]`.
+#[inline(always)]
+fn products_of<S: Simd, C: Coded, const R: usize>(
+    simd: S,
+    x: &[[[f32; GROUP]; R]],
+    (bytes, scales, products, pitch): (ChunksExact<i8>, &[f32], &mut [f32], usize),
+) {
+    for (j, (bytes, scales)) in bytes.zip(scales.chunks(x.len())).enumerate() {
+        let found = dot_codes::<S, C, R>(simd, bytes, x, scales);
+        for (r, found) in found.into_iter().enumerate() {
+            products[r * pitch + j] = found;
+        }
+    }
+}
+
+/// Σ_g scales[g] · (codes of g · x_g), for R rows x.
+#[inline(always)]
+fn dot_codes<S: Simd, C: Coded, const R: usize>(
+    simd: S,
+    bytes: &[i8],
+    x: &[[[f32; GROUP]; R]],
+    scales: &[f32],
+) -> [f32; R] {
     let width = C::CODES.bytes();
     // Groups take turns, because each waits for the last addition to its sum.
-    let (mut even, mut odd) = (simd.splat_f32s(0.0), simd.splat_f32s(0.0));
+    let (mut even, mut odd) = ([simd.splat_f32s(0.0); R], [simd.splat_f32s(0.0); R]);
     let (x_pairs, x_last) = x.as_chunks::<2>();
     let (pairs, last) = scales.as_chunks::<2>();
     let (bytes, bytes_last) = bytes.split_at(2 * pairs.len() * width);
     for ((bytes, x), scales) in bytes.chunks_exact(2 * width).zip(x_pairs).zip(pairs) {
         let (first, second) = bytes.split_at(width);
-        let first = dot_group::<S, C>(simd, first, &x[0]);
-        even = simd.mul_add_f32s(first, simd.splat_f32s(scales[0]), even);
-        let second = dot_group::<S, C>(simd, second, &x[1]);
-        odd = simd.mul_add_f32s(second, simd.splat_f32s(scales[1]), odd);
+        add_group::<S, C, R>(simd, first, &x[0], scales[0], &mut even);
+        add_group::<S, C, R>(simd, second, &x[1], scales[1], &mut odd);
     }
     if let ([x], [scale]) = (x_last, last) {
-        let last = dot_group::<S, C>(simd, bytes_last, x);
-        even = simd.mul_add_f32s(last, simd.splat_f32s(*scale), even);
+        add_group::<S, C, R>(simd, bytes_last, x, *scale, &mut even);
     }
-    simd.reduce_sum_f32s(simd.add_f32s(even, odd))
+    let mut found = [0.0; R];
+    for ((found, even), odd) in found.iter_mut().zip(even).zip(odd) {
+        *found = simd.reduce_sum_f32s(simd.add_f32s(even, odd));
+    }
+    found
 }
 
-/// The codes of a group times x, to be added up.
+/// Adds the codes of a group times R rows x and their scale.
 #[inline(always)]
-fn dot_group<S: Simd, C: Coded>(simd: S, bytes: &[i8], x: &[f32; GROUP]) -> S::f32s {
-    let (x, _) = S::as_simd_f32s(x);
-    let mut product = simd.mul_f32s(C::vector(simd, bytes, 0), x[0]);
-    for (i, &x) in x.iter().enumerate().skip(1) {
+fn add_group<S: Simd, C: Coded, const R: usize>(
+    simd: S,
+    bytes: &[i8],
+    x: &[[f32; GROUP]; R],
+    scale: f32,
+    sums: &mut [S::f32s; R],
+) {
+    let scale = simd.splat_f32s(scale);
+    let mut products = [simd.splat_f32s(0.0); R];
+    for i in 0..GROUP / S::F32_LANES {
         let codes = C::vector(simd, bytes, i * S::F32_LANES);
-        product = simd.mul_add_f32s(codes, x, product);
+        for (product, x) in products.iter_mut().zip(x) {
+            let (x, _) = S::as_simd_f32s(x);
+            *product = match i {
+                0 => simd.mul_f32s(codes, x[0]),
+                _ => simd.mul_add_f32s(codes, x[i], *product),
+            };
+        }
     }
-    product
+    for (sum, product) in sums.iter_mut().zip(products) {
+        *sum = simd.mul_add_f32s(product, scale, *sum);
+    }
 }

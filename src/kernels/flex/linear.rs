@@ -8,7 +8,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::few_rows::{FEW, Held, products};
-use super::rows::{Floats, GroupStorage, Matrix};
+use super::rows::{GroupStorage, Matrix, floats};
 use super::{ARCH, PARALLEL, f32_tensor, float_tensor, tensor, typed};
 use crate::kernels::operands::Factor;
 use crate::kernels::packed::Packed;
@@ -28,8 +28,8 @@ pub(crate) fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Opt
     let (x, weight) = (f32_tensor(x)?, float_tensor(weight)?);
     // Whose rows are the outputs.
     let weight = weight.transpose(0, 1);
-    let weight = Floats::new(&weight)?;
-    match weight.is_f32() {
+    let weight = floats(&weight)?;
+    match weight.are_f32() {
         true => None,
         false => by_tile(&x, weight, [batch, seq, output]),
     }

@@ -16,6 +16,7 @@ mod heads;
 mod linear;
 #[cfg(feature = "train")]
 mod loss;
+mod narrow;
 mod pointwise;
 mod rows;
 mod simd;

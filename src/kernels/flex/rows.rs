@@ -4,15 +4,13 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Tensor, backend::Backend};
 use burn_flex::FlexTensor;
-use half::{bf16, f16};
+use half::f16;
 use pulp::Simd;
 
-use super::widen::{self, Coded, Int4, Int8, widen_f16};
+use super::narrow::{Numbers, Rows};
+use super::widen::{Coded, Int4, Int8, widen_f16};
 use super::{float_tensor, int_tensor};
 use crate::kernels::packed::{Codes, GROUP, Packed};
-
-/// Columns that are widened at a time: they stay in the first-level cache.
-pub(super) const PIECE: usize = 1024;
 
 /// A matrix that can be widened to f32.
 pub(super) trait Matrix: Copy + Sync {
@@ -22,74 +20,26 @@ pub(super) trait Matrix: Copy + Sync {
     fn widen<S: Simd>(&self, simd: S, row: usize, to: &mut [f32]);
 }
 
-/// A matrix of floats, row after row in one piece.
-#[derive(Clone, Copy)]
-pub(super) struct Floats<'a> {
-    numbers: Numbers<'a>,
-    columns: usize,
+/// A matrix of floats. None if it does not lie in one piece, row after row, or is of other floats.
+pub(super) fn floats(matrix: &FlexTensor) -> Option<Rows<'_>> {
+    let numbers = match matrix.dtype() {
+        DType::F32 => Numbers::F32(matrix.as_slice()?),
+        DType::F16 => Numbers::F16(matrix.as_slice()?),
+        DType::BF16 => Numbers::Bf16(matrix.as_slice()?),
+        _ => return None,
+    };
+    let columns = matrix.layout().shape()[1];
+    Some(Rows::new(numbers, columns, columns))
 }
 
-#[derive(Clone, Copy)]
-enum Numbers<'a> {
-    F32(&'a [f32]),
-    F16(&'a [f16]),
-    Bf16(&'a [bf16]),
-}
-
-impl<'a> Floats<'a> {
-    /// None if it does not lie in one piece, or is of other floats.
-    pub fn new(matrix: &'a FlexTensor) -> Option<Self> {
-        let numbers = match matrix.dtype() {
-            DType::F32 => Numbers::F32(matrix.as_slice()?),
-            DType::F16 => Numbers::F16(matrix.as_slice()?),
-            DType::BF16 => Numbers::Bf16(matrix.as_slice()?),
-            _ => return None,
-        };
-        let columns = matrix.layout().shape()[1];
-        Some(Self { numbers, columns })
-    }
-
-    pub fn is_f32(&self) -> bool {
-        matches!(self.numbers, Numbers::F32(_))
-    }
-
-    /// Some columns of a row: as they lie if they are f32, else widened in `scratch`, which has room
-    /// for them.
-    #[inline(always)]
-    pub fn piece<'t, S: Simd>(
-        &self,
-        simd: S,
-        row: usize,
-        range: Range<usize>,
-        scratch: &'t mut [f32],
-    ) -> &'t [f32]
-    where
-        'a: 't,
-    {
-        let start = row * self.columns + range.start;
-        let scratch = &mut scratch[..range.len()];
-        match self.numbers {
-            Numbers::F32(numbers) => return &numbers[start..][..range.len()],
-            Numbers::F16(numbers) => {
-                widen::f16s(simd, &numbers[start..][..range.len()], scratch);
-            }
-            Numbers::Bf16(numbers) => {
-                widen::bf16s(&numbers[start..][..range.len()], scratch);
-            }
-        }
-        scratch
-    }
-}
-
-impl Matrix for Floats<'_> {
+impl Matrix for Rows<'_> {
     fn columns(&self) -> usize {
-        self.columns
+        self.width()
     }
 
     #[inline(always)]
     fn widen<S: Simd>(&self, simd: S, row: usize, to: &mut [f32]) {
-        // What is f32 already is multiplied where it lies.
-        self.piece(simd, row, 0..self.columns, to);
+        Rows::widen(self, simd, row, to);
     }
 }
 

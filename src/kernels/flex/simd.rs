@@ -1,7 +1,14 @@
 //! What the kernels do with vectors of whatever length the processor has.
 
 use pulp::Simd;
+#[cfg(target_arch = "x86_64")]
+use pulp::bytemuck::cast;
 use pulp::bytemuck::cast_slice_mut;
+#[cfg(target_arch = "x86_64")]
+use pulp::x86::{V3, V4};
+
+#[cfg(target_arch = "x86_64")]
+use super::widen::is;
 
 /// Σ a·b. Both slices have the same length.
 #[inline(always)]
@@ -40,6 +47,61 @@ pub(super) fn axpy<S: Simd>(simd: S, a: f32, x: &[f32], y: &mut [f32]) {
     for (y, x) in y_tail.iter_mut().zip(x_tail) {
         *y += a * x;
     }
+}
+
+/// The sums of the numbers of four vectors each: together they take a third of what each by itself does.
+#[inline(always)]
+pub(super) fn sums_of_each<S: Simd>(simd: S, vectors: [S::f32s; 4]) -> [f32; 4] {
+    // Each step has half the vectors, with sums of pairs of numbers in them.
+    #[cfg(target_arch = "x86_64")]
+    {
+        if let Some(simd) = is::<S, V4>(simd) {
+            let (avx, [a, b, c, d]) = (simd.avx512f, cast(vectors));
+            let ab = avx._mm512_add_ps(avx._mm512_unpacklo_ps(a, b), avx._mm512_unpackhi_ps(a, b));
+            let cd = avx._mm512_add_ps(avx._mm512_unpacklo_ps(c, d), avx._mm512_unpackhi_ps(c, d));
+            let low = avx._mm512_unpacklo_pd(cast(ab), cast(cd));
+            let high = avx._mm512_unpackhi_pd(cast(ab), cast(cd));
+            let quarters = avx._mm512_add_ps(cast(low), cast(high));
+            let low = avx._mm512_castps512_ps256(quarters);
+            let high = avx._mm512_extractf64x4_pd::<1>(cast(quarters));
+            return halves_added(*simd, simd.avx._mm256_add_ps(low, cast(high)));
+        }
+        if let Some(simd) = is::<S, V3>(simd) {
+            let (avx, [a, b, c, d]) = (simd.avx, cast(vectors));
+            let ab = avx._mm256_add_ps(avx._mm256_unpacklo_ps(a, b), avx._mm256_unpackhi_ps(a, b));
+            let cd = avx._mm256_add_ps(avx._mm256_unpacklo_ps(c, d), avx._mm256_unpackhi_ps(c, d));
+            let low = avx._mm256_unpacklo_pd(cast(ab), cast(cd));
+            let high = avx._mm256_unpackhi_pd(cast(ab), cast(cd));
+            return halves_added(simd, avx._mm256_add_ps(cast(low), cast(high)));
+        }
+    }
+    let mut sums = [0.0; 4];
+    for (sum, vector) in sums.iter_mut().zip(vectors) {
+        *sum = simd.reduce_sum_f32s(vector);
+    }
+    sums
+}
+
+/// Both halves of a vector, added.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn halves_added(simd: V3, vector: std::arch::x86_64::__m256) -> [f32; 4] {
+    let low = simd.avx._mm256_castps256_ps128(vector);
+    let high = simd.avx._mm256_extractf128_ps::<1>(vector);
+    cast(simd.sse._mm_add_ps(low, high))
+}
+
+/// The largest of some numbers, and of `least`. What is no number may or may not be.
+#[inline(always)]
+pub(super) fn maximum<S: Simd>(simd: S, numbers: &[f32], least: f32) -> f32 {
+    let (vectors, tail) = S::as_simd_f32s(numbers);
+    let mut most = simd.splat_f32s(least);
+    for &vector in vectors {
+        most = simd.max_f32s(most, vector);
+    }
+    tail.iter()
+        .copied()
+        .fold(simd.reduce_max_f32s(most), f32::max)
 }
 
 /// A vector that begins with `tail`, which is shorter, and ends with zeros.

@@ -2,15 +2,109 @@
 
 use std::any::Any;
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use pulp::Simd;
-#[cfg(test)]
-use pulp::bytemuck::cast_slice;
-use pulp::bytemuck::{cast, cast_slice_mut};
+#[cfg(target_arch = "x86_64")]
+use pulp::bytemuck::cast;
+use pulp::bytemuck::{cast_slice, cast_slice_mut};
 #[cfg(target_arch = "x86_64")]
 use pulp::x86::{V3, V4};
 
 use crate::kernels::packed::{Codes, GROUP};
+
+/// Stored numbers, a vector of which becomes floats in a register.
+pub(super) trait Number: Copy + Default {
+    /// As many numbers as a vector has.
+    fn vector<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s;
+
+    /// Fewer of them, and zeros behind.
+    #[inline(always)]
+    fn padded<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
+        /// No vector has more numbers.
+        const MOST: usize = 16;
+        let mut all = [Self::default(); MOST];
+        all[..numbers.len()].copy_from_slice(numbers);
+        Self::vector(simd, &all[..S::F32_LANES])
+    }
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn vector<S: Simd>(_: S, numbers: &[Self]) -> S::f32s {
+        S::as_simd_f32s(numbers).0[0]
+    }
+}
+
+impl Number for f16 {
+    #[inline(always)]
+    fn vector<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(simd) = is::<S, V4>(simd) {
+            return cast(
+                simd.avx512f
+                    ._mm512_cvtph_ps(cast(bits::<16>(numbers.reinterpret_cast()))),
+            );
+        }
+        // As `widen_f16`.
+        let bits = halves(simd, numbers.reinterpret_cast());
+        let exponent = simd.and_u32s(bits, simd.splat_u32s(0x7c00));
+        let finite = simd.less_than_u32s(exponent, simd.splat_u32s(0x7c00));
+        let ones = simd.splat_u32s(0xff << 23);
+        let not_finite = simd.select_u32s(finite, simd.splat_u32s(0), ones);
+        let magnitude = simd.and_u32s(bits, simd.splat_u32s(0x7fff));
+        let magnitude = simd.wrapping_dyn_shl_u32s(magnitude, simd.splat_u32s(13));
+        let magnitude = simd.transmute_f32s_u32s(magnitude);
+        let magnitude = simd.mul_f32s(magnitude, simd.splat_f32s(F16_BIAS));
+        let magnitude = simd.or_u32s(simd.transmute_u32s_f32s(magnitude), not_finite);
+        let sign = simd.and_u32s(bits, simd.splat_u32s(0x8000));
+        let sign = simd.wrapping_dyn_shl_u32s(sign, simd.splat_u32s(16));
+        simd.transmute_f32s_u32s(simd.or_u32s(magnitude, sign))
+    }
+}
+
+impl Number for bf16 {
+    #[inline(always)]
+    fn vector<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
+        let bits = halves(simd, numbers.reinterpret_cast());
+        simd.transmute_f32s_u32s(simd.wrapping_dyn_shl_u32s(bits, simd.splat_u32s(16)))
+    }
+}
+
+impl Number for i8 {
+    #[inline(always)]
+    fn vector<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
+        signed(simd, numbers)
+    }
+}
+
+/// As many numbers of 16 bits as a vector has.
+#[inline(always)]
+fn halves<S: Simd>(simd: S, numbers: &[u16]) -> S::u32s {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if let Some(simd) = is::<S, V4>(simd) {
+            return cast(simd.convert_u16x16_to_u32x16(cast(bits::<16>(numbers))));
+        }
+        if let Some(simd) = is::<S, V3>(simd) {
+            return cast(simd.convert_u16x8_to_u32x8(cast(bits::<8>(numbers))));
+        }
+    }
+    let mut vector = [simd.splat_u32s(0)];
+    let words: &mut [u32] = cast_slice_mut(&mut vector);
+    (words.iter_mut().zip(numbers)).for_each(|(to, x)| *to = u32::from(*x));
+    let [vector] = vector;
+    vector
+}
+
+/// The first N of some numbers.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn bits<const N: usize>(numbers: &[u16]) -> [u16; N] {
+    let mut all = [0; N];
+    all.copy_from_slice(&numbers[..N]);
+    all
+}
 
 /// How the codes of a group become numbers: known to the compiler, unlike [`Codes`].
 pub(super) trait Coded {
@@ -55,39 +149,14 @@ impl Coded for Int4 {
 
 /// Numbers as f32; as many of both.
 #[inline(always)]
-pub(super) fn f16s<S: Simd>(simd: S, numbers: &[f16], to: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if let Some(simd) = is::<S, V4>(simd) {
-        let (vectors, tail) = numbers.as_chunks::<16>();
-        let (to, to_tail) = to.as_chunks_mut::<16>();
-        for (to, numbers) in to.iter_mut().zip(vectors) {
-            let mut bits = [0; 16];
-            (bits.iter_mut().zip(numbers)).for_each(|(bits, x)| *bits = x.to_bits());
-            *to = cast(simd.avx512f._mm512_cvtph_ps(cast(bits)));
-        }
-        (to_tail.iter_mut().zip(tail)).for_each(|(to, x)| *to = widen_f16(*x));
-        return;
-    }
-    let _ = simd;
-    (to.iter_mut().zip(numbers)).for_each(|(to, x)| *to = widen_f16(*x));
-}
-
-/// Numbers as f32; as many of both.
-#[inline(always)]
-pub(super) fn bf16s(numbers: &[bf16], to: &mut [f32]) {
-    (to.iter_mut().zip(numbers)).for_each(|(to, x)| *to = widen_bf16(*x));
-}
-
-/// 8-bit codes times their scale as f32; as many of both.
-#[inline(always)]
-pub(super) fn scaled<S: Simd>(simd: S, codes: &[i8], scale: f32, to: &mut [f32]) {
+pub(super) fn widened<S: Simd, N: Number>(simd: S, numbers: &[N], to: &mut [f32]) {
     let (to, to_tail) = S::as_mut_simd_f32s(to);
-    let (codes, tail) = codes.split_at(to.len() * S::F32_LANES);
-    let factor = simd.splat_f32s(scale);
-    for (to, codes) in to.iter_mut().zip(codes.chunks_exact(S::F32_LANES)) {
-        *to = simd.mul_f32s(signed(simd, codes), factor);
+    let numbers = numbers.chunks_exact(S::F32_LANES);
+    let tail = [N::padded(simd, numbers.remainder())];
+    for (to, numbers) in to.iter_mut().zip(numbers) {
+        *to = N::vector(simd, numbers);
     }
-    (to_tail.iter_mut().zip(tail)).for_each(|(to, x)| *to = f32::from(*x) * scale);
+    to_tail.copy_from_slice(&cast_slice(&tail)[..to_tail.len()]);
 }
 
 /// As many bytes as a vector has numbers, −128 to 127.
@@ -142,31 +211,26 @@ fn first<const N: usize>(bytes: &[i8]) -> [i8; 16] {
 /// The instruction set as what it is, which the compiler knows.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn is<S: Simd, T: Simd>(simd: S) -> Option<T> {
+pub(super) fn is<S: Simd, T: Simd>(simd: S) -> Option<T> {
     (&simd as &dyn Any).downcast_ref::<T>().copied()
 }
+
+/// 2^112: biases of 127 against 15.
+const F16_BIAS: f32 = f32::from_bits((127 + 112) << 23);
 
 /// The number itself, by arithmetic that compilers turn into vectors: the exponent is moved to its
 /// place and its bias corrected by a product, which is exact and also right for subnormal numbers.
 /// What is not finite has all bits of the exponent set in both.
 #[inline(always)]
 pub(super) fn widen_f16(x: f16) -> f32 {
-    /// 2^112: biases of 127 against 15.
-    const BIAS: f32 = f32::from_bits((127 + 112) << 23);
     let bits = u32::from(x.to_bits());
     let not_finite = if bits & 0x7c00 == 0x7c00 {
         0xff << 23
     } else {
         0
     };
-    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * BIAS;
+    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * F16_BIAS;
     f32::from_bits(magnitude.to_bits() | not_finite | (bits & 0x8000) << 16)
-}
-
-/// The number itself.
-#[inline(always)]
-pub(super) fn widen_bf16(x: bf16) -> f32 {
-    f32::from_bits(u32::from(x.to_bits()) << 16)
 }
 
 #[cfg(test)]
@@ -199,23 +263,18 @@ mod tests {
                     }
                 }
             }
-            // Of a length that fills no vector.
-            let halves: Vec<f16> = (0..0x7c00).step_by(97).map(f16::from_bits).collect();
+            // Every half there is, in a length that fills no vector; what is no number stays none.
+            let halves: Vec<f16> = (1..=u16::MAX).map(f16::from_bits).collect();
             let mut wide = vec![0.0; halves.len()];
-            f16s(simd, &halves, &mut wide);
-            assert!(
-                wide.iter()
-                    .zip(&halves)
-                    .all(|(wide, x)| *wide == x.to_f32())
-            );
-            let bytes = &bytes[..201];
-            let mut wide = vec![0.0; bytes.len()];
-            scaled(simd, bytes, 0.5, &mut wide);
-            assert!(
-                wide.iter()
-                    .zip(bytes)
-                    .all(|(wide, x)| *wide == f32::from(*x) * 0.5)
-            );
+            widened(simd, &halves, &mut wide);
+            for (wide, x) in wide.iter().zip(&halves) {
+                assert!(wide.to_bits() == x.to_f32().to_bits() || wide.is_nan() && x.is_nan());
+            }
+            let halves: Vec<bf16> = (1..=u16::MAX).map(bf16::from_bits).collect();
+            widened(simd, &halves, &mut wide);
+            for (wide, x) in wide.iter().zip(&halves) {
+                assert!(wide.to_bits() == x.to_f32().to_bits() || wide.is_nan() && x.is_nan());
+            }
         }
     }
 

@@ -1,20 +1,20 @@
 //! Few queries over many keys: every query of a kv head's group with every key by a dot product.
-//! The limit is how fast keys and values come from memory, so each is read once for all of them.
+//! The limit is how fast keys and values come from memory, so each is read once for all of them, and
+//! widened in registers where it is no f32.
 
 use std::ops::Range;
 
+use pulp::bytemuck::cast_slice;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::{ARCH, PARALLEL, simd};
 use super::{HIDDEN, Problem};
 
-/// Keys per tile: long enough for the processor to foresee what is read next.
-const TILE: usize = 256;
 /// Keys of a head that one thread goes through. Fixed, so that sums are formed in one order whatever
-/// the number of threads or rows: enough to be worth a thread and its merging, few enough for all
-/// threads of a machine to have some.
-const PART: usize = 2 * TILE;
+/// the number of threads or rows: long enough for the processor to foresee what is read next and to
+/// be worth a thread and its merging, few enough for all threads of a machine to have some.
+const PART: usize = 512;
 
 /// `[batch, n_heads, n_queries, head_dim]`.
 pub(super) fn attention(problem: &Problem) -> Vec<f32> {
@@ -49,7 +49,7 @@ pub(super) fn attention(problem: &Problem) -> Vec<f32> {
     output
 }
 
-/// A softmax under way for each query of a group, over some of the keys.
+/// What some of the keys give to each query of a group.
 struct Softmax {
     /// The largest score.
     max: Vec<f32>,
@@ -129,142 +129,50 @@ impl WithSimd for Part<'_> {
         let queries = self.queries();
         let n_rows = queries.len() / problem.keys.len() / head_dim;
         let (keys, values) = problem.rows(self.batch, self.kv_head);
-        let mut scratch = Vec::new();
-        let mut scores = vec![0.0; n_rows * TILE];
-        let mut state = Softmax {
-            max: vec![HIDDEN; n_rows],
-            sum: vec![0.0; n_rows],
-            weighted: vec![0.0; values.len() * n_rows * head_dim],
-        };
-        for start in self.keys.clone().step_by(TILE) {
-            let range = start..(start + TILE).min(self.keys.end);
-            scores.fill(0.0);
-            for (keys, queries) in keys.iter().zip(queries.chunks(n_rows * head_dim)) {
-                for part in parts(&range, keys.at_once()) {
-                    let first = part.start - start;
-                    let tile = keys.tile(simd, part, &mut scratch);
-                    for (query, scores) in queries.chunks(head_dim).zip(scores.chunks_mut(TILE)) {
-                        add_scores(simd, query, tile, &mut scores[first..]);
-                    }
-                }
-            }
-            for (row, scores) in scores.chunks_mut(TILE).enumerate() {
-                let scores = &mut scores[..range.len()];
-                let query = row % problem.n_queries;
-                problem.for_each_hidden(self.batch, query, range.clone(), |i| scores[i] = HIDDEN);
-                let decay = state.add(simd, row, scores);
-                if decay != 1.0 {
-                    for weighted in state.weighted.chunks_mut(n_rows * head_dim) {
-                        let weighted = &mut weighted[row * head_dim..][..head_dim];
-                        weighted.iter_mut().for_each(|x| *x *= decay);
-                    }
-                }
-            }
-            for (values, weighted) in values
-                .iter()
-                .zip(state.weighted.chunks_mut(n_rows * head_dim))
-            {
-                for part in parts(&range, values.at_once()) {
-                    let among = part.start - start..part.end - start;
-                    let tile = values.tile(simd, part, &mut scratch);
-                    let rows = scores.chunks(TILE).zip(weighted.chunks_mut(head_dim));
-                    for (scores, weighted) in rows {
-                        add_values(simd, &scores[among.clone()], tile, weighted);
-                    }
-                }
-            }
+        let mut scores = vec![0.0; n_rows * PART];
+        for (keys, queries) in keys.iter().zip(queries.chunks(n_rows * head_dim)) {
+            keys.add_products(simd, queries, self.keys.clone(), &mut scores, PART);
         }
-        state
+        let (mut max, mut sum) = (vec![HIDDEN; n_rows], vec![0.0; n_rows]);
+        for (row, scores) in scores.chunks_mut(PART).enumerate() {
+            let scores = &mut scores[..self.keys.len()];
+            let (query, keys) = (row % problem.n_queries, self.keys.clone());
+            problem.for_each_hidden(self.batch, query, keys, |i| scores[i] = HIDDEN);
+            max[row] = simd::maximum(simd, scores, HIDDEN);
+            sum[row] = powers(simd, scores, max[row]);
+        }
+        let vectors = head_dim.div_ceil(S::F32_LANES);
+        let mut weighted = vec![simd.splat_f32s(0.0); values.len() * n_rows * vectors];
+        for (values, weighted) in values.iter().zip(weighted.chunks_mut(n_rows * vectors)) {
+            values.add_sums(simd, &scores, PART, self.keys.clone(), weighted);
+        }
+        // Without what fills up the last vector of a row.
+        let rows = weighted.chunks(vectors);
+        let rows = rows.map(|row| &cast_slice::<_, f32>(row)[..head_dim]);
+        Softmax {
+            max,
+            sum,
+            weighted: rows.flatten().copied().collect(),
+        }
     }
 }
 
-/// A range in parts of so many.
-fn parts(range: &Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-    let end = range.end;
-    let starts = range.clone().step_by(len);
-    starts.map(move |start| start..start.saturating_add(len).min(end))
-}
-
-impl Softmax {
-    /// Turns one query's scores into 2^(score − max) and adds them up; returns what everything
-    /// before must be multiplied with.
-    #[inline(always)]
-    fn add<S: Simd>(&mut self, simd: S, row: usize, scores: &mut [f32]) -> f32 {
-        let old = self.max[row];
-        let max = scores.iter().copied().fold(old, f32::max);
-        let (whole, tail) = S::as_mut_simd_f32s(scores);
-        let shift = simd.splat_f32s(max);
-        let mut sums = simd.splat_f32s(0.0);
-        for x in whole {
-            *x = simd::exp2(simd, simd.sub_f32s(*x, shift));
-            sums = simd.add_f32s(sums, *x);
-        }
-        let mut sum = simd.reduce_sum_f32s(sums);
-        for x in tail {
-            *x = (*x - max).exp2();
-            sum += *x;
-        }
-        let decay = (old - max).exp2();
-        self.max[row] = max;
-        self.sum[row] = self.sum[row] * decay + sum;
-        decay
-    }
-}
-
-/// `scores[i] += query · tile[i]`.
+/// Turns one query's scores into 2^(score − max) and returns their sum.
 #[inline(always)]
-fn add_scores<S: Simd>(simd: S, query: &[f32], tile: &[f32], scores: &mut [f32]) {
-    for (score, key) in scores.iter_mut().zip(tile.chunks_exact(query.len())) {
-        *score += simd::dot(simd, query, key);
+fn powers<S: Simd>(simd: S, scores: &mut [f32], max: f32) -> f32 {
+    let (whole, tail) = S::as_mut_simd_f32s(scores);
+    let shift = simd.splat_f32s(max);
+    let mut sums = simd.splat_f32s(0.0);
+    for x in whole {
+        *x = simd::exp2(simd, simd.sub_f32s(*x, shift));
+        sums = simd.add_f32s(sums, *x);
     }
-}
-
-/// `weighted += Σ_i probabilities[i] · tile[i]`.
-#[inline(always)]
-fn add_values<S: Simd>(simd: S, probabilities: &[f32], tile: &[f32], weighted: &mut [f32]) {
-    let head_dim = weighted.len();
-    let (sums, sums_tail) = S::as_mut_simd_f32s(weighted);
-    let (sums4, sums) = sums.as_chunks_mut::<4>();
-    let lanes = S::F32_LANES;
-    let mut start = 0;
-    for sums in sums4 {
-        *sums = add_columns(simd, probabilities, tile, head_dim, start, *sums);
-        start += 4 * lanes;
+    let mut sum = simd.reduce_sum_f32s(sums);
+    for x in tail {
+        *x = (*x - max).exp2();
+        sum += *x;
     }
-    for sum in sums {
-        [*sum] = add_columns(simd, probabilities, tile, head_dim, start, [*sum]);
-        start += lanes;
-    }
-    for (column, sum) in sums_tail.iter_mut().enumerate() {
-        let values = tile
-            .chunks_exact(head_dim)
-            .map(|value| value[start + column]);
-        *sum += probabilities
-            .iter()
-            .zip(values)
-            .map(|(p, v)| p * v)
-            .sum::<f32>();
-    }
-}
-
-/// N vectors of columns from `start`, whose sums stay in registers.
-#[inline(always)]
-fn add_columns<S: Simd, const N: usize>(
-    simd: S,
-    probabilities: &[f32],
-    tile: &[f32],
-    head_dim: usize,
-    start: usize,
-    mut sums: [S::f32s; N],
-) -> [S::f32s; N] {
-    for (&p, value) in probabilities.iter().zip(tile.chunks_exact(head_dim)) {
-        let p = simd.splat_f32s(p);
-        let (value, _) = S::as_simd_f32s(&value[start..start + N * S::F32_LANES]);
-        for (sum, &v) in sums.iter_mut().zip(value) {
-            *sum = simd.mul_add_f32s(p, v, *sum);
-        }
-    }
-    sums
+    sum
 }
 
 /// `output[c] += x[c] · factor · weight[c]`.

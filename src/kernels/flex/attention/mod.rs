@@ -18,9 +18,10 @@ pub(super) use backward::{Kept, Trained};
 use burn::tensor::{Tensor, backend::Backend};
 use burn_flex::FlexTensor;
 
+use super::narrow::Rows;
 use super::{f32_tensor, tensor};
 use crate::kernels::operands::{Seen, Term, Visibility};
-use rows::{Blend, Rows, Storage};
+use rows::{Blend, Storage};
 
 /// Queries per head up to which [`few`] is faster than [`many`].
 const FEW: usize = 16;

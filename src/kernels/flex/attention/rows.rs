@@ -4,11 +4,9 @@ use std::ops::Range;
 
 use burn::tensor::{DType, backend::Backend};
 use burn_flex::FlexTensor;
-use half::{bf16, f16};
-
 use pulp::Simd;
 
-use super::super::widen;
+use super::super::narrow::{Numbers, Rows};
 use super::super::{float_tensor, int_tensor};
 use crate::kernels::stored::Stored;
 
@@ -17,24 +15,6 @@ pub(super) struct Storage {
     numbers: FlexTensor,
     /// `[batch, n_kv_heads, keys, 1]`, where the numbers are 8-bit codes.
     scales: Option<FlexTensor>,
-}
-
-/// The rows of one kv head, one per key.
-#[derive(Clone, Copy)]
-pub(super) struct Rows<'a> {
-    numbers: Numbers<'a>,
-    /// From one row to the next.
-    stride: usize,
-    head_dim: usize,
-}
-
-#[derive(Clone, Copy)]
-enum Numbers<'a> {
-    F32(&'a [f32]),
-    F16(&'a [f16]),
-    Bf16(&'a [bf16]),
-    /// Codes, and a scale per row.
-    Int8(&'a [i8], &'a [f32]),
 }
 
 impl Storage {
@@ -67,6 +47,7 @@ impl Storage {
         }
     }
 
+    /// The rows of one kv head, one per key.
     pub fn rows(&self, batch: usize, kv_head: usize) -> Rows<'_> {
         let layout = self.numbers.layout();
         let start = start_of(&self.numbers, batch, kv_head);
@@ -79,11 +60,8 @@ impl Storage {
             ),
             (_, None) => Numbers::F32(&self.numbers.storage()[start..]),
         };
-        Rows {
-            numbers,
-            stride: layout.strides()[2].unsigned_abs(),
-            head_dim: layout.shape()[3],
-        }
+        let stride = layout.strides()[2].unsigned_abs();
+        Rows::new(numbers, stride, layout.shape()[3])
     }
 }
 
@@ -94,67 +72,23 @@ fn start_of(tensor: &FlexTensor, batch: usize, kv_head: usize) -> usize {
     layout.start_offset() + batch * strides[0].unsigned_abs() + kv_head * strides[1].unsigned_abs()
 }
 
-/// Numbers that are widened at a time for few queries: they stay in the first-level cache.
-const WIDENED: usize = 1 << 12;
-
-impl<'a> Rows<'a> {
-    /// Rows that are best asked for at a time, where they are read again and again.
-    pub fn at_once(&self) -> usize {
-        match self.lie_as_read() {
-            true => usize::MAX,
-            false => (WIDENED / self.head_dim).max(1),
-        }
+/// Rows one behind the other: as they lie if they do, else converted in `scratch`, which grows to the
+/// largest tile.
+#[inline(always)]
+fn tile<'t, S: Simd>(
+    simd: S,
+    rows: &Rows<'t>,
+    range: Range<usize>,
+    scratch: &'t mut Vec<f32>,
+) -> &'t [f32] {
+    if let Some(tile) = rows.as_they_lie(range.clone()) {
+        return tile;
     }
-
-    fn lie_as_read(&self) -> bool {
-        matches!(self.numbers, Numbers::F32(_)) && self.stride == self.head_dim
+    let scratch = grown(scratch, range.len() * rows.width());
+    for (to, row) in scratch.chunks_exact_mut(rows.width()).zip(range) {
+        rows.widen(simd, row, to);
     }
-
-    /// Rows `range` one behind the other: as they lie if they do, else converted in `scratch`, which
-    /// grows to the largest tile.
-    #[inline(always)]
-    pub fn tile<'t, S: Simd>(
-        &self,
-        simd: S,
-        range: Range<usize>,
-        scratch: &'t mut Vec<f32>,
-    ) -> &'t [f32]
-    where
-        'a: 't,
-    {
-        let (stride, width) = (self.stride, self.head_dim);
-        let len = range.len() * width;
-        if let Numbers::F32(rows) = self.numbers
-            && self.lie_as_read()
-        {
-            return &rows[range.start * stride..][..len];
-        }
-        let scratch = grown(scratch, len);
-        let rows = scratch.chunks_exact_mut(width).zip(range);
-        match self.numbers {
-            Numbers::F32(numbers) => {
-                for (to, key) in rows {
-                    to.copy_from_slice(&numbers[key * stride..][..width]);
-                }
-            }
-            Numbers::F16(numbers) => {
-                for (to, key) in rows {
-                    widen::f16s(simd, &numbers[key * stride..][..width], to);
-                }
-            }
-            Numbers::Bf16(numbers) => {
-                for (to, key) in rows {
-                    widen::bf16s(&numbers[key * stride..][..width], to);
-                }
-            }
-            Numbers::Int8(numbers, scales) => {
-                for (to, key) in rows {
-                    widen::scaled(simd, &numbers[key * stride..][..width], scales[key], to);
-                }
-            }
-        }
-        scratch
-    }
+    scratch
 }
 
 /// The first `len` numbers of a buffer that is made as long as need be.
@@ -181,7 +115,7 @@ impl<'a> Blend<'a> {
         Self(sources)
     }
 
-    /// [`Rows::tile`] of the blend.
+    /// [`tile`] of the blend.
     #[inline(always)]
     pub fn tile<'t, S: Simd>(
         &self,
@@ -194,13 +128,13 @@ impl<'a> Blend<'a> {
     {
         let Scratch { source, blend } = scratch;
         if let [(rows, None)] = self.0[..] {
-            return rows.tile(simd, range, source);
+            return tile(simd, &rows, range, source);
         }
-        let width = self.0.first().map_or(0, |(rows, _)| rows.head_dim);
+        let width = self.0.first().map_or(0, |(rows, _)| rows.width());
         let blend = grown(blend, range.len() * width);
         blend.fill(0.0);
         for (rows, weight) in &self.0 {
-            let tile = rows.tile(simd, range.clone(), source);
+            let tile = tile(simd, rows, range.clone(), source);
             match weight {
                 None => blend.iter_mut().zip(tile).for_each(|(sum, x)| *sum += x),
                 Some(weight) => {
