@@ -3,7 +3,8 @@
 
     python3 benches/beside.py --setup target/peers              # once: llama.cpp, PyTorch
     python3 benches/beside.py --peers target/peers --prompts 512,2048
-    python3 benches/beside.py --peers target/peers --model DIR --weights model,f16,int8
+    python3 benches/beside.py --peers target/peers --model DIR --weights model,f16,int8 --cache f16
+    python3 benches/beside.py --of docs/benchmarks/beside.json  # the tables of docs/benchmarks.md
 
 Without --model it is a random one of shape S (16 layers of width 768), which the bench writes. Every
 program reads the same weights and tokens, and before a time is printed its logits after the prompt are
@@ -52,7 +53,8 @@ def ours(args, prompt, extra, directory):
     """The crate's bench: {name: figures}, logits in `directory`."""
     out = directory / "inference.json"
     command = ["cargo", "bench", "--bench", "inference", "--", "--methods", args.methods]
-    command += ["--weights", args.weights, "--prompts", str(prompt), "--decode", str(args.steps)]
+    command += ["--weights", args.weights, "--cache", args.cache]
+    command += ["--prompts", str(prompt), "--decode", str(args.steps)]
     command += ["--repeats", "1", "--vocabularies", "--out", str(out), *extra]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
@@ -109,7 +111,7 @@ def measure(args, prompt, peers, directory):
     for turn in range(args.turns):
         extra = ["--model", str(args.model), "--logits", str(directory)]
         figures = ours(args, prompt, extra, directory)
-        reference = floats(directory / f"{args.methods.split(',')[0]}.f32")
+        reference = floats(directory / f"{next(iter(figures)).removeprefix('fusedkv ')}.f32")
         for name, (command, logits, tolerance) in peers.items():
             figures[name] = last_json([*command, str(prompt), str(args.steps), logits])
             agreement[name] = off(floats(logits), reference)
@@ -124,22 +126,40 @@ def measure(args, prompt, peers, directory):
     return seconds, agreement
 
 
+def of_the_format(name):
+    """llama.cpp's name of the weights that a case of ours has."""
+    formats = [FORMATS[f][0] for f in FORMATS if f" {f} weights" in name]
+    return f"llama.cpp {(formats or [FORMATS['model'][0]])[0]}"
+
+
 def table(prompt, seconds, agreement):
+    """Medians of the turns; ours beside the llama.cpp of the same weights, all beside each other program."""
     medians = {
         name: [statistics.median(column) for column in zip(*turns)]
         for name, turns in seconds.items()
     }
-    others = [name for name in medians if not name.startswith("fusedkv")]
+    others = [name for name in medians if not name.startswith(("fusedkv", "llama.cpp"))]
+    if any(name.startswith("llama.cpp") for name in medians):
+        others.insert(0, "llama.cpp")
     heads = "".join(f" TTFT / {name} | TPOT / {name} |" for name in others)
     lines = [f"| prompt {prompt} | TTFT s | TPOT ms | logits off |{heads}"]
     lines.append("|---|---|---|---|" + "---|---|" * len(others))
     for name, (ttft, tpot) in medians.items():
-        ratios = "".join(
-            f" {ttft / medians[other][0]:.2f} | {tpot / medians[other][1]:.2f} |" for other in others
-        )
+        ratios = ""
+        for other in others:
+            if other == "llama.cpp":
+                other = of_the_format(name) if name.startswith("fusedkv") else other
+            of = medians.get(other)
+            ratios += f" {ttft / of[0]:.2f} | {tpot / of[1]:.2f} |" if of else "  |  |"
         agrees = f"{agreement[name]:.0e}" if name in agreement else ""
         lines.append(f"| {name} | {ttft:.3f} | {tpot * 1e3:.1f} | {agrees} |{ratios}")
     return "\n".join(lines)
+
+
+def show(results):
+    print(f"{results['date']}, {results['processor']}\n", flush=True)
+    for prompt, found in results["prompts"].items():
+        print(table(prompt, found["seconds"], found["logits_off"]), end="\n\n", flush=True)
 
 
 def main():
@@ -150,16 +170,19 @@ def main():
     parser.add_argument("--model", type=pathlib.Path, metavar="DIR", help="a Llama or Qwen3 model")
     parser.add_argument("--methods", default="standard,fused_kv", help="methods of this crate")
     parser.add_argument("--weights", default="model", help="formats: model, f16, bf16, int8, int4")
+    parser.add_argument("--cache", default="model", help="formats of caches, llama.cpp's is f16")
     parser.add_argument("--prompts", default="512,2048", help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=16, help="tokens to decode")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, help="where to write every turn's figures")
+    parser.add_argument("--of", type=pathlib.Path, metavar="FILE", help="print again what --out wrote")
     args = parser.parse_args()
+    if args.of:
+        return show(json.loads(args.of.read_text()))
     args.peer = dict(peer.split("=", 1) for peer in args.peer)
     if args.setup:
         return setup(args.setup)
     today = datetime.date.today().isoformat()
-    print(f"{today}, {processor()}\n")
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
         if args.model is None:
@@ -167,6 +190,7 @@ def main():
             ours(args, 8, ["--save", str(args.model)], directory)
         peers = commands(args, directory)
         results = {"date": today, "processor": processor(), "prompts": {}}
+        show(results)
         for prompt in args.prompts.split(","):
             seconds, agreement = measure(args, int(prompt), peers, directory)
             results["prompts"][prompt] = {"seconds": seconds, "logits_off": agreement}

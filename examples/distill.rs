@@ -61,7 +61,7 @@ struct Args {
     #[arg(long, default_value_t = 16384)]
     test_tokens: usize,
     /// What trains
-    #[arg(long, value_enum, default_value = "reusing")]
+    #[arg(long, value_enum, default_value = "all")]
     trains: Trains,
     /// Train the parameters whose names in a checkpoint are like these instead, as
     /// `model.layers.3.*`

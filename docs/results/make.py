@@ -594,34 +594,44 @@ def distillation_name(report):
     return f"{plan['method']}, {plan['storage_layers']} of {model['n_layers']}"
 
 
+def what_trains(report):
+    """All of the model, if a run's settings do not say what does."""
+    names = {None: "all", "reusing": "reusing"}
+    return names[report["config"]["trainable"]]
+
+
 def distillation_table(reports):
     """Perplexity before and after, and beside the teacher's; the fewer tokens, the higher."""
-    key = lambda r: (distillation_name(r), r["curve"][-1]["tokens"], -r["curve"][-1]["perplexity"])
+    key = lambda r: (
+        distillation_name(r),
+        what_trains(r) == "all",
+        r["curve"][-1]["tokens"],
+        -r["curve"][-1]["perplexity"],
+    )
     rows = []
     for report in sorted(reports.values(), key=key):
         config, curve, teacher = report["config"], report["curve"], report["teacher_perplexity"]
         tokens, after = curve[-1]["tokens"], curve[-1]["perplexity"]
         rate = f"{config['learning_rate']:.0e}".replace("e-0", "e-")
-        row = [distillation_name(report), config["batch_size"], rate, tokens]
+        row = [distillation_name(report), what_trains(report), config["batch_size"], rate, tokens]
         row.append(f"{tokens / report['text_tokens']:.2f}")
         row += [f"{x:.1f}" for x in (teacher, curve[0]["perplexity"], after)]
         rows.append([*row, f"{after / teacher:.2f}"])
-    heading = ["student, layers that store", "windows a step", "learning rate", "tokens read"]
-    heading.append("passes over the text")
+    heading = ["student, layers that store", "layers that train", "windows a step"]
+    heading += ["learning rate", "tokens read", "passes over the text"]
     heading += ["teacher", "before", "after", "after / teacher"]
     return table(heading, rows)
 
 
 def distillation_figure(reports):
-    """Perplexity over the tokens read; of reports of one model and as many tokens that which ends lowest."""
+    """Perplexity over the tokens read; of reports of one model and what trains the longest."""
     if not reports:
         return None
     curves = {}
-    for report in sorted(reports.values(), key=lambda r: -r["curve"][-1]["perplexity"]):
-        end = report["curve"][-1]["tokens"]
+    for report in sorted(reports.values(), key=lambda r: r["curve"][-1]["tokens"]):
         points = [(p["tokens"] / 1e3, p["perplexity"]) for p in report["curve"]]
         name = distillation_name(report).replace(", ", " ").replace(" of ", "/")
-        curves[f"{name}, to {end / 1e3:.0f}"] = (points, points)
+        curves[f"{name}, {what_trains(report)} train"] = (points, points)
     most = max(x for points, _ in curves.values() for x, _ in points)
     teacher = next(iter(reports.values()))["teacher_perplexity"]
     curves["teacher"] = ([(0, teacher), (most, teacher)], [])

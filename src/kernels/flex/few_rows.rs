@@ -22,7 +22,8 @@ use crate::kernels::work::is_done_by;
 pub(super) const FEW: usize = 16;
 /// Sums that a thread has at a time, of all rows: they stay in the first-level cache.
 const SUMS: usize = 4096;
-/// Columns that it has at least: pieces of memory that are shorter are read slower.
+/// Columns that it has at least, where it has some of every row: pieces of memory that are shorter are
+/// read slower. And rows that it has at most, where it has all of each.
 const COLUMNS: usize = 1024;
 /// Parts that the sum over a weight's rows is divided into, for threads to share: each is a piece of
 /// memory of its own, which is read faster than every thread's share of each row.
@@ -84,6 +85,12 @@ enum Matrix<'a> {
     Groups(Groups<'a>),
 }
 
+/// How a product is divided: inputs and outputs of a share, but for the last ones.
+struct Division {
+    inputs: usize,
+    outputs: usize,
+}
+
 /// What a thread does at a time: sums over some inputs for some outputs.
 struct Share {
     inputs: Range<usize>,
@@ -93,7 +100,6 @@ struct Share {
 /// Rows, and what products of groups need of them besides.
 struct X<'a> {
     rows: &'a [f32],
-    input: usize,
     /// The rows in groups, `[rows, groups]`, the last group filled up with zeros; and the sum of each.
     groups: Vec<[f32; GROUP]>,
     sums: Vec<f32>,
@@ -114,28 +120,52 @@ pub(super) fn products(x: &[f32], input: usize, matrices: &[Held]) -> Option<Vec
     }
     let x = X::new(x, input, &matrices);
     let n_rows = x.rows.len() / input;
-    let shares = |(i, matrix): (usize, &Matrix)| {
-        let shares = matrix.shares(input, n_rows).into_iter();
-        shares.map(move |share| (i, share)).collect::<Vec<_>>()
-    };
-    let shares: Vec<_> = matrices.iter().enumerate().flat_map(shares).collect();
-    let product = |(i, share): &(usize, Share)| matrices[*i].product(&x, share);
-    let outputs: usize = matrices.iter().map(Matrix::output).sum();
-    let parts: Vec<Vec<f32>> = match input * outputs < PARALLEL {
-        true => shares.iter().map(product).collect(),
-        false => shares.par_iter().map(product).collect(),
-    };
-    let zeros = |matrix: &Matrix| vec![0.0; n_rows * matrix.output()];
-    let mut products: Vec<_> = matrices.iter().map(zeros).collect();
-    for ((i, share), part) in shares.iter().zip(parts) {
-        let (outputs, output) = (&share.outputs, matrices[*i].output());
-        let rows = products[*i].chunks_mut(output);
-        for (row, part) in rows.zip(part.chunks(outputs.len())) {
-            let row = &mut row[outputs.clone()];
-            row.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
+    let divisions: Vec<_> = (matrices.iter().map(|m| m.division(input, n_rows))).collect();
+    let sizes = matrices.iter().zip(&divisions);
+    let sizes = sizes.map(|(matrix, of)| input.div_ceil(of.inputs) * n_rows * matrix.output());
+    let mut sums: Vec<_> = sizes.map(|size| vec![0.0; size]).collect();
+    let mut shares = Vec::new();
+    for ((matrix, of), sums) in matrices.iter().zip(&divisions).zip(&mut sums) {
+        let output = matrix.output();
+        for (part, sums) in sums.chunks_mut(n_rows * output).enumerate() {
+            let inputs = part * of.inputs..((part + 1) * of.inputs).min(input);
+            for (i, sums) in sums.chunks_mut(n_rows * of.outputs).enumerate() {
+                let outputs = i * of.outputs..((i + 1) * of.outputs).min(output);
+                let inputs = inputs.clone();
+                shares.push((matrix, Share { inputs, outputs }, sums));
+            }
         }
     }
-    Some(products)
+    let product = |(matrix, share, sums): (&Matrix, Share, _)| matrix.product(&x, share, sums);
+    let outputs: usize = matrices.iter().map(Matrix::output).sum();
+    match input * outputs < PARALLEL {
+        true => shares.into_iter().for_each(product),
+        false => shares.into_par_iter().for_each(product),
+    }
+    let shares = matrices.iter().zip(divisions).zip(sums);
+    let put = shares.map(
+        |((matrix, of), sums)| match of.inputs == input && n_rows == 1 {
+            true => sums,
+            false => put_together(&sums, n_rows, matrix.output(), of.outputs),
+        },
+    );
+    Some(put.collect())
+}
+
+/// The products of rows, of parts of their inputs: for each part, and each share of the outputs, the
+/// sums `[rows, outputs]`.
+fn put_together(sums: &[f32], n_rows: usize, output: usize, width: usize) -> Vec<f32> {
+    let mut products = vec![0.0; n_rows * output];
+    for part in sums.chunks(n_rows * output) {
+        for (i, share) in part.chunks(n_rows * width).enumerate() {
+            let rows = share.chunks(share.len() / n_rows);
+            for (product, sums) in products.chunks_mut(output).zip(rows) {
+                let product = &mut product[i * width..][..sums.len()];
+                product.iter_mut().zip(sums).for_each(|(sum, x)| *sum += x);
+            }
+        }
+    }
+    products
 }
 
 impl<'a> X<'a> {
@@ -149,12 +179,7 @@ impl<'a> X<'a> {
             }
             sums.extend(groups.iter().map(|group| group.iter().sum::<f32>()));
         }
-        Self {
-            rows,
-            input,
-            groups,
-            sums,
-        }
+        Self { rows, groups, sums }
     }
 }
 
@@ -166,55 +191,51 @@ impl Matrix<'_> {
         }
     }
 
-    fn shares(&self, input: usize, n_rows: usize) -> Vec<Share> {
+    fn division(&self, input: usize, n_rows: usize) -> Division {
         let output = self.output();
-        // Sums over inputs are formed in parts where every output is in each row of memory.
-        let (part, width) = match self {
-            Self::Inputs { .. } => (
-                input.div_ceil(PARTS).next_multiple_of(UNROLL),
-                (SUMS / n_rows).max(COLUMNS),
-            ),
+        match self {
+            // Sums over inputs are formed in parts where every output is in each row of memory.
+            Self::Inputs { .. } => Division {
+                inputs: input.div_ceil(PARTS).next_multiple_of(UNROLL).min(input),
+                outputs: (SUMS / n_rows).max(COLUMNS).min(output),
+            },
             Self::Outputs { .. } | Self::Groups(_) => {
                 let shares = SHARES * rayon::current_num_threads();
-                (input, COLUMNS.min(output.div_ceil(shares)))
+                let least = (PARALLEL / input).max(1);
+                let outputs = output.div_ceil(shares).clamp(least, COLUMNS.max(least));
+                Division {
+                    inputs: input,
+                    outputs: outputs.next_multiple_of(AT_ONCE).min(output),
+                }
             }
-        };
-        let of_part = |from: usize| {
-            (0..output).step_by(width).map(move |left| Share {
-                inputs: from..(from + part).min(input),
-                outputs: left..(left + width).min(output),
-            })
-        };
-        (0..input).step_by(part).flat_map(of_part).collect()
+        }
     }
 
-    /// `[rows, outputs of the share]`.
-    fn product(&self, x: &X, share: &Share) -> Vec<f32> {
+    /// Adds to `[rows, outputs of the share]`.
+    fn product(&self, x: &X, share: Share, products: &mut [f32]) {
         let Share { inputs, outputs } = share;
-        let mut products = vec![0.0; x.rows.len() / x.input * outputs.len()];
         match *self {
             Self::Inputs { weight, output } => ARCH.dispatch(SumOfRows {
                 x: x.rows,
                 weight,
-                inputs: inputs.clone(),
-                columns: outputs.clone(),
+                inputs,
+                columns: outputs,
                 output,
-                sums: &mut products,
+                sums: products,
             }),
             Self::Outputs { weight, .. } => ARCH.dispatch(Products {
                 x: x.rows,
                 weight,
-                outputs: outputs.clone(),
-                products: &mut products,
+                outputs,
+                products,
             }),
             Self::Groups(weight) => ARCH.dispatch(GroupProducts {
                 x,
                 weight,
-                outputs: outputs.clone(),
-                products: &mut products,
+                outputs,
+                products,
             }),
         }
-        products
     }
 }
 
@@ -282,12 +303,8 @@ impl WithSimd for Products<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let width = self.outputs.len();
-        let pitch = width.next_multiple_of(AT_ONCE);
-        let mut products = vec![0.0; self.products.len() / width * pitch];
-        (self.weight).add_products(simd, self.x, self.outputs, &mut products, pitch);
-        let rows = self.products.chunks_mut(width).zip(products.chunks(pitch));
-        rows.for_each(|(to, row)| to.copy_from_slice(&row[..width]));
+        let pitch = self.outputs.len();
+        (self.weight).add_products(simd, self.x, self.outputs, self.products, pitch);
     }
 }
 

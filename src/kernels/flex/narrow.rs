@@ -99,7 +99,8 @@ impl<'a> Rows<'a> {
     }
 
     /// `products[i][j] += x[i] · row j`, of the rows of `range`, of which the first is 0: x is
-    /// `[rows, width]`. The products are `[rows, pitch]`; up to three behind the last may be written, too.
+    /// `[rows, width]`. The products are `[rows, pitch]`; where a pitch has room for more than the rows,
+    /// up to three behind the last are written, too.
     #[inline(always)]
     pub fn add_products<S: Simd>(
         &self,
@@ -239,8 +240,9 @@ fn products_of<S: Simd, N: Number, const R: usize>(
             false => dots_of_long(simd, &x, rows),
         };
         for (found, products) in found.iter().zip(products.chunks_mut(pitch)) {
-            let products = &mut products[block * AT_ONCE..][..AT_ONCE];
-            for ((product, found), scale) in products.iter_mut().zip(found).zip(scales) {
+            // Fewer at the end of a pitch.
+            let products = products[block * AT_ONCE..].iter_mut();
+            for ((product, found), scale) in products.zip(found).zip(scales) {
                 *product += found * scale;
             }
         }
@@ -509,7 +511,7 @@ mod tests {
             let (range, width) = (self.rows.clone(), self.width);
             let x: Vec<f32> = self.floats.iter().map(|&x| f32::from(x)).collect();
 
-            let pitch = range.len().next_multiple_of(AT_ONCE);
+            let pitch = range.len() + self.stride % 3;
             let mut products = vec![1.0; self.n_floats * pitch];
             let floats = &x[..self.n_floats * width];
             rows.add_products(simd, floats, range.clone(), &mut products, pitch);
