@@ -8,7 +8,7 @@
 
 Without --model it is a random one of shape S (16 layers of width 768), which the bench writes. Every
 program reads the same weights and tokens, and before a time is printed its logits after the prompt are
-compared with the crate's in f32. Times are of 2 turns each, the second one counted, every program in
+compared with the crate's, weights as they are in the model. Times are of 2 turns each, the second one counted, every program in
 its turn; figures are medians over the turns. Other programs: --peer NAME=COMMAND, whose last line is a
 JSON object with `ttft_s` and `tpot_s`; {prompt} and {steps} are filled in.
 """
@@ -111,7 +111,10 @@ def measure(args, prompt, peers, directory):
     for turn in range(args.turns):
         extra = ["--model", str(args.model), "--logits", str(directory)]
         figures = ours(args, prompt, extra, directory)
-        reference = floats(directory / f"{next(iter(figures)).removeprefix('fusedkv ')}.f32")
+        plain = [name for name in figures if " weights" not in name]
+        if not plain:
+            sys.exit("--weights has to have `model`, which other programs' logits are compared with")
+        reference = floats(directory / f"{plain[0].removeprefix('fusedkv ')}.f32")
         for name, (command, logits, tolerance) in peers.items():
             figures[name] = last_json([*command, str(prompt), str(args.steps), logits])
             agreement[name] = off(floats(logits), reference)
@@ -127,9 +130,10 @@ def measure(args, prompt, peers, directory):
 
 
 def of_the_format(name):
-    """llama.cpp's name of the weights that a case of ours has."""
-    formats = [FORMATS[f][0] for f in FORMATS if f" {f} weights" in name]
-    return f"llama.cpp {(formats or [FORMATS['model'][0]])[0]}"
+    """llama.cpp with the weights that a case of ours has, if it is run with them."""
+    words = name.split(" weights")[0].split()
+    kind, _ = FORMATS.get(words[-1] if " weights" in name else "model", (None, None))
+    return f"llama.cpp {kind}"
 
 
 def table(prompt, seconds, agreement):
@@ -156,12 +160,6 @@ def table(prompt, seconds, agreement):
     return "\n".join(lines)
 
 
-def show(results):
-    print(f"{results['date']}, {results['processor']}\n", flush=True)
-    for prompt, found in results["prompts"].items():
-        print(table(prompt, found["seconds"], found["logits_off"]), end="\n\n", flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--setup", type=pathlib.Path, metavar="DIR", help="make the peers there")
@@ -178,7 +176,11 @@ def main():
     parser.add_argument("--of", type=pathlib.Path, metavar="FILE", help="print again what --out wrote")
     args = parser.parse_args()
     if args.of:
-        return show(json.loads(args.of.read_text()))
+        results = json.loads(args.of.read_text())
+        print(f"{results['date']}, {results['processor']}\n")
+        for prompt, found in results["prompts"].items():
+            print(table(prompt, found["seconds"], found["logits_off"]), end="\n\n")
+        return
     args.peer = dict(peer.split("=", 1) for peer in args.peer)
     if args.setup:
         return setup(args.setup)
@@ -190,7 +192,7 @@ def main():
             ours(args, 8, ["--save", str(args.model)], directory)
         peers = commands(args, directory)
         results = {"date": today, "processor": processor(), "prompts": {}}
-        show(results)
+        print(f"{today}, {results['processor']}\n", flush=True)
         for prompt in args.prompts.split(","):
             seconds, agreement = measure(args, int(prompt), peers, directory)
             results["prompts"][prompt] = {"seconds": seconds, "logits_off": agreement}

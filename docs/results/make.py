@@ -596,8 +596,8 @@ def distillation_name(report):
 
 def what_trains(report):
     """All of the model, if a run's settings do not say what does."""
-    names = {None: "all", "reusing": "reusing"}
-    return names[report["config"]["trainable"]]
+    trainable = report["config"]["trainable"] or "all"
+    return trainable if isinstance(trainable, str) else ", ".join(trainable)
 
 
 def distillation_table(reports):

@@ -1,4 +1,4 @@
-//! Matrix products with few rows, as in decoding: a weight is read once, as fast as memory gives it, and
+//! Matrix products with few rows, as in decoding: a weight is read from memory once, as fast as it gives it, and
 //! several matrices that the same rows are multiplied with are one step among threads.
 
 use std::ops::Range;
@@ -6,13 +6,12 @@ use std::slice::ChunksExact;
 
 use burn::tensor::{DType, Tensor, backend::Backend};
 use burn_flex::FlexTensor;
-use half::f16;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::narrow::{AT_ONCE, Rows, floats_at_once};
+use super::narrow::{AT_ONCE, Rows, floats_at_once, of_floats, side_by_side};
 use super::rows::{GroupStorage, Groups, floats};
-use super::widen::{self, Coded, Int4, Int8};
+use super::widen::{Coded, Int4, Int8, widened};
 use super::{ARCH, PARALLEL, float_tensor, simd};
 use crate::kernels::packed::{Codes, GROUP, Packed};
 #[cfg(test)]
@@ -23,11 +22,13 @@ pub(super) const FEW: usize = 16;
 /// Sums that a thread has at a time, of all rows: they stay in the first-level cache.
 const SUMS: usize = 4096;
 /// Columns that it has at least, where it has some of every row: pieces of memory that are shorter are
-/// read slower. And rows that it has at most, where it has all of each.
+/// read slower. And rows that it has at most, where it has all of each, unless those are short.
 const COLUMNS: usize = 1024;
 /// Parts that the sum over a weight's rows is divided into, for threads to share: each is a piece of
 /// memory of its own, which is read faster than every thread's share of each row.
 const PARTS: usize = 8;
+/// Every vector's length divides it.
+const VECTOR: usize = 16;
 /// Weight rows added in one pass over the sums.
 const UNROLL: usize = 4;
 /// Shares of the outputs for every thread, so that one that is late leaves some to others.
@@ -197,7 +198,8 @@ impl Matrix<'_> {
             // Sums over inputs are formed in parts where every output is in each row of memory.
             Self::Inputs { .. } => Division {
                 inputs: input.div_ceil(PARTS).next_multiple_of(UNROLL).min(input),
-                outputs: (SUMS / n_rows).max(COLUMNS).min(output),
+                // Of whole vectors, so that each column is added up alike for any number of rows.
+                outputs: ((SUMS / n_rows).max(COLUMNS) / VECTOR * VECTOR).min(output),
             },
             Self::Outputs { .. } | Self::Groups(_) => {
                 let shares = SHARES * rayon::current_num_threads();
@@ -211,7 +213,7 @@ impl Matrix<'_> {
         }
     }
 
-    /// Adds to `[rows, outputs of the share]`.
+    /// Adds to `[rows, outputs of the share]`, which are 0.
     fn product(&self, x: &X, share: Share, products: &mut [f32]) {
         let Share { inputs, outputs } = share;
         match *self {
@@ -341,21 +343,26 @@ impl GroupProducts<'_> {
             let last = (first + at_once).min(width);
             let outputs = self.outputs.start + first..self.outputs.start + last;
             // Of several rows in one go, which has hardly an end that fills no vector.
-            let scales = widened(simd, weight.scales(outputs.clone()), scales);
-            let offsets = (weight.offsets(outputs.clone()))
-                .map(|numbers| widened(simd, numbers, &mut *offsets));
+            let scales = &mut scales[..(last - first) * per_row];
+            widened(simd, weight.scales(outputs.clone()), 1.0, scales);
+            let offsets = match weight.offsets(outputs.clone()) {
+                None => None,
+                Some(numbers) => {
+                    let offsets = &mut offsets[..numbers.len()];
+                    widened(simd, numbers, 1.0, offsets);
+                    Some(&*offsets)
+                }
+            };
             let bytes = weight.bytes(outputs);
             let bytes = bytes.chunks_exact(per_row * C::CODES.bytes());
-            let at_once = floats_at_once(simd);
-            for (i, x) in x.groups.chunks(at_once * per_row).enumerate() {
-                let products = &mut self.products[i * at_once * width + first..];
-                let of = (bytes.clone(), scales, products, width);
-                match x.len() / per_row {
-                    1 => products_of::<S, C, 1>(simd, x.as_chunks().0, of),
-                    2 => products_of::<S, C, 2>(simd, &side_by_side(x, per_row), of),
-                    3 => products_of::<S, C, 3>(simd, &side_by_side(x, per_row), of),
-                    _ => products_of::<S, C, 4>(simd, &side_by_side(x, per_row), of),
-                }
+            let rows = floats_at_once(simd);
+            for (i, x) in x.groups.chunks(rows * per_row).enumerate() {
+                let products = &mut self.products[i * rows * width + first..];
+                let (rows, bytes) = (x.len() / per_row, bytes.clone());
+                of_floats!(
+                    rows,
+                    products_of::<S, C>(simd, x, bytes, scales, products, width)
+                );
             }
             if let Some(offsets) = offsets {
                 for (j, offsets) in (first..last).zip(offsets.chunks(per_row)) {
@@ -368,32 +375,17 @@ impl GroupProducts<'_> {
     }
 }
 
-#[inline(always)]
-fn widened<'a, S: Simd>(simd: S, numbers: &[f16], to: &'a mut [f32]) -> &'a [f32] {
-    let to = &mut to[..numbers.len()];
-    widen::widened(simd, numbers, to);
-    to
-}
-
-/// Group after group of R rows, those of all rows side by side.
-#[inline(always)]
-fn side_by_side<const R: usize>(x: &[[f32; GROUP]], per_row: usize) -> Vec<[[f32; GROUP]; R]> {
-    let mut groups = vec![[[0.0; GROUP]; R]; per_row];
-    for (r, row) in x.chunks_exact(per_row).enumerate() {
-        for (to, group) in groups.iter_mut().zip(row) {
-            to[r] = *group;
-        }
-    }
-    groups
-}
-
 /// Rows of codes with their scales, times R rows x: the products `[rows, pitch]`.
 #[inline(always)]
 fn products_of<S: Simd, C: Coded, const R: usize>(
     simd: S,
-    x: &[[[f32; GROUP]; R]],
-    (bytes, scales, products, pitch): (ChunksExact<i8>, &[f32], &mut [f32], usize),
+    x: &[[f32; GROUP]],
+    bytes: ChunksExact<i8>,
+    scales: &[f32],
+    products: &mut [f32],
+    pitch: usize,
 ) {
+    let x = &*side_by_side::<_, R>(x, x.len() / R);
     for (j, (bytes, scales)) in bytes.zip(scales.chunks(x.len())).enumerate() {
         let found = dot_codes::<S, C, R>(simd, bytes, x, scales);
         for (r, found) in found.into_iter().enumerate() {

@@ -4,6 +4,7 @@ use burn::tensor::{Tensor, backend::Backend};
 use pulp::bytemuck::cast_slice;
 use pulp::{Simd, WithSimd};
 
+use super::widen::Number as _;
 use super::{ARCH, f32_tensor, for_each_block, simd, tensor};
 
 /// Rows that a thread takes at a time hold about this many numbers.
@@ -102,8 +103,8 @@ impl WithSimd for Gate<'_> {
         // By the same operations, so that a number's place makes no difference to it.
         let last = gated_vector(
             simd,
-            simd::padded(simd, gate_tail),
-            simd::padded(simd, up_tail),
+            f32::padded(simd, gate_tail),
+            f32::padded(simd, up_tail),
         );
         output_tail.copy_from_slice(&cast_slice(&[last])[..output_tail.len()]);
     }

@@ -3,7 +3,6 @@
 use pulp::Simd;
 #[cfg(target_arch = "x86_64")]
 use pulp::bytemuck::cast;
-use pulp::bytemuck::cast_slice_mut;
 #[cfg(target_arch = "x86_64")]
 use pulp::x86::{V3, V4};
 
@@ -102,15 +101,6 @@ pub(super) fn maximum<S: Simd>(simd: S, numbers: &[f32], least: f32) -> f32 {
     tail.iter()
         .copied()
         .fold(simd.reduce_max_f32s(most), f32::max)
-}
-
-/// A vector that begins with `tail`, which is shorter, and ends with zeros.
-#[inline(always)]
-pub(super) fn padded<S: Simd>(simd: S, tail: &[f32]) -> S::f32s {
-    let mut vector = [simd.splat_f32s(0.0)];
-    cast_slice_mut(&mut vector)[..tail.len()].copy_from_slice(tail);
-    let [vector] = vector;
-    vector
 }
 
 /// 2^x to a relative error of 2e-7, for x up to 127; below −126 it is 2^−126, and NaN stays NaN.

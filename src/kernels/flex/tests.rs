@@ -27,6 +27,22 @@ fn assert_same<const D: usize>(found: Option<Tensor<Flex, D>>, expected: Tensor<
     found.assert_approx_eq(&expected.into_data(), tolerance);
 }
 
+/// A matrix in each of the ways that few rows are multiplied with one.
+fn factor(format: usize, [input, output]: [usize; 2]) -> Factor<Flex> {
+    let weight = random([output, input]);
+    match format {
+        0 => Factor::Float(random([input, output])),
+        1 => Factor::Float(weight.transpose()),
+        2 => Factor::Float(weight.cast(DType::F16).transpose()),
+        _ => {
+            let codes = [Codes::Int8, Codes::Int4][format - 3];
+            let mut packed = PackedRows::new(codes, output, input);
+            packed.write(&numbers(weight)).unwrap();
+            Factor::Packed(Packed::new(packed, &FlexDevice).transpose())
+        }
+    }
+}
+
 fn stored(numbers: u8, dims: [usize; 4]) -> Stored<Flex> {
     // A view into a larger capacity, as a cache has it.
     let [batch, heads, keys, width] = dims;
@@ -118,20 +134,7 @@ proptest! {
         formats in prop::collection::vec(0usize..5, 3),
     ) {
         let x = random([1, rows, input]);
-        let weight = |(output, format): (&usize, &usize)| {
-            let weight = random([*output, input]);
-            match format {
-                0 => Factor::Float(random([input, *output])),
-                1 => Factor::Float(weight.transpose()),
-                2 => Factor::Float(weight.cast(DType::F16).transpose()),
-                _ => {
-                    let codes = [Codes::Int8, Codes::Int4][format - 3];
-                    let mut packed = PackedRows::new(codes, *output, input);
-                    packed.write(&numbers(weight)).unwrap();
-                    Factor::Packed(Packed::new(packed, &FlexDevice).transpose())
-                }
-            }
-        };
+        let weight = |(output, format): (&usize, &usize)| factor(*format, [input, *output]);
         let weights: Vec<_> = outputs.iter().zip(&formats).map(weight).collect();
         let together = crate::kernels::linear_each(&x, &weights);
         prop_assert_eq!(together.len(), weights.len());
@@ -140,6 +143,26 @@ proptest! {
                 Factor::Float(weight) => crate::kernels::linear(x.clone(), weight),
                 Factor::Packed(weight) => crate::kernels::linear_packed(x.clone(), &weight),
             };
+            found.into_data().assert_eq(&alone.into_data(), true);
+        }
+    }
+
+    /// Each to the bit what it is alone, whatever the others are and how many.
+    #[test]
+    fn a_rows_products_are_its_own(
+        rows in 2usize..17,
+        // Of what is worth threads.
+        input in prop_oneof![64usize..80, 250usize..340],
+        output in prop_oneof![520usize..600, 1300usize..2100],
+        format in 0usize..5,
+    ) {
+        let x = random([1, rows, input]);
+        let weights = [factor(format, [input, output])];
+        let together = crate::kernels::linear_each(&x, &weights).remove(0);
+        for row in 0..rows {
+            let x = x.clone().narrow(1, row, 1);
+            let alone = crate::kernels::linear_each(&x, &weights).remove(0);
+            let found = together.clone().narrow(1, row, 1);
             found.into_data().assert_eq(&alone.into_data(), true);
         }
     }

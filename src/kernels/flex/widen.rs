@@ -147,16 +147,20 @@ impl Coded for Int4 {
     }
 }
 
-/// Numbers as f32; as many of both.
+/// Numbers times a scale as f32; as many of both.
 #[inline(always)]
-pub(super) fn widened<S: Simd, N: Number>(simd: S, numbers: &[N], to: &mut [f32]) {
+pub(super) fn widened<S: Simd, N: Number>(simd: S, numbers: &[N], scale: f32, to: &mut [f32]) {
+    let scale = simd.splat_f32s(scale);
     let (to, to_tail) = S::as_mut_simd_f32s(to);
     let numbers = numbers.chunks_exact(S::F32_LANES);
-    let tail = [N::padded(simd, numbers.remainder())];
+    let tail = numbers.remainder();
     for (to, numbers) in to.iter_mut().zip(numbers) {
-        *to = N::vector(simd, numbers);
+        *to = simd.mul_f32s(N::vector(simd, numbers), scale);
     }
-    to_tail.copy_from_slice(&cast_slice(&tail)[..to_tail.len()]);
+    if !tail.is_empty() {
+        let tail = [simd.mul_f32s(N::padded(simd, tail), scale)];
+        to_tail.copy_from_slice(&cast_slice(&tail)[..to_tail.len()]);
+    }
 }
 
 /// As many bytes as a vector has numbers, −128 to 127.
@@ -266,12 +270,12 @@ mod tests {
             // Every half there is, in a length that fills no vector; what is no number stays none.
             let halves: Vec<f16> = (1..=u16::MAX).map(f16::from_bits).collect();
             let mut wide = vec![0.0; halves.len()];
-            widened(simd, &halves, &mut wide);
+            widened(simd, &halves, 1.0, &mut wide);
             for (wide, x) in wide.iter().zip(&halves) {
                 assert!(wide.to_bits() == x.to_f32().to_bits() || wide.is_nan() && x.is_nan());
             }
             let halves: Vec<bf16> = (1..=u16::MAX).map(bf16::from_bits).collect();
-            widened(simd, &halves, &mut wide);
+            widened(simd, &halves, 1.0, &mut wide);
             for (wide, x) in wide.iter().zip(&halves) {
                 assert!(wide.to_bits() == x.to_f32().to_bits() || wide.is_nan() && x.is_nan());
             }

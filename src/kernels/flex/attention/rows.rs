@@ -1,4 +1,4 @@
-//! Stored keys or values as the kernels read them: tiles of rows of f32.
+//! Stored keys or values as the kernels read them: rows of any type, or tiles of rows of f32.
 
 use std::ops::Range;
 
