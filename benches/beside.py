@@ -8,9 +8,10 @@
 
 Without --model it is a random one of shape S (16 layers of width 768), which the bench writes. Every
 program reads the same weights and tokens, and before a time is printed its logits after the prompt are
-compared with the crate's, weights as they are in the model. Times are of 2 turns each, the second one counted, every program in
-its turn; figures are medians over the turns. Other programs: --peer NAME=COMMAND, whose last line is a
-JSON object with `ttft_s` and `tpot_s`; {prompt} and {steps} are filled in.
+compared with the crate's, weights as they are in the model. Times are of 2 turns each, the second one
+counted, every program in its turn; figures are medians over the turns. Other programs: --peer
+NAME=COMMAND, whose last line is a JSON object with `ttft_s` and `tpot_s`; {prompt} and {steps} are
+filled in.
 """
 
 import argparse
@@ -131,9 +132,8 @@ def measure(args, prompt, peers, directory):
 
 def of_the_format(name):
     """llama.cpp with the weights that a case of ours has, if it is run with them."""
-    words = name.split(" weights")[0].split()
-    kind, _ = FORMATS.get(words[-1] if " weights" in name else "model", (None, None))
-    return f"llama.cpp {kind}"
+    weights = name.split(" weights")[0].split()[-1] if " weights" in name else "model"
+    return f"llama.cpp {FORMATS[weights][0]}" if weights in FORMATS else None
 
 
 def table(prompt, seconds, agreement):

@@ -577,10 +577,11 @@ def cloze_table():
     models = {
         "standard": "standard",
         "fused_kv-24": "fused_kv, 24 of 30, fitted on 8192 tokens",
-        "fused_kv-20-41k": "fused_kv, 20 of 30, distilled on 41 thousand",
+        "fused_kv-20-all-410k": "fused_kv, 20 of 30, all distilled on 410 thousand",
+        "fused_kv-20-41k": "fused_kv, 20 of 30, reusing layers distilled on 41 thousand",
         "fused_kv-15": "fused_kv, 15 of 30, fitted on 65536 tokens",
-        "fused_kv-15-123k": "fused_kv, 15 of 30, distilled on 123 thousand",
-        "fused_kv-15-1024k": "fused_kv, 15 of 30, distilled on 1024 thousand",
+        "fused_kv-15-123k": "fused_kv, 15 of 30, reusing layers distilled on 123 thousand",
+        "fused_kv-15-1024k": "fused_kv, 15 of 30, reusing layers distilled on 1024 thousand",
     }
     found = {name: json.loads((CLOZE / f"{file}.json").read_text()) for file, name in models.items()}
     kinds = list(found["standard"])
@@ -631,11 +632,11 @@ def distillation_figure(reports):
     for report in sorted(reports.values(), key=lambda r: r["curve"][-1]["tokens"]):
         points = [(p["tokens"] / 1e3, p["perplexity"]) for p in report["curve"]]
         name = distillation_name(report).replace(", ", " ").replace(" of ", "/")
-        curves[f"{name}, {what_trains(report)} train"] = (points, points)
+        curves[f"{name}, {what_trains(report)}"] = (points, points)
     most = max(x for points, _ in curves.values() for x, _ in points)
     teacher = next(iter(reports.values()))["teacher_perplexity"]
     curves["teacher"] = ([(0, teacher), (most, teacher)], [])
-    title = "Perplexity of held-out text while distilling"
+    title = "Perplexity of held-out text while distilling, by the layers that train"
     return drawn(title, "tokens read, thousands", "perplexity", curves)
 
 

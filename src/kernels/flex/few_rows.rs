@@ -1,5 +1,5 @@
-//! Matrix products with few rows, as in decoding: a weight is read from memory once, as fast as it gives it, and
-//! several matrices that the same rows are multiplied with are one step among threads.
+//! Matrix products with few rows, as in decoding: a weight is read from memory once, as fast as it gives it,
+//! and several matrices that the same rows are multiplied with are one step among threads.
 
 use std::ops::Range;
 use std::slice::ChunksExact;
@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::narrow::{AT_ONCE, Rows, floats_at_once, of_floats, side_by_side};
 use super::rows::{GroupStorage, Groups, floats};
-use super::widen::{Coded, Int4, Int8, widened};
+use super::widen::{Coded, Int4, Int8, MOST_LANES, widened};
 use super::{ARCH, PARALLEL, float_tensor, simd};
 use crate::kernels::packed::{Codes, GROUP, Packed};
 #[cfg(test)]
@@ -22,13 +22,13 @@ pub(super) const FEW: usize = 16;
 /// Sums that a thread has at a time, of all rows: they stay in the first-level cache.
 const SUMS: usize = 4096;
 /// Columns that it has at least, where it has some of every row: pieces of memory that are shorter are
-/// read slower. And rows that it has at most, where it has all of each, unless those are short.
+/// read slower.
 const COLUMNS: usize = 1024;
+/// Outputs that it has at most, where it has whole rows of a weight, unless those are short.
+const OUTPUTS: usize = 1024;
 /// Parts that the sum over a weight's rows is divided into, for threads to share: each is a piece of
 /// memory of its own, which is read faster than every thread's share of each row.
 const PARTS: usize = 8;
-/// Every vector's length divides it.
-const VECTOR: usize = 16;
 /// Weight rows added in one pass over the sums.
 const UNROLL: usize = 4;
 /// Shares of the outputs for every thread, so that one that is late leaves some to others.
@@ -121,12 +121,14 @@ pub(super) fn products(x: &[f32], input: usize, matrices: &[Held]) -> Option<Vec
     }
     let x = X::new(x, input, &matrices);
     let n_rows = x.rows.len() / input;
-    let divisions: Vec<_> = (matrices.iter().map(|m| m.division(input, n_rows))).collect();
-    let sizes = matrices.iter().zip(&divisions);
-    let sizes = sizes.map(|(matrix, of)| input.div_ceil(of.inputs) * n_rows * matrix.output());
-    let mut sums: Vec<_> = sizes.map(|size| vec![0.0; size]).collect();
+    let divided = |matrix: &Matrix| {
+        let of = matrix.division(input, n_rows);
+        let parts = input.div_ceil(of.inputs);
+        (of, vec![0.0; parts * n_rows * matrix.output()])
+    };
+    let mut divided: Vec<_> = matrices.iter().map(divided).collect();
     let mut shares = Vec::new();
-    for ((matrix, of), sums) in matrices.iter().zip(&divisions).zip(&mut sums) {
+    for (matrix, (of, sums)) in matrices.iter().zip(&mut divided) {
         let output = matrix.output();
         for (part, sums) in sums.chunks_mut(n_rows * output).enumerate() {
             let inputs = part * of.inputs..((part + 1) * of.inputs).min(input);
@@ -143,14 +145,14 @@ pub(super) fn products(x: &[f32], input: usize, matrices: &[Held]) -> Option<Vec
         true => shares.into_iter().for_each(product),
         false => shares.into_par_iter().for_each(product),
     }
-    let shares = matrices.iter().zip(divisions).zip(sums);
-    let put = shares.map(
-        |((matrix, of), sums)| match of.inputs == input && n_rows == 1 {
+    let whole = |(matrix, (of, sums)): (&Matrix, (Division, Vec<f32>))| {
+        // The sums of one share after another are then all there is.
+        match of.inputs == input && n_rows == 1 {
             true => sums,
             false => put_together(&sums, n_rows, matrix.output(), of.outputs),
-        },
-    );
-    Some(put.collect())
+        }
+    };
+    Some(matrices.iter().zip(divided).map(whole).collect())
 }
 
 /// The products of rows, of parts of their inputs: for each part, and each share of the outputs, the
@@ -199,12 +201,12 @@ impl Matrix<'_> {
             Self::Inputs { .. } => Division {
                 inputs: input.div_ceil(PARTS).next_multiple_of(UNROLL).min(input),
                 // Of whole vectors, so that each column is added up alike for any number of rows.
-                outputs: ((SUMS / n_rows).max(COLUMNS) / VECTOR * VECTOR).min(output),
+                outputs: ((SUMS / n_rows).max(COLUMNS) / MOST_LANES * MOST_LANES).min(output),
             },
             Self::Outputs { .. } | Self::Groups(_) => {
                 let shares = SHARES * rayon::current_num_threads();
                 let least = (PARALLEL / input).max(1);
-                let outputs = output.div_ceil(shares).clamp(least, COLUMNS.max(least));
+                let outputs = output.div_ceil(shares).clamp(least, OUTPUTS.max(least));
                 Division {
                     inputs: input,
                     outputs: outputs.next_multiple_of(AT_ONCE).min(output),

@@ -13,17 +13,21 @@ use pulp::x86::{V3, V4};
 
 use crate::kernels::packed::{Codes, GROUP};
 
+/// No vector has more numbers, and every vector's length divides it.
+pub(super) const MOST_LANES: usize = 16;
+
 /// Stored numbers, a vector of which becomes floats in a register.
 pub(super) trait Number: Copy + Default {
     /// As many numbers as a vector has.
     fn vector<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s;
 
-    /// Fewer of them, and zeros behind.
+    /// As many or fewer, and zeros behind.
     #[inline(always)]
     fn padded<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
-        /// No vector has more numbers.
-        const MOST: usize = 16;
-        let mut all = [Self::default(); MOST];
+        if numbers.len() == S::F32_LANES {
+            return Self::vector(simd, numbers);
+        }
+        let mut all = [Self::default(); MOST_LANES];
         all[..numbers.len()].copy_from_slice(numbers);
         Self::vector(simd, &all[..S::F32_LANES])
     }

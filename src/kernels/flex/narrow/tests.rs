@@ -1,0 +1,135 @@
+//! Products and sums by every instruction set, against loops over whole numbers.
+
+use proptest::prelude::*;
+#[cfg(target_arch = "x86_64")]
+use pulp::x86::V4;
+use pulp::{Scalar, WithSimd, bytemuck::cast_slice};
+
+use super::*;
+use crate::kernels::flex::simd::maximum;
+
+/// Rows of small whole numbers, so that every order of additions gives the same.
+#[derive(Clone, Debug)]
+struct Case {
+    width: usize,
+    stride: usize,
+    rows: Range<usize>,
+    n_floats: usize,
+    numbers: Vec<i8>,
+    /// By which rows, or columns, are multiplied.
+    floats: Vec<i8>,
+}
+
+prop_compose! {
+    fn any_case()(
+        width in prop_oneof![1usize..70, 250usize..340],
+        // Rows may overlap, or be one and the same.
+        stride in prop_oneof![Just(0usize), 1usize..80, Just(usize::MAX)],
+        first in 0usize..7,
+        n_rows in 1usize..11,
+        n_floats in 1usize..19,
+    )(
+        numbers in prop::collection::vec(-9i8..10, (first + n_rows) * stride.min(width + 1) + width),
+        floats in prop::collection::vec(-9i8..10, n_floats * width.max(n_rows)),
+        width in Just(width),
+        stride in Just(stride.min(width + 1)),
+        rows in Just(first..first + n_rows),
+        n_floats in Just(n_floats),
+    ) -> Case {
+        Case { width, stride, rows, n_floats, numbers, floats }
+    }
+}
+
+impl Case {
+    fn number(&self, row: usize, column: usize) -> f32 {
+        f32::from(self.numbers[row * self.stride + column])
+    }
+
+    /// Row i of the floats, of some length.
+    fn float(&self, i: usize, at: usize, len: usize) -> f32 {
+        f32::from(self.floats[i * len + at])
+    }
+
+    fn check<S: Simd>(&self, simd: S, rows: Rows, scale: impl Fn(usize) -> f32) {
+        let (range, width) = (self.rows.clone(), self.width);
+        let x: Vec<f32> = self.floats.iter().map(|&x| f32::from(x)).collect();
+
+        let pitch = range.len() + self.n_floats % 3;
+        let mut products = vec![1.0; self.n_floats * pitch];
+        let floats = &x[..self.n_floats * width];
+        rows.add_products(simd, floats, range.clone(), &mut products, pitch);
+        for (i, products) in products.chunks(pitch).enumerate() {
+            assert!(products[range.len()..].iter().all(|x| *x == 1.0));
+            for (row, found) in range.clone().zip(products) {
+                let terms = (0..width).map(|c| self.number(row, c) * self.float(i, c, width));
+                assert_eq!(*found, 1.0 + scale(row) * terms.sum::<f32>());
+            }
+        }
+
+        let vectors = width.div_ceil(S::F32_LANES);
+        let mut sums = vec![simd.splat_f32s(1.0); self.n_floats * vectors];
+        let factors = &x[..self.n_floats * range.len()];
+        rows.add_sums(simd, factors, range.len(), range.clone(), &mut sums);
+        for (i, sums) in sums.chunks(vectors).enumerate() {
+            let sums: &[f32] = cast_slice(sums);
+            for (column, found) in sums[..width].iter().enumerate() {
+                let terms = range.clone().enumerate().map(|(at, row)| {
+                    self.number(row, column) * scale(row) * self.float(i, at, range.len())
+                });
+                assert_eq!(*found, 1.0 + terms.sum::<f32>());
+            }
+        }
+
+        let mut wide = vec![0.0; width];
+        for row in range {
+            rows.widen(simd, row, &mut wide);
+            let numbers = wide.iter().enumerate();
+            numbers.for_each(|(c, x)| assert_eq!(*x, self.number(row, c) * scale(row)));
+        }
+    }
+}
+
+impl WithSimd for &Case {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let wide = self.numbers.iter().map(|&x| f32::from(x));
+        let f32s: Vec<f32> = wide.clone().collect();
+        let f16s: Vec<f16> = wide.clone().map(f16::from_f32).collect();
+        let bf16s: Vec<bf16> = wide.map(bf16::from_f32).collect();
+        let scales: Vec<f32> = (0..self.rows.end).map(|row| row as f32 + 1.0).collect();
+        for numbers in [
+            Numbers::F32(&f32s),
+            Numbers::F16(&f16s),
+            Numbers::Bf16(&bf16s),
+        ] {
+            let rows = Rows::new(numbers, self.stride, self.width);
+            self.check(simd, rows, |_| 1.0);
+        }
+        let codes = Numbers::Int8(&self.numbers, &scales);
+        let rows = Rows::new(codes, self.stride, self.width);
+        self.check(simd, rows, |row| scales[row]);
+
+        let largest = f32s.iter().copied().fold(-3.0, f32::max);
+        assert_eq!(maximum(simd, &f32s, -3.0), largest);
+        assert_eq!(maximum(simd, &f32s, 10.0), 10.0);
+    }
+}
+
+proptest! {
+    /// By each of the processor's instruction sets, not only the one that is taken.
+    #[test]
+    fn rows_are_multiplied_as_what_they_are(case in any_case()) {
+        Simd::vectorize(Scalar::new(), &case);
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(simd) = V3::try_new() {
+                Simd::vectorize(simd, &case);
+            }
+            if let Some(simd) = V4::try_new() {
+                Simd::vectorize(simd, &case);
+            }
+        }
+    }
+}
