@@ -49,7 +49,13 @@ use super::packed::Packed;
 use super::table::Kernels;
 
 /// The instruction set of this processor.
-static ARCH: LazyLock<Arch> = LazyLock::new(Arch::new);
+static ARCH: LazyLock<Arch> = LazyLock::new(|| {
+    #[cfg(test)]
+    if let Some(lesser) = tests::lesser_arch() {
+        return lesser;
+    }
+    Arch::new()
+});
 
 /// Below this many numbers, waking a thread takes longer than the work.
 const PARALLEL: usize = 1 << 15;

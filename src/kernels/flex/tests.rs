@@ -306,11 +306,73 @@ proptest! {
     }
 }
 
+/// However many blocks of queries a thread takes together, which a larger batch makes more.
+#[test]
+fn a_rows_attention_is_its_own() {
+    let [heads, queries, keys, width] = [2, 150, 400, 24];
+    let alone = [(); 3].map(|()| random([1, heads, keys, width]));
+    for window in [None, Some(70)] {
+        let [found, expected] = [16, 1].map(|batch| {
+            let [query, key, value] = alone.clone().map(|x| x.repeat_dim(0, batch));
+            let term = |source| Term {
+                source: Stored::Float(source),
+                weight: None,
+            };
+            let visibility = Visibility::new(window, Arc::default(), keys);
+            let query = query.narrow(2, 0, queries);
+            attention(&query, &[term(key)], &[term(value)], &visibility)
+                .expect("a kernel for f32 on Flex")
+                .narrow(0, batch - 1, 1)
+                .into_data()
+        });
+        assert_eq!(found, expected);
+    }
+}
+
+/// What a process of tests may be told to compute by instead of the best the processor has.
+const INSTRUCTIONS: &str = "FUSEDKV_TEST_INSTRUCTIONS";
+
+/// Instruction sets of the processor other than the best, by name.
+fn lesser_archs() -> Vec<(&'static str, Arch)> {
+    match Arch::new() {
+        Arch::Scalar => vec![],
+        #[cfg(target_arch = "x86_64")]
+        Arch::V4(_) => {
+            let avx2 = pulp::x86::V3::try_new().expect("what has AVX-512 has AVX2");
+            vec![("avx2", Arch::V3(avx2)), ("scalar", Arch::Scalar)]
+        }
+        _ => vec![("scalar", Arch::Scalar)],
+    }
+}
+
+/// The instruction set that this process was told to use.
+pub(super) fn lesser_arch() -> Option<Arch> {
+    let name = std::env::var(INSTRUCTIONS).ok()?;
+    let found = lesser_archs().into_iter().find(|(known, _)| *known == name);
+    Some(found.expect("an instruction set of this processor").1)
+}
+
+/// The kernels' tests by every other instruction set of the processor, each in a process of its own.
+#[test]
+fn other_instruction_sets_pass() {
+    for (name, _) in lesser_archs() {
+        let tests = std::env::current_exe().expect("this program has a path");
+        let found = std::process::Command::new(tests)
+            .args(["kernels::flex", "--skip", "other_instruction_sets_pass"])
+            .env(INSTRUCTIONS, name)
+            .output()
+            .expect("this program can be run");
+        let report = String::from_utf8_lossy(&found.stdout);
+        assert!(found.status.success(), "{name}:\n{report}");
+        assert!(report.contains("attention_is_that_of_stock_operations ... ok"));
+    }
+}
+
 /// The widest vectors that the processor has and the kernels are compiled for.
 #[test]
 fn vectors_are_the_processors() {
     #[cfg(target_arch = "x86_64")]
-    match *ARCH {
+    match Arch::new() {
         Arch::V4(_) => assert!(std::is_x86_feature_detected!("avx512f")),
         Arch::V3(_) => {
             let all = ["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"];
@@ -326,5 +388,5 @@ fn vectors_are_the_processors() {
         _ => assert!(!std::is_x86_feature_detected!("avx2")),
     }
     #[cfg(target_arch = "aarch64")]
-    assert!(matches!(*ARCH, Arch::Neon(_)));
+    assert!(matches!(Arch::new(), Arch::Neon(_)));
 }

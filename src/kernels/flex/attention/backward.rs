@@ -12,7 +12,9 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::{ARCH, simd};
-use super::many::{self, Lanes, TILE, WIDE, add_values, scores_of, transposed};
+use super::many::{
+    self, Lanes, TILE, add_values, has_many_registers, in_rows, scores_of, transposed,
+};
 use super::{Problem, Source};
 use crate::kernels::operands::{Seen, Visibility};
 
@@ -152,17 +154,17 @@ impl WithSimd for KvHead<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        if S::REGISTER_COUNT >= 32 {
-            self.backward::<S, 8>(simd);
+        if has_many_registers::<S>() {
+            self.backward::<S, 8, 3>(simd);
         } else {
-            self.backward::<S, 4>(simd);
+            self.backward::<S, 6, 2>(simd);
         }
     }
 }
 
 impl KvHead<'_> {
     #[inline(always)]
-    fn backward<S: Simd, const HIGH: usize>(mut self, simd: S) {
+    fn backward<S: Simd, const HIGH: usize, const WIDE: usize>(mut self, simd: S) {
         let Problem {
             n_queries,
             n_keys,
@@ -180,7 +182,7 @@ impl KvHead<'_> {
         let d_query = std::mem::take(&mut self.d_query);
         for (i, d_query) in d_query.chunks_mut(n_queries * head_dim).enumerate() {
             for (tile, d_query) in d_query.chunks_mut(lanes * head_dim).enumerate() {
-                self.queries::<S, HIGH>(simd, i, tile * lanes, d_query, &mut sums);
+                self.queries::<S, HIGH, WIDE>(simd, i, tile * lanes, d_query, &mut sums);
             }
         }
         let targets = [(&sums.d_key, self.d_key), (&sums.d_value, self.d_value)];
@@ -195,7 +197,7 @@ impl KvHead<'_> {
 
     /// The gradients that a tile of queries from `first` of the group's head `member` has or gives.
     #[inline(always)]
-    fn queries<S: Simd, const HIGH: usize>(
+    fn queries<S: Simd, const HIGH: usize, const WIDE: usize>(
         &self,
         simd: S,
         member: usize,
@@ -238,8 +240,8 @@ impl KvHead<'_> {
             let (keys, values) = (&self.key[tile.clone()], &self.value[tile]);
             let probabilities = &mut probabilities[..range.len()];
             let d_scores = &mut d_scores[..range.len()];
-            scores_of::<S, HIGH>(simd, keys, &query_lanes, probabilities);
-            scores_of::<S, HIGH>(simd, values, &gradient_lanes, d_scores);
+            scores_of::<S, HIGH, WIDE>(simd, keys, &query_lanes, probabilities);
+            scores_of::<S, HIGH, WIDE>(simd, values, &gradient_lanes, d_scores);
             for (p, d_score) in probabilities.iter_mut().zip(d_scores.iter_mut()) {
                 for i in 0..WIDE {
                     p[i] = simd::exp2(simd, simd.sub_f32s(p[i], log_sums[i]));
@@ -249,27 +251,18 @@ impl KvHead<'_> {
             }
             let p: &mut [f32] = cast_slice_mut(&mut *probabilities);
             let d_score: &mut [f32] = cast_slice_mut(&mut *d_scores);
-            for query in 0..n {
-                problem.for_each_hidden(batch, first + query, range.clone(), |key| {
-                    p[key * lanes + query] = 0.0;
-                    d_score[key * lanes + query] = 0.0;
-                });
-            }
-            add_values::<S, HIGH>(simd, keys, d_scores, one, &mut query_sums);
+            problem.for_each_hidden(batch, first..first + n, range.clone(), |query, key| {
+                p[key * lanes + query] = 0.0;
+                d_score[key * lanes + query] = 0.0;
+            });
+            add_values::<S, HIGH, WIDE>(simd, keys, d_scores, one, &mut query_sums);
             let place = range.start * sums.vectors..range.end * sums.vectors;
             let d_keys = &mut sums.d_key[place.clone()];
-            add_rows::<S, HIGH>(simd, d_scores, &query_rows, sums.vectors, d_keys);
+            add_rows::<S, HIGH, WIDE>(simd, d_scores, &query_rows, sums.vectors, d_keys);
             let d_values = &mut sums.d_value[place];
-            add_rows::<S, HIGH>(simd, probabilities, &gradient_rows, sums.vectors, d_values);
+            add_rows::<S, HIGH, WIDE>(simd, probabilities, &gradient_rows, sums.vectors, d_values);
         }
-        let channels: &[f32] = cast_slice(&query_sums);
-        for (query, d_query) in d_query.chunks_mut(head_dim).enumerate() {
-            let channels = channels.iter().skip(query).step_by(lanes);
-            d_query
-                .iter_mut()
-                .zip(channels)
-                .for_each(|(to, x)| *to = *x);
-        }
+        in_rows::<S, WIDE>(&query_sums, d_query);
     }
 }
 
@@ -295,9 +288,9 @@ fn padded<S: Simd>(simd: S, rows: &[f32], head_dim: usize) -> Vec<S::f32s> {
 
 /// `sums[key] += Σ_query weights[key][query] · rows[query]`.
 #[inline(always)]
-fn add_rows<S: Simd, const HIGH: usize>(
+fn add_rows<S: Simd, const HIGH: usize, const WIDE: usize>(
     simd: S,
-    weights: &[Lanes<S>],
+    weights: &[Lanes<S, WIDE>],
     rows: &[S::f32s],
     vectors: usize,
     sums: &mut [S::f32s],
@@ -306,20 +299,20 @@ fn add_rows<S: Simd, const HIGH: usize>(
     for (weights, sums) in blocks {
         let mut first = 0;
         while first + 2 <= vectors {
-            add_block::<S, HIGH, 2>(simd, weights, rows, vectors, first, sums);
+            add_block::<S, HIGH, 2, WIDE>(simd, weights, rows, vectors, first, sums);
             first += 2;
         }
         if first < vectors {
-            add_block::<S, HIGH, 1>(simd, weights, rows, vectors, first, sums);
+            add_block::<S, HIGH, 1, WIDE>(simd, weights, rows, vectors, first, sums);
         }
     }
 }
 
 /// Up to HIGH keys and N vectors of channels from `first`, whose sums stay in registers.
 #[inline(always)]
-fn add_block<S: Simd, const HIGH: usize, const N: usize>(
+fn add_block<S: Simd, const HIGH: usize, const N: usize, const WIDE: usize>(
     simd: S,
-    weights: &[Lanes<S>],
+    weights: &[Lanes<S, WIDE>],
     rows: &[S::f32s],
     vectors: usize,
     first: usize,
@@ -327,12 +320,16 @@ fn add_block<S: Simd, const HIGH: usize, const N: usize>(
 ) {
     let n = rows.len() / vectors;
     let last = weights.len() - 1;
+    let lanes = WIDE * S::F32_LANES;
     let numbers: &[f32] = cast_slice(weights);
-    // A row is repeated where the block is not full.
-    let weights: [&[f32]; HIGH] =
-        std::array::from_fn(|i| &numbers[i.min(last) * WIDE * S::F32_LANES..][..n]);
-    let mut block: [[S::f32s; N]; HIGH] =
-        std::array::from_fn(|i| std::array::from_fn(|j| sums[i.min(last) * vectors + first + j]));
+    let mut weights = [numbers; HIGH];
+    let mut block = [[simd.splat_f32s(0.0); N]; HIGH];
+    for (i, (weights, block)) in weights.iter_mut().zip(&mut block).enumerate() {
+        // A row is repeated where the block is not full.
+        let key = i.min(last);
+        *weights = &numbers[key * lanes..][..n];
+        block.copy_from_slice(&sums[key * vectors + first..][..N]);
+    }
     for (query, row) in (0..n).zip(rows.chunks_exact(vectors)) {
         let row = &row[first..first + N];
         for (sums, weights) in block.iter_mut().zip(weights) {

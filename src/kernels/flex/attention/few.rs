@@ -137,7 +137,9 @@ impl WithSimd for Part<'_> {
         for (row, scores) in scores.chunks_mut(PART).enumerate() {
             let scores = &mut scores[..self.keys.len()];
             let (query, keys) = (row % problem.n_queries, self.keys.clone());
-            problem.for_each_hidden(self.batch, query, keys, |i| scores[i] = HIDDEN);
+            problem.for_each_hidden(self.batch, query..query + 1, keys, |_, key| {
+                scores[key] = HIDDEN;
+            });
             max[row] = simd::maximum(simd, scores, HIDDEN);
             sum[row] = powers(simd, scores, max[row]);
         }

@@ -3,6 +3,8 @@
 //! tile at a time: for a whole tile of queries that is a few products more, where the weights in the
 //! query and the output would be twice the products.
 
+use std::ops::Range;
+
 use pulp::bytemuck::cast_slice;
 use pulp::bytemuck::cast_slice_mut;
 use pulp::{Simd, WithSimd};
@@ -14,11 +16,20 @@ use super::{HIDDEN, Problem};
 
 /// Keys per tile: keys or values of a tile fit the first-level cache.
 pub(super) const TILE: usize = 64;
-/// Vectors of queries side by side.
-pub(super) const WIDE: usize = 3;
+/// Blocks of queries that read a tile one after the other, while it lies in a cache: it is fetched,
+/// widened or blended once for all of them.
+const BLOCKS: usize = 4;
 
-/// One number for each query of a tile.
-pub(super) type Lanes<S> = [<S as Simd>::f32s; WIDE];
+/// One number for each query of a block, which has `WIDE` vectors of them.
+pub(super) type Lanes<S, const WIDE: usize> = [<S as Simd>::f32s; WIDE];
+
+/// Whether a block is 3 vectors of queries by 8 keys or channels, with 24 sums in registers, and not 2
+/// by 6 with 12. Beside the sums there must be room for a row of the right matrix and a number of the
+/// left: a sum without a register would wait for memory in every step.
+#[inline(always)]
+pub(super) fn has_many_registers<S: Simd>() -> bool {
+    S::REGISTER_COUNT >= 32
+}
 
 /// `[batch, n_heads, n_queries, head_dim]`, and of every query the base-2 logarithm of the sum of
 /// its powers of 2.
@@ -26,18 +37,21 @@ pub(super) fn attention(problem: &Problem) -> (Vec<f32>, Vec<f32>) {
     let mut output = vec![0.0; problem.query.len()];
     let mut log_sums = vec![0.0; problem.query.len() / problem.head_dim];
     let (n_queries, head_dim) = (problem.n_queries, problem.head_dim);
-    let tile = ARCH.dispatch(TileQueries);
-    let tiles = output
+    let block = ARCH.dispatch(BlockLen);
+    let blocks = problem.batch * problem.n_heads * n_queries.div_ceil(block);
+    // Threads that are done early take over from others.
+    let share = block * (blocks / (8 * rayon::current_num_threads())).clamp(1, BLOCKS);
+    let shares = output
         .par_chunks_mut(n_queries * head_dim)
         .zip(log_sums.par_chunks_mut(n_queries))
         .enumerate()
         .flat_map(|(head, (output, log_sums))| {
-            let tiles = output.par_chunks_mut(tile * head_dim);
-            let tiles = tiles.zip(log_sums.par_chunks_mut(tile)).enumerate();
-            tiles.map(move |(i, output)| (head, i * tile, output))
+            let shares = output.par_chunks_mut(share * head_dim);
+            let shares = shares.zip(log_sums.par_chunks_mut(share)).enumerate();
+            shares.map(move |(i, output)| (head, i * share, output))
         });
-    tiles.for_each(|(head, first, (output, log_sums))| {
-        ARCH.dispatch(Tile {
+    shares.for_each(|(head, first, (output, log_sums))| {
+        ARCH.dispatch(Share {
             problem,
             batch: head / problem.n_heads,
             head: head % problem.n_heads,
@@ -49,20 +63,21 @@ pub(super) fn attention(problem: &Problem) -> (Vec<f32>, Vec<f32>) {
     (output, log_sums)
 }
 
-/// How many queries a tile has.
-pub(super) struct TileQueries;
+/// How many queries a block has.
+struct BlockLen;
 
-impl WithSimd for TileQueries {
+impl WithSimd for BlockLen {
     type Output = usize;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) -> usize {
-        WIDE * S::F32_LANES
+        let wide = if has_many_registers::<S>() { 3 } else { 2 };
+        wide * S::F32_LANES
     }
 }
 
 /// One thread's work: neighbouring queries of one head.
-struct Tile<'a> {
+struct Share<'a> {
     problem: &'a Problem<'a>,
     batch: usize,
     head: usize,
@@ -71,82 +86,144 @@ struct Tile<'a> {
     log_sums: &'a mut [f32],
 }
 
-impl WithSimd for Tile<'_> {
+impl WithSimd for Share<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // As many sums as registers hold beside a row of the right and a number of the left matrix.
-        if S::REGISTER_COUNT >= 32 {
-            self.attend::<S, 8>(simd);
+        if has_many_registers::<S>() {
+            self.attend::<S, 8, 3>(simd);
         } else {
-            self.attend::<S, 4>(simd);
+            self.attend::<S, 6, 2>(simd);
         }
     }
 }
 
-impl Tile<'_> {
+impl Share<'_> {
     #[inline(always)]
-    fn attend<S: Simd, const HIGH: usize>(self, simd: S) {
+    fn attend<S: Simd, const HIGH: usize, const WIDE: usize>(self, simd: S) {
         let problem = self.problem;
         let head_dim = problem.head_dim;
-        let n_queries = self.output.len() / head_dim;
         let kv_head = self.head * problem.n_kv_heads / problem.n_heads;
         let (keys, values) = problem.blends(self.batch, kv_head);
         let head = self.batch * problem.n_heads + self.head;
         let start = (head * problem.n_queries + self.first) * head_dim;
-        let queries = &problem.query[start..][..n_queries * head_dim];
-        let queries = transposed(simd, queries, head_dim, problem.scale());
-
-        let zero = [simd.splat_f32s(0.0); WIDE];
-        let mut scratch = Scratch::default();
-        let mut scores = [zero; TILE];
-        let mut max = [simd.splat_f32s(HIDDEN); WIDE];
-        let mut sum = zero;
-        let mut weighted = vec![zero; head_dim];
-        let last = self.first + n_queries - 1;
-        let first = problem.visible(self.batch, self.first).start;
-        let end = problem.visible(self.batch, last).end;
-        for start in (first..end).step_by(TILE) {
-            let range = start..(start + TILE).min(end);
-            let scores = &mut scores[..range.len()];
-            let tile = keys.tile(simd, range.clone(), &mut scratch);
-            scores_of::<S, HIGH>(simd, tile, &queries, scores);
-            let lanes = WIDE * S::F32_LANES;
-            let numbers: &mut [f32] = cast_slice_mut(&mut *scores);
-            for query in 0..n_queries {
-                problem.for_each_hidden(self.batch, self.first + query, range.clone(), |key| {
-                    numbers[key * lanes + query] = HIDDEN;
-                });
-            }
-            let decay = softmax(simd, scores, &mut max, &mut sum);
-            let tile = values.tile(simd, range, &mut scratch);
-            add_values::<S, HIGH>(simd, tile, scores, decay, &mut weighted);
-        }
+        let queries = &problem.query[start..][..self.output.len()];
 
         let lanes = WIDE * S::F32_LANES;
-        let (max, sum): (&[f32], &[f32]) = (cast_slice(&max), cast_slice(&sum));
-        for ((log_sum, max), sum) in self.log_sums.iter_mut().zip(max).zip(sum) {
-            *log_sum = max + sum.log2();
+        let mut blocks = Vec::with_capacity(BLOCKS);
+        for (i, queries) in queries.chunks(lanes * head_dim).enumerate() {
+            blocks.push(Block::<S, WIDE>::new(
+                simd,
+                problem,
+                self.batch,
+                self.first + i * lanes,
+                queries,
+            ));
         }
-        for (query, output) in self.output.chunks_mut(head_dim).enumerate() {
-            let channels: &[f32] = cast_slice(&weighted);
-            let channels = channels.iter().skip(query).step_by(lanes);
-            for (output, channel) in output.iter_mut().zip(channels) {
-                *output = channel / sum[query];
+        let (mut key_scratch, mut value_scratch) = (Scratch::default(), Scratch::default());
+        let mut scores = [[simd.splat_f32s(0.0); WIDE]; TILE];
+        let last = self.first + queries.len() / head_dim - 1;
+        let start = problem.visible(self.batch, self.first).start / TILE * TILE;
+        let end = problem.visible(self.batch, last).end;
+        for start in (start..end).step_by(TILE) {
+            let range = start..(start + TILE).min(end);
+            let keys = keys.tile(simd, range.clone(), &mut key_scratch);
+            let values = values.tile(simd, range, &mut value_scratch);
+            for block in &mut blocks {
+                let tiles = [keys, values];
+                block.read::<HIGH>(simd, problem, self.batch, start, tiles, &mut scores);
             }
+        }
+        let outputs = self.output.chunks_mut(lanes * head_dim);
+        let results = outputs.zip(self.log_sums.chunks_mut(lanes));
+        for (block, (output, log_sums)) in blocks.into_iter().zip(results) {
+            block.finish(simd, output, log_sums);
+        }
+    }
+}
+
+/// As many queries as there are lanes, and their softmax so far.
+struct Block<S: Simd, const WIDE: usize> {
+    /// Which queries.
+    places: Range<usize>,
+    /// Of the keys, those from the first to the last that one of them sees.
+    seen: Range<usize>,
+    /// `[head_dim]`.
+    queries: Vec<Lanes<S, WIDE>>,
+    max: Lanes<S, WIDE>,
+    sum: Lanes<S, WIDE>,
+    /// `[head_dim]`, values times powers of 2.
+    weighted: Vec<Lanes<S, WIDE>>,
+}
+
+impl<S: Simd, const WIDE: usize> Block<S, WIDE> {
+    #[inline(always)]
+    fn new(simd: S, problem: &Problem, batch: usize, first: usize, queries: &[f32]) -> Self {
+        let head_dim = problem.head_dim;
+        let zero = [simd.splat_f32s(0.0); WIDE];
+        let places = first..first + queries.len() / head_dim;
+        let [first, last] = [places.start, places.end - 1].map(|q| problem.visible(batch, q));
+        Self {
+            places,
+            seen: first.start..last.end,
+            queries: transposed(simd, queries, head_dim, problem.scale()),
+            max: [simd.splat_f32s(HIDDEN); WIDE],
+            sum: zero,
+            weighted: vec![zero; head_dim],
+        }
+    }
+
+    /// Takes in the keys and values of a tile, which begins at `start`, as far as one of the queries sees them.
+    #[inline(always)]
+    fn read<const HIGH: usize>(
+        &mut self,
+        simd: S,
+        problem: &Problem,
+        batch: usize,
+        start: usize,
+        [keys, values]: [&[f32]; 2],
+        scores: &mut [Lanes<S, WIDE>; TILE],
+    ) {
+        let head_dim = problem.head_dim;
+        let range = start..self.seen.end.min(start + keys.len() / head_dim);
+        if range.is_empty() || range.end <= self.seen.start {
+            return;
+        }
+        let [keys, values] = [keys, values].map(|tile| &tile[..range.len() * head_dim]);
+        let scores = &mut scores[..range.len()];
+        scores_of::<S, HIGH, WIDE>(simd, keys, &self.queries, scores);
+        let numbers: &mut [f32] = cast_slice_mut(&mut *scores);
+        problem.for_each_hidden(batch, self.places.clone(), range, |query, key| {
+            numbers[key * WIDE * S::F32_LANES + query] = HIDDEN;
+        });
+        let decay = softmax(simd, scores, &mut self.max, &mut self.sum);
+        add_values::<S, HIGH, WIDE>(simd, values, scores, decay, &mut self.weighted);
+    }
+
+    #[inline(always)]
+    fn finish(mut self, simd: S, output: &mut [f32], log_sums: &mut [f32]) {
+        for channel in &mut self.weighted {
+            for (x, &sum) in channel.iter_mut().zip(&self.sum) {
+                *x = simd.div_f32s(*x, sum);
+            }
+        }
+        in_rows::<S, WIDE>(&self.weighted, output);
+        let (max, sum): (&[f32], &[f32]) = (cast_slice(&self.max), cast_slice(&self.sum));
+        for ((log_sum, max), sum) in log_sums.iter_mut().zip(max).zip(sum) {
+            *log_sum = max + sum.log2();
         }
     }
 }
 
 /// Rows of one number per channel, scaled, as `[head_dim]` of lanes; those beyond the last row are 0.
 #[inline(always)]
-pub(super) fn transposed<S: Simd>(
+pub(super) fn transposed<S: Simd, const WIDE: usize>(
     simd: S,
     rows: &[f32],
     head_dim: usize,
     scale: f32,
-) -> Vec<Lanes<S>> {
+) -> Vec<Lanes<S, WIDE>> {
     let mut channels = vec![[simd.splat_f32s(0.0); WIDE]; head_dim];
     let numbers: &mut [f32] = cast_slice_mut(&mut channels);
     for (channel, lanes) in numbers.chunks_mut(WIDE * S::F32_LANES).enumerate() {
@@ -157,24 +234,60 @@ pub(super) fn transposed<S: Simd>(
     channels
 }
 
+/// The reverse of [`transposed`]: `[head_dim]` of lanes, as rows of one number per channel.
+#[inline(always)]
+pub(super) fn in_rows<S: Simd, const WIDE: usize>(channels: &[Lanes<S, WIDE>], rows: &mut [f32]) {
+    let numbers: &[f32] = cast_slice(channels);
+    for (query, row) in rows.chunks_mut(channels.len()).enumerate() {
+        let column = numbers.iter().skip(query).step_by(WIDE * S::F32_LANES);
+        row.iter_mut().zip(column).for_each(|(to, x)| *to = *x);
+    }
+}
+
+/// How many blocks of `high` make up n with as few others as can be, which are of 4 if possible.
+#[inline(always)]
+fn blocks_of(high: usize, n: usize) -> usize {
+    let blocks = n / high;
+    let rest = n - blocks * high;
+    let lower = blocks > 0 && !rest.is_multiple_of(4) && (rest + high).is_multiple_of(4);
+    blocks - usize::from(lower)
+}
+
 /// `scores[key] = Σ_c tile[key][c] · queries[c]`, HIGH keys at a time.
 #[inline(always)]
-pub(super) fn scores_of<S: Simd, const HIGH: usize>(
+pub(super) fn scores_of<S: Simd, const HIGH: usize, const WIDE: usize>(
     simd: S,
     tile: &[f32],
-    queries: &[Lanes<S>],
-    scores: &mut [Lanes<S>],
+    queries: &[Lanes<S, WIDE>],
+    scores: &mut [Lanes<S, WIDE>],
+) {
+    let high = blocks_of(HIGH, scores.len()) * HIGH;
+    let (keys, tile) = tile.split_at(high * queries.len());
+    let (blocks, scores) = scores.split_at_mut(high);
+    blocks_of_scores::<S, HIGH, WIDE>(simd, keys, queries, blocks);
+    let fours = scores.len() / 4 * 4;
+    let (keys, tile) = tile.split_at(fours * queries.len());
+    let (blocks, scores) = scores.split_at_mut(fours);
+    blocks_of_scores::<S, 4, WIDE>(simd, keys, queries, blocks);
+    blocks_of_scores::<S, 1, WIDE>(simd, tile, queries, scores);
+}
+
+/// [`scores_of`] whole blocks of N keys, whose sums stay in registers.
+#[inline(always)]
+fn blocks_of_scores<S: Simd, const N: usize, const WIDE: usize>(
+    simd: S,
+    tile: &[f32],
+    queries: &[Lanes<S, WIDE>],
+    scores: &mut [Lanes<S, WIDE>],
 ) {
     let head_dim = queries.len();
-    let keys = tile.chunks(HIGH * head_dim);
-    for (keys, scores) in keys.zip(scores.chunks_mut(HIGH)) {
-        let last = scores.len() - 1;
-        // A row is repeated where the last block is not full.
-        let rows: [&[f32]; HIGH] = std::array::from_fn(|i| {
-            let row = &keys[i.min(last) * head_dim..];
-            &row[..head_dim]
-        });
-        let mut sums = [[simd.splat_f32s(0.0); WIDE]; HIGH];
+    let blocks = scores.as_chunks_mut::<N>().0;
+    for (keys, scores) in tile.chunks_exact(N * head_dim).zip(blocks) {
+        let mut rows = [keys; N];
+        for (row, key) in rows.iter_mut().zip(keys.chunks_exact(head_dim)) {
+            *row = key;
+        }
+        let mut sums = [[simd.splat_f32s(0.0); WIDE]; N];
         for (channel, queries) in queries.iter().enumerate() {
             for (sums, row) in sums.iter_mut().zip(rows) {
                 let x = simd.splat_f32s(row[channel]);
@@ -183,34 +296,32 @@ pub(super) fn scores_of<S: Simd, const HIGH: usize>(
                 }
             }
         }
-        scores
-            .iter_mut()
-            .zip(sums)
-            .for_each(|(to, sums)| *to = sums);
+        *scores = sums;
     }
 }
 
 /// Turns scores into 2^(score − max) and adds them up; returns what everything before must be
 /// multiplied with.
 #[inline(always)]
-fn softmax<S: Simd>(
+fn softmax<S: Simd, const WIDE: usize>(
     simd: S,
-    scores: &mut [Lanes<S>],
-    max: &mut Lanes<S>,
-    sum: &mut Lanes<S>,
-) -> Lanes<S> {
+    scores: &mut [Lanes<S, WIDE>],
+    max: &mut Lanes<S, WIDE>,
+    sum: &mut Lanes<S, WIDE>,
+) -> Lanes<S, WIDE> {
     let mut largest = *max;
     for scores in scores.iter() {
         for (largest, &score) in largest.iter_mut().zip(scores) {
             *largest = simd.max_f32s(*largest, score);
         }
     }
-    let decay: Lanes<S> =
-        std::array::from_fn(|i| simd::exp2(simd, simd.sub_f32s(max[i], largest[i])));
-    *max = largest;
-    for (sum, &decay) in sum.iter_mut().zip(&decay) {
-        *sum = simd.mul_f32s(*sum, decay);
+    // A closure would be compiled for any processor, and call every operation of this one.
+    let mut decay = *max;
+    for i in 0..WIDE {
+        decay[i] = simd::exp2(simd, simd.sub_f32s(max[i], largest[i]));
+        sum[i] = simd.mul_f32s(sum[i], decay[i]);
     }
+    *max = largest;
     for scores in scores {
         for i in 0..WIDE {
             scores[i] = simd::exp2(simd, simd.sub_f32s(scores[i], largest[i]));
@@ -220,58 +331,61 @@ fn softmax<S: Simd>(
     decay
 }
 
-/// `weighted[c] = weighted[c] · decay + Σ_key tile[key][c] · probabilities[key]`.
+/// `weighted[c] = weighted[c] · decay + Σ_key tile[key][c] · probabilities[key]`, HIGH channels at a time.
 #[inline(always)]
-pub(super) fn add_values<S: Simd, const HIGH: usize>(
+pub(super) fn add_values<S: Simd, const HIGH: usize, const WIDE: usize>(
     simd: S,
     tile: &[f32],
-    probabilities: &[Lanes<S>],
-    decay: Lanes<S>,
-    weighted: &mut [Lanes<S>],
+    probabilities: &[Lanes<S, WIDE>],
+    decay: Lanes<S, WIDE>,
+    weighted: &mut [Lanes<S, WIDE>],
 ) {
     let head_dim = weighted.len();
-    let (blocks, rest) = weighted.as_chunks_mut::<HIGH>();
-    let (pairs, single) = rest.as_chunks_mut::<2>();
-    let mut start = 0;
-    for weighted in blocks {
-        add_channels(simd, tile, head_dim, start, probabilities, decay, weighted);
-        start += HIGH;
-    }
-    for weighted in pairs {
-        add_channels(simd, tile, head_dim, start, probabilities, decay, weighted);
-        start += 2;
-    }
-    for weighted in single.as_chunks_mut::<1>().0 {
-        add_channels(simd, tile, head_dim, start, probabilities, decay, weighted);
-        start += 1;
-    }
+    let high = blocks_of(HIGH, head_dim) * HIGH;
+    let fours = (head_dim - high) / 4 * 4;
+    let (blocks, rest) = weighted.split_at_mut(high);
+    let (quarters, rest) = rest.split_at_mut(fours);
+    add_channels::<S, HIGH, WIDE>(simd, tile, head_dim, 0, probabilities, decay, blocks);
+    add_channels::<S, 4, WIDE>(simd, tile, head_dim, high, probabilities, decay, quarters);
+    add_channels::<S, 1, WIDE>(
+        simd,
+        tile,
+        head_dim,
+        high + fours,
+        probabilities,
+        decay,
+        rest,
+    );
 }
 
-/// N channels from `start`, whose sums stay in registers.
+/// [`add_values`] to whole blocks of N channels, whose sums stay in registers; the first is `start`.
 #[inline(always)]
-fn add_channels<S: Simd, const N: usize>(
+fn add_channels<S: Simd, const N: usize, const WIDE: usize>(
     simd: S,
     tile: &[f32],
     head_dim: usize,
     start: usize,
-    probabilities: &[Lanes<S>],
-    decay: Lanes<S>,
-    weighted: &mut [Lanes<S>; N],
+    probabilities: &[Lanes<S, WIDE>],
+    decay: Lanes<S, WIDE>,
+    weighted: &mut [Lanes<S, WIDE>],
 ) {
-    let mut sums = *weighted;
-    for sums in &mut sums {
-        for (sum, &decay) in sums.iter_mut().zip(&decay) {
-            *sum = simd.mul_f32s(*sum, decay);
-        }
-    }
-    for (value, probabilities) in tile.chunks_exact(head_dim).zip(probabilities) {
-        let value = &value[start..start + N];
-        for (sums, &x) in sums.iter_mut().zip(value) {
-            let x = simd.splat_f32s(x);
-            for (sum, &p) in sums.iter_mut().zip(probabilities) {
-                *sum = simd.mul_add_f32s(x, p, *sum);
+    for (i, weighted) in weighted.as_chunks_mut::<N>().0.iter_mut().enumerate() {
+        let start = start + i * N;
+        let mut sums = *weighted;
+        for sums in &mut sums {
+            for (sum, &decay) in sums.iter_mut().zip(&decay) {
+                *sum = simd.mul_f32s(*sum, decay);
             }
         }
+        for (value, probabilities) in tile.chunks_exact(head_dim).zip(probabilities) {
+            let value = &value[start..start + N];
+            for (sums, &x) in sums.iter_mut().zip(value) {
+                let x = simd.splat_f32s(x);
+                for (sum, &p) in sums.iter_mut().zip(probabilities) {
+                    *sum = simd.mul_add_f32s(x, p, *sum);
+                }
+            }
+        }
+        *weighted = sums;
     }
-    *weighted = sums;
 }

@@ -111,24 +111,37 @@ impl Problem<'_> {
         self.seen.keys(batch, query, [self.n_queries, self.n_keys])
     }
 
-    /// Calls `hide` with every index of `keys` that a query must not see.
+    /// Calls `hide` with every index of `queries` and of `keys` of which the one must not see the other.
     #[inline(always)]
     fn for_each_hidden(
         &self,
         batch: usize,
-        query: usize,
+        queries: Range<usize>,
         keys: Range<usize>,
-        mut hide: impl FnMut(usize),
+        mut hide: impl FnMut(usize, usize),
     ) {
-        let visible = self.visible(batch, query);
-        let start = visible.start.clamp(keys.start, keys.end);
-        (keys.start..start).for_each(|key| hide(key - keys.start));
-        let end = visible.end.clamp(keys.start, keys.end);
-        (end..keys.end).for_each(|key| hide(key - keys.start));
-        for hole in self.seen.holes_among(batch, self.n_keys) {
-            let hole = hole.start.max(keys.start)..hole.end.min(keys.end);
-            hole.for_each(|key| hide(key - keys.start));
+        if self.all_seen(batch, &queries, &keys) {
+            return;
         }
+        for (i, query) in queries.enumerate() {
+            let visible = self.visible(batch, query);
+            let start = visible.start.clamp(keys.start, keys.end);
+            (keys.start..start).for_each(|key| hide(i, key - keys.start));
+            let end = visible.end.clamp(keys.start, keys.end);
+            (end..keys.end).for_each(|key| hide(i, key - keys.start));
+            for hole in self.seen.holes_among(batch, self.n_keys) {
+                let hole = hole.start.max(keys.start)..hole.end.min(keys.end);
+                hole.for_each(|key| hide(i, key - keys.start));
+            }
+        }
+    }
+
+    /// Whether each of the queries sees all of the keys. What a query sees begins and ends with that of
+    /// the query before or later.
+    fn all_seen(&self, batch: usize, queries: &Range<usize>, keys: &Range<usize>) -> bool {
+        let [first, last] = [queries.start, queries.end - 1].map(|q| self.visible(batch, q));
+        let mut holes = self.seen.holes_among(batch, self.n_keys);
+        last.start <= keys.start && keys.end <= first.end && holes.next().is_none()
     }
 }
 

@@ -132,20 +132,50 @@ impl<'a> Blend<'a> {
         }
         let width = self.0.first().map_or(0, |(rows, _)| rows.width());
         let blend = grown(blend, range.len() * width);
-        blend.fill(0.0);
-        for (rows, weight) in &self.0 {
+        for (i, (rows, weight)) in self.0.iter().enumerate() {
             let tile = tile(simd, rows, range.clone(), source);
-            match weight {
-                None => blend.iter_mut().zip(tile).for_each(|(sum, x)| *sum += x),
-                Some(weight) => {
-                    let rows = blend.chunks_exact_mut(width).zip(tile.chunks_exact(width));
-                    for (sums, row) in rows {
-                        let terms = sums.iter_mut().zip(row).zip(*weight);
-                        terms.for_each(|((sum, x), w)| *sum += x * w);
-                    }
-                }
+            match i {
+                0 => add_weighted::<S, true>(simd, tile, *weight, width, blend),
+                _ => add_weighted::<S, false>(simd, tile, *weight, width, blend),
             }
         }
         blend
+    }
+}
+
+/// `sums[row] += weight ⊙ rows[row]`, or `=` for the first of the terms; no weight is one.
+#[inline(always)]
+fn add_weighted<S: Simd, const FIRST: bool>(
+    simd: S,
+    rows: &[f32],
+    weight: Option<&[f32]>,
+    width: usize,
+    sums: &mut [f32],
+) {
+    let vectors = width / S::F32_LANES;
+    if vectors * S::F32_LANES != width {
+        for (sums, row) in sums.chunks_exact_mut(width).zip(rows.chunks_exact(width)) {
+            for (channel, (sum, x)) in sums.iter_mut().zip(row).enumerate() {
+                let before = if FIRST { 0.0 } else { *sum };
+                *sum = before + x * weight.map_or(1.0, |weight| weight[channel]);
+            }
+        }
+        return;
+    }
+    let (sums, _) = S::as_mut_simd_f32s(sums);
+    let (rows, _) = S::as_simd_f32s(rows);
+    let weight = weight.map(|weight| S::as_simd_f32s(weight).0);
+    for channels in 0..vectors {
+        let factor = match weight {
+            Some(weight) => weight[channels],
+            None => simd.splat_f32s(1.0),
+        };
+        let rows = rows.chunks_exact(vectors);
+        for (sums, row) in sums.chunks_exact_mut(vectors).zip(rows) {
+            sums[channels] = match FIRST {
+                true => simd.mul_f32s(factor, row[channels]),
+                false => simd.mul_add_f32s(factor, row[channels], sums[channels]),
+            };
+        }
     }
 }
