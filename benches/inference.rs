@@ -17,6 +17,8 @@ mod draws;
 mod figures;
 #[path = "../examples/font/mod.rs"]
 mod font;
+#[path = "../examples/json/mod.rs"]
+mod json;
 mod memory;
 mod report;
 mod shape;
@@ -36,7 +38,8 @@ use fusedkv::{CacheDtype, FusedKvDecoder, KvPlan, Logits, TokenBatch, WeightForm
 
 use backend::{BackendName, Program, exit_code};
 use bandwidth::read_bandwidth;
-use figures::{check_place, median, write_json};
+use figures::median;
+use json::{check_place, write_json};
 use memory::PeakMemory;
 use report::{Case, Report};
 use shape::Shape;

@@ -12,6 +12,8 @@
 #[path = "../examples/backend/mod.rs"]
 mod backend;
 mod figures;
+#[path = "../examples/json/mod.rs"]
+mod json;
 mod memory;
 mod shape;
 
@@ -34,7 +36,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 
 use backend::{BackendName, DtypeName, Program, exit_code};
-use figures::{MIB, check_place, median, write_json};
+use figures::{MIB, median};
+use json::{check_place, write_json};
 use memory::PeakMemory;
 use shape::Shape;
 

@@ -12,6 +12,8 @@
 #[path = "../examples/backend/mod.rs"]
 mod backend;
 mod figures;
+#[path = "../examples/json/mod.rs"]
+mod json;
 mod memory;
 mod shape;
 
@@ -34,7 +36,8 @@ use fusedkv::train::LanguageBatch;
 use serde::Serialize;
 
 use backend::{BackendName, Program, exit_code};
-use figures::{MIB, check_place, median, write_json};
+use figures::{MIB, median};
+use json::{check_place, write_json};
 use memory::PeakMemory;
 use shape::Shape;
 

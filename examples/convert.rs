@@ -14,6 +14,7 @@
 //! docs/conversion.md says what to expect.
 
 mod backend;
+mod json;
 mod plan;
 
 use std::error::Error;
@@ -33,6 +34,7 @@ use fusedkv::convert::{
 use fusedkv::{KvPlan, WeightFormat};
 
 use backend::{BackendName, DtypeName, Program, exit_code};
+use json::{check_place, write_json};
 use plan::PlanArgs;
 
 // Keeps freed blocks; the system's gives large ones back and faults them in again.
@@ -148,6 +150,9 @@ fn import(file: &Path, args: &Args) -> Result<(), GgufError> {
 
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
+        if let Some(path) = &self.report {
+            check_place(path)?;
+        }
         let model = self.model.as_ref().ok_or("--model is missing")?;
         let loaded = load_checkpoint::<B>(model, LoadOptions::new(), device)?;
         let standard = &loaded.model;
@@ -194,7 +199,7 @@ impl Program for Args {
             );
         }
         if let Some(path) = &self.report {
-            fs::write(path, serde_json::to_string_pretty(&report)? + "\n")
+            write_json(path, &report)
                 .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
         }
 

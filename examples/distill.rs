@@ -10,6 +10,7 @@
 mod backend;
 mod corpus;
 mod figures;
+mod json;
 
 use std::error::Error;
 use std::fs;
@@ -34,6 +35,7 @@ use fusedkv::train::{
 use serde::Serialize;
 
 use backend::{BackendName, Program, exit_code};
+use json::{check_place, write_json};
 
 // Keeps freed blocks; the system's gives large ones back and faults them in again.
 #[global_allocator]
@@ -135,6 +137,9 @@ fn main() -> ExitCode {
 
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
+        if let Some(path) = &self.report {
+            check_place(path)?;
+        }
         let corpus = corpus::open(self.data.as_deref(), self.valid)?;
         let teacher: LoadedCheckpoint<B> =
             load_checkpoint(&self.teacher, WeightDtype::F32, device)?;
@@ -211,7 +216,7 @@ impl Program for Args {
                 teacher_perplexity: teacher,
                 curve: iter::once(start).chain(after).collect(),
             };
-            fs::write(path, serde_json::to_string_pretty(&report)? + "\n")
+            write_json(path, &report)
                 .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
         }
         figures::print(&directory, trained.tokens)?;

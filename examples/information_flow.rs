@@ -7,20 +7,21 @@
 
 mod backend;
 mod font;
+mod json;
 
 use std::error::Error;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use burn::tensor::backend::Backend;
 use clap::Parser;
-use fusedkv::checkpoint::{CheckpointError, LoadOptions, load_checkpoint};
+use fusedkv::checkpoint::{LoadOptions, load_checkpoint};
 use fusedkv::flow::LayerFlow;
 use fusedkv::information_flow;
 use plotters::prelude::*;
 
 use backend::{BackendName, Program, exit_code};
+use json::{check_place, write_json};
 
 // Keeps freed blocks; the system's gives large ones back and faults them in again.
 #[global_allocator]
@@ -52,15 +53,11 @@ impl Program for Args {
         if flow.keys.is_empty() && flow.values.is_empty() {
             return Err("every layer of the model has keys and values of its own".into());
         }
-        let write = |path: &Path| {
-            let path = path.to_owned();
-            move |source| CheckpointError::Write { path, source }
-        };
-        fs::create_dir_all(&self.out).map_err(write(&self.out))?;
-        let json = self.out.join("information_flow.json");
-        let text = serde_json::to_string_pretty(&flow)? + "\n";
-        fs::write(&json, text).map_err(write(&json))?;
-        println!("{}", json.display());
+        let report = self.out.join("information_flow.json");
+        check_place(&report)?;
+        write_json(&report, &flow)
+            .map_err(|error| format!("cannot write {}: {error}", report.display()))?;
+        println!("{}", report.display());
         font::register()?;
         for (name, layers) in [("keys", &flow.keys), ("values", &flow.values)] {
             if layers.is_empty() {

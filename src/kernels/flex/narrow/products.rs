@@ -12,7 +12,7 @@ use super::{AT_ONCE, Lines, side_by_side};
 /// that are longer are read faster, and their products take longer than adding each up.
 const LONG: usize = 256;
 
-/// [`Rows::add_products`] of R rows of floats.
+/// What `Rows::add_products` adds, of R rows of floats.
 #[inline(always)]
 pub(super) fn products_of<S: Simd, N: Number, const R: usize>(
     simd: S,

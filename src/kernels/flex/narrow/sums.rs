@@ -7,7 +7,7 @@ use pulp::Simd;
 use super::super::widen::Number;
 use super::Lines;
 
-/// [`Rows::add_sums`] of R rows of floats.
+/// What `Rows::add_sums` adds, of R rows of floats.
 #[inline(always)]
 pub(super) fn sums_of<S: Simd, N: Number, const R: usize>(
     simd: S,
