@@ -333,6 +333,7 @@ def ticks(low, high):
 # ---- the page --------------------------------------------------------------------------------------
 
 STEPS = 300  # 0.61 million tokens
+LONG = 3000  # 6.1 million
 
 # Where there are no runs for a table.
 NOTHING = "*No runs of this yet.*"
@@ -480,12 +481,19 @@ def rates_figure(runs):
     )
 
 
+def documents_of(task):
+    """Losses by held-out document, as documents.py found them; None if it has not been run."""
+    path = RUNS / task / "documents.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def made():
     """What stands between the marks of the page, and the figures: text by name."""
-    runs = Runs(load(), "kernel", STEPS)
-    path = RUNS / "kernel" / "documents.json"
-    documents = json.loads(path.read_text()) if path.exists() else None
-    blocks = dict.fromkeys(["rates", "main", "controls", "repeats"], NOTHING)
+    found = load()
+    runs, longer = Runs(found, "kernel", STEPS), Runs(found, "kernel", LONG)
+    prose = Runs(found, "prose", STEPS)
+    documents = documents_of("kernel")
+    blocks = dict.fromkeys(["rates", "main", "controls", "repeats", "prose", "prose-repeats", "long"], NOTHING)
     if not finished(tuned(runs, "standard")[1]):
         return blocks, {}
     tables = {
@@ -493,6 +501,9 @@ def made():
         "main": comparison(runs, MAIN, documents),
         "controls": comparison(runs, ["standard", *CONTROLS], documents),
         "repeats": repeats_table(runs, MAIN + CONTROLS),
+        "prose": comparison(prose, MAIN, documents_of("prose")),
+        "prose-repeats": repeats_table(prose, MAIN),
+        "long": comparison(longer, MAIN, None),
     }
     blocks |= {name: text for name, text in tables.items() if text}
     figures = {}
