@@ -3,27 +3,47 @@
 # to the processor is always answered with no.
 #   bash benches/without_avx512.sh FOLDER ARGUMENTS_OF_CARGO_BENCH…
 #   bash benches/without_avx512.sh target/avx2 --bench inference -- --prompts 512,4096
+# FOLDER keeps the copy, what is built, and what the bench writes, in bench/.
 set -euo pipefail
 folder=$(mkdir -p "$1" && realpath "$1")
 shift
 cd "$(dirname "$0")/.."
 
-rm -rf "$folder/project" "$folder/crates"
-mkdir -p "$folder/project" "$folder/crates"
-git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from=- |
-    tar --extract --directory "$folder/project"
-echo '[patch.crates-io]' >> "$folder/project/Cargo.toml"
+copy=$folder/without_avx512
+rm -rf "$copy"
+mkdir -p "$copy/crates" "$folder/bench"
+git ls-files -z --cached --others --exclude-standard |
+    while IFS= read -r -d '' file; do [ ! -e "$file" ] || printf '%s\0' "$file"; done |
+    tar --create --null --files-from=- | tar --extract --directory "$copy"
+echo '[patch.crates-io]' >> "$copy/Cargo.toml"
 # Those that choose instructions: our kernels' pulp, the matrix products' gemm, Flex's macerator.
-cargo metadata --format-version 1 --filter-platform x86_64-unknown-linux-gnu | python3 -c '
-import json, sys
-for package in json.load(sys.stdin)["packages"]:
-    if package["name"] in ("pulp", "gemm-common", "macerator"):
-        print(package["name"], package["manifest_path"].removesuffix("/Cargo.toml"))
-' | while read -r name source; do
-    cp -r "$source" "$folder/crates/$name"
-    grep -rlE 'std(::arch)?::is_x86_feature_detected!\(\$' "$folder/crates/$name/src" | xargs sed -i -E \
-        's/::std(::arch)?::is_x86_feature_detected!\(\$(\w+)\)/(::std::arch::is_x86_feature_detected!($\2) \&\& !const { let name: \&[u8] = $\2.as_bytes(); name.len() > 5 \&\& name[3] == b'"'5'"' \&\& name[4] == b'"'1'"' })/'
-    echo "$name = { path = \"$folder/crates/$name\" }" >> "$folder/project/Cargo.toml"
-done
-cd "$folder/project"
+python3 - "$copy" << 'PYTHON'
+import json, os, pathlib, re, shutil, subprocess, sys
+
+copy = pathlib.Path(sys.argv[1])
+metadata = ["cargo", "metadata", "--locked", "--format-version", "1", "--filter-platform", "x86_64-unknown-linux-gnu"]
+packages = json.loads(subprocess.run(metadata, check=True, stdout=subprocess.PIPE).stdout)["packages"]
+question = re.compile(r"::std(?:::arch)?::is_x86_feature_detected!\((\$\w+)\)")
+answer = r"(::std::arch::is_x86_feature_detected!(\1) && !const { \1.len() > 5 && \1.as_bytes()[3] == b'5' })"
+for name in ["pulp", "gemm-common", "macerator"]:
+    [package] = [package for package in packages if package["name"] == name]
+    crate = copy / "crates" / name
+    # With the times of its files, by which cargo knows that nothing has changed.
+    shutil.copytree(pathlib.Path(package["manifest_path"]).parent, crate)
+    patched = 0
+    for file in crate.glob("src/**/*.rs"):
+        text, n = question.subn(answer, file.read_text())
+        if n:
+            times = file.stat()
+            file.write_text(text)
+            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+            patched += n
+    if patched != 1:
+        sys.exit(f"{name} asks the processor in {patched} places; expected 1")
+    with (copy / "Cargo.toml").open("a") as manifest:
+        manifest.write(f'{name} = {{ path = "crates/{name}" }}\n')
+PYTHON
+cd "$copy"
+mkdir -p target
+ln -s "$folder/bench" target/bench
 CARGO_TARGET_DIR="$folder/target" cargo bench "$@"

@@ -48,13 +48,13 @@ fn main() -> ExitCode {
 
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
+        let report = self.out.join("information_flow.json");
+        check_place(&report)?;
         let model = load_checkpoint::<B>(&self.model, LoadOptions::new(), device)?.model;
         let flow = information_flow(&model);
         if flow.keys.is_empty() && flow.values.is_empty() {
             return Err("every layer of the model has keys and values of its own".into());
         }
-        let report = self.out.join("information_flow.json");
-        check_place(&report)?;
         write_json(&report, &flow)
             .map_err(|error| format!("cannot write {}: {error}", report.display()))?;
         println!("{}", report.display());

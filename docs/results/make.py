@@ -414,6 +414,8 @@ def comparison(runs, methods, documents):
 def repeats_table(runs, methods):
     """Differences to standard, by what the window held of the target before."""
     _, base = tuned(runs, "standard")
+    if not finished(base):
+        return None
     kinds = ["pair", "token", "none"]
     rows = []
     for method in methods:

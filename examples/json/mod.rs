@@ -5,29 +5,55 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use serde::Serialize;
-use tempfile::NamedTempFile;
+use tempfile::{Builder, NamedTempFile};
 
-/// That a report can go to `path`, whose folder is made, before anything is computed.
+/// That a report can be written to `path`, whose folder is made, before anything is computed.
 pub fn check_place(path: &Path) -> Result<(), String> {
     let no_file =
         |reason: &dyn std::fmt::Display| format!("cannot write {}: {reason}", path.display());
     if path.is_dir() {
         return Err(no_file(&"a directory, expected a file"));
     }
-    let folder = path.parent().unwrap_or(Path::new(""));
-    fs::create_dir_all(folder).map_err(|error| no_file(&error))
+    if is_special(path) {
+        return Ok(());
+    }
+    fs::create_dir_all(folder_of(path)).map_err(|error| no_file(&error))?;
+    partial(path).map_err(|error| no_file(&error))?;
+    Ok(())
 }
 
-/// Writes a report to a place that was checked, complete or not at all.
+/// Writes a report to a place that was checked: a file complete or not at all.
 pub fn write_json(path: &Path, report: &impl Serialize) -> io::Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    };
-    let mut file = NamedTempFile::new_in(folder)?;
-    serde_json::to_writer_pretty(&mut file, report)?;
-    file.write_all(b"\n")?;
+    let text = serde_json::to_string_pretty(report)? + "\n";
+    if is_special(path) {
+        return fs::write(path, text);
+    }
+    let mut file = partial(path)?;
+    file.write_all(text.as_bytes())?;
     file.as_file().sync_all()?;
     file.persist(path)?;
     Ok(())
+}
+
+/// Whether there is something that is written to and not replaced, as a terminal.
+fn is_special(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| !found.is_file())
+}
+
+/// A file beside `path`, readable as others are.
+fn partial(path: &Path) -> io::Result<NamedTempFile> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let prefix = format!(".{name}.partial-");
+    let mut builder = Builder::new();
+    builder.prefix(&prefix);
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(folder_of(path))
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    }
 }

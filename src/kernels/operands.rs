@@ -168,7 +168,8 @@ impl<B: Backend> Visibility<B> {
 }
 
 impl Seen {
-    /// The keys from the first to the last that a query of a row sees; holes may be among them.
+    /// The keys from the first to the last that a query of a row sees; holes may be among them. Neither end
+    /// goes back from a query to the next.
     pub fn keys(&self, row: usize, query: usize, [queries, keys]: [usize; 2]) -> Range<usize> {
         let end = keys - queries + query + 1;
         let start = match (self.window, self.holes.get(row)) {

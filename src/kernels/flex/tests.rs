@@ -306,26 +306,36 @@ proptest! {
     }
 }
 
-/// However many blocks of queries a thread takes together, which a larger batch makes more.
+/// However many blocks of queries a thread takes together, which is fewer the more threads there are.
 #[test]
-fn a_rows_attention_is_its_own() {
-    let [heads, queries, keys, width] = [2, 150, 400, 24];
-    let alone = [(); 3].map(|()| random([1, heads, keys, width]));
-    for window in [None, Some(70)] {
-        let [found, expected] = [16, 1].map(|batch| {
-            let [query, key, value] = alone.clone().map(|x| x.repeat_dim(0, batch));
-            let term = |source| Term {
-                source: Stored::Float(source),
-                weight: None,
-            };
-            let visibility = Visibility::new(window, Arc::default(), keys);
-            let query = query.narrow(2, 0, queries);
-            attention(&query, &[term(key)], &[term(value)], &visibility)
-                .expect("a kernel for f32 on Flex")
-                .narrow(0, batch - 1, 1)
-                .into_data()
+fn a_querys_attention_is_its_own() {
+    let [heads, queries, keys, width] = [4, 500, 700, 24];
+    let query = random([1, heads, queries, width]);
+    let terms = |numbers| -> Vec<_> {
+        let term = |_| Term {
+            source: stored(numbers, [1, heads, keys, width]),
+            weight: Some(random([1, heads, 1, width])),
+        };
+        (0..2).map(term).collect()
+    };
+    let mut holes = Holes::default();
+    holes.push(0..130);
+    holes.push(170..180);
+    let cases: [(_, _, _, Arc<[Holes]>); 2] = [
+        (terms(0), terms(0), None, Arc::default()),
+        (terms(1), terms(3), Some(150), Arc::from([holes])),
+    ];
+    for (key, value, window, holes) in cases {
+        let [few, many] = [1, 64].map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            let pool = pool.build().expect("threads can be started");
+            let found = pool.install(|| {
+                let visibility = Visibility::new(window, holes.clone(), keys);
+                attention(&query, &key, &value, &visibility)
+            });
+            found.expect("a kernel for f32 on Flex").into_data()
         });
-        assert_eq!(found, expected);
+        assert_eq!(few, many);
     }
 }
 
@@ -364,8 +374,22 @@ fn other_instruction_sets_pass() {
             .expect("this program can be run");
         let report = String::from_utf8_lossy(&found.stdout);
         assert!(found.status.success(), "{name}:\n{report}");
-        assert!(report.contains("attention_is_that_of_stock_operations ... ok"));
+        for test in [
+            "attention_is_that_of_stock_operations",
+            "the_instruction_set_is_the_one_told",
+        ] {
+            assert!(
+                report.contains(&format!("{test} ... ok")),
+                "{name}:\n{report}"
+            );
+        }
     }
+}
+
+#[test]
+fn the_instruction_set_is_the_one_told() {
+    let told = lesser_arch().unwrap_or_else(Arch::new);
+    assert_eq!(format!("{:?}", *ARCH), format!("{told:?}"));
 }
 
 /// The widest vectors that the processor has and the kernels are compiled for.

@@ -5,8 +5,7 @@
 
 use std::ops::Range;
 
-use pulp::bytemuck::cast_slice;
-use pulp::bytemuck::cast_slice_mut;
+use pulp::bytemuck::{cast_slice, cast_slice_mut};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -244,7 +243,8 @@ pub(super) fn in_rows<S: Simd, const WIDE: usize>(channels: &[Lanes<S, WIDE>], r
     }
 }
 
-/// How many blocks of `high` make up n with as few others as can be, which are of 4 if possible.
+/// How many blocks of `high` to make of n: one less than there could be where that leaves a multiple of 4,
+/// because smaller blocks have too few sums to keep the processor busy.
 #[inline(always)]
 fn blocks_of(high: usize, n: usize) -> usize {
     let blocks = n / high;
@@ -269,6 +269,10 @@ pub(super) fn scores_of<S: Simd, const HIGH: usize, const WIDE: usize>(
     let (keys, tile) = tile.split_at(fours * queries.len());
     let (blocks, scores) = scores.split_at_mut(fours);
     blocks_of_scores::<S, 4, WIDE>(simd, keys, queries, blocks);
+    let twos = scores.len() / 2 * 2;
+    let (keys, tile) = tile.split_at(twos * queries.len());
+    let (blocks, scores) = scores.split_at_mut(twos);
+    blocks_of_scores::<S, 2, WIDE>(simd, keys, queries, blocks);
     blocks_of_scores::<S, 1, WIDE>(simd, tile, queries, scores);
 }
 
@@ -342,20 +346,15 @@ pub(super) fn add_values<S: Simd, const HIGH: usize, const WIDE: usize>(
 ) {
     let head_dim = weighted.len();
     let high = blocks_of(HIGH, head_dim) * HIGH;
-    let fours = (head_dim - high) / 4 * 4;
+    let fours = high + (head_dim - high) / 4 * 4;
+    let twos = fours + (head_dim - fours) / 2 * 2;
     let (blocks, rest) = weighted.split_at_mut(high);
-    let (quarters, rest) = rest.split_at_mut(fours);
     add_channels::<S, HIGH, WIDE>(simd, tile, head_dim, 0, probabilities, decay, blocks);
-    add_channels::<S, 4, WIDE>(simd, tile, head_dim, high, probabilities, decay, quarters);
-    add_channels::<S, 1, WIDE>(
-        simd,
-        tile,
-        head_dim,
-        high + fours,
-        probabilities,
-        decay,
-        rest,
-    );
+    let (blocks, rest) = rest.split_at_mut(fours - high);
+    add_channels::<S, 4, WIDE>(simd, tile, head_dim, high, probabilities, decay, blocks);
+    let (blocks, rest) = rest.split_at_mut(twos - fours);
+    add_channels::<S, 2, WIDE>(simd, tile, head_dim, fours, probabilities, decay, blocks);
+    add_channels::<S, 1, WIDE>(simd, tile, head_dim, twos, probabilities, decay, rest);
 }
 
 /// [`add_values`] to whole blocks of N channels, whose sums stay in registers; the first is `start`.

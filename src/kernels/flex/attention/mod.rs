@@ -136,12 +136,16 @@ impl Problem<'_> {
         }
     }
 
-    /// Whether each of the queries sees all of the keys. What a query sees begins and ends with that of
-    /// the query before or later.
+    /// Whether each of the queries sees all of the keys: neither end of what is seen goes back from one
+    /// query to the next.
+    #[inline(always)]
     fn all_seen(&self, batch: usize, queries: &Range<usize>, keys: &Range<usize>) -> bool {
-        let [first, last] = [queries.start, queries.end - 1].map(|q| self.visible(batch, q));
+        let first = self.visible(batch, queries.start);
+        let last = self.visible(batch, queries.end - 1);
         let mut holes = self.seen.holes_among(batch, self.n_keys);
-        last.start <= keys.start && keys.end <= first.end && holes.next().is_none()
+        last.start <= keys.start
+            && keys.end <= first.end
+            && !holes.any(|hole| hole.start < keys.end && keys.start < hole.end)
     }
 }
 

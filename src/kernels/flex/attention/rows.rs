@@ -155,9 +155,18 @@ fn add_weighted<S: Simd, const FIRST: bool>(
     let vectors = width / S::F32_LANES;
     if vectors * S::F32_LANES != width {
         for (sums, row) in sums.chunks_exact_mut(width).zip(rows.chunks_exact(width)) {
-            for (channel, (sum, x)) in sums.iter_mut().zip(row).enumerate() {
-                let before = if FIRST { 0.0 } else { *sum };
-                *sum = before + x * weight.map_or(1.0, |weight| weight[channel]);
+            let pairs = sums.iter_mut().zip(row);
+            match weight {
+                Some(weight) => {
+                    for ((sum, x), w) in pairs.zip(weight) {
+                        *sum = if FIRST { x * w } else { *sum + x * w };
+                    }
+                }
+                None => {
+                    for (sum, x) in pairs {
+                        *sum = if FIRST { *x } else { *sum + x };
+                    }
+                }
             }
         }
         return;
