@@ -593,6 +593,7 @@ def cloze_table():
         "fused_kv-20-all-410k": "fused_kv, 20 of 30, all distilled on 410 thousand",
         "fused_kv-20-41k": "fused_kv, 20 of 30, reusing layers distilled on 41 thousand",
         "fused_kv-15": "fused_kv, 15 of 30, fitted on 65536 tokens",
+        "fused_kv-15-all-410k": "fused_kv, 15 of 30, all distilled on 410 thousand",
         "fused_kv-15-123k": "fused_kv, 15 of 30, reusing layers distilled on 123 thousand",
         "fused_kv-15-1024k": "fused_kv, 15 of 30, reusing layers distilled on 1024 thousand",
     }
