@@ -1,6 +1,6 @@
 //! Many queries: products of small matrices. The lanes of a vector are queries, so that the
 //! softmax needs no sum across lanes and neither keys nor values are rearranged. Blends are formed a
-//! tile at a time: for a whole tile of queries that is a few products more, where the weights in the
+//! tile at a time: for some hundred queries that is a few products more, where the weights in the
 //! query and the output would be twice the products.
 
 use std::ops::Range;

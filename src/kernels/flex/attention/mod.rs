@@ -1,9 +1,10 @@
 //! Attention over blends of stored keys and values, read where they lie: one pass with an online
-//! softmax (arXiv 1805.02867, 2205.14135), the blend's weights in the queries and the output.
+//! softmax (arXiv 1805.02867, 2205.14135).
 //!
 //! Keys and values are read in tiles or parts, by two kernels:
-//! [`few`] for decoding, with dot products along the channels, and [`many`] for prefill, where
-//! every vector holds the same channel of different queries.
+//! [`few`] for decoding, with dot products along the channels and the blend's weights in the queries and
+//! the output, and [`many`] for prefill, where every vector holds the same channel of different queries and
+//! blends are formed tile by tile.
 
 #[cfg(feature = "train")]
 mod backward;
