@@ -77,6 +77,11 @@ class Run:
         ]
         self.rest = rest(config)
 
+    def halfway(self):
+        """The loss when half of the tokens were read."""
+        half = self.steps * self.tokens_per_step / 2
+        return next((loss for tokens, loss in self.curve if tokens == half), math.nan)
+
 
 def rest(config):
     """What runs of one table have in common: all but the method, the seed and what is tuned."""
@@ -402,13 +407,31 @@ def comparison(runs, methods, documents):
                 spread([math.exp(loss) for loss in losses], 1),
                 "" if found is base else interval(paired(found, base)),
                 "" if found is base else over_documents(found, base, documents),
+                "" if found is base else interval(paired(found, base, Run.halfway)),
                 some.parameters,
                 some.cache,
             ]
         )
     heading = ["method", "rate, of those with as many seeds", "seeds", "validation loss", "perplexity"]
-    heading += ["difference to standard [95 %]", "over documents", "parameters", "cache bytes/token"]
+    heading += ["difference to standard [95 %]", "over documents", "halfway"]
+    heading += ["parameters", "cache bytes/token"]
     return table(heading, rows if len(rows) > 1 else [])
+
+
+def against_table(corpora):
+    """Differences of FusedKV to the methods with as large a cache, by the name of a corpus."""
+    others = ["gqa", "cla", "yoco", "fused-kv-lite"]
+    rows = []
+    for other in others:
+        cells = []
+        for runs in corpora.values():
+            differences = paired(tuned(runs, "fused-kv")[1], tuned(runs, other)[1])
+            cells += [len(differences), interval(differences)]
+        rows.append([other, *cells])
+    heading = ["FusedKV minus"]
+    for name in corpora:
+        heading += ["seeds", f"{name} [95 %]"]
+    return table(heading, rows)
 
 
 def repeats_table(runs, methods):
@@ -495,7 +518,7 @@ def made():
     runs, longer = Runs(found, "kernel", STEPS), Runs(found, "kernel", LONG)
     prose = Runs(found, "prose", STEPS)
     documents = documents_of("kernel")
-    blocks = dict.fromkeys(["rates", "main", "controls", "repeats", "prose", "prose-repeats", "long"], NOTHING)
+    blocks = dict.fromkeys(["rates", "main", "controls", "repeats", "prose", "prose-repeats", "against", "long"], NOTHING)
     if not finished(tuned(runs, "standard")[1]):
         return blocks, {}
     tables = {
@@ -505,6 +528,7 @@ def made():
         "repeats": repeats_table(runs, MAIN + CONTROLS),
         "prose": comparison(prose, MAIN, documents_of("prose")),
         "prose-repeats": repeats_table(prose, MAIN),
+        "against": against_table({"first corpus": runs, "second corpus": prose}),
         "long": comparison(longer, MAIN, None),
     }
     blocks |= {name: text for name, text in tables.items() if text}

@@ -43,6 +43,10 @@ for seeds in 2 3; do
     at 12e-3 "$seeds" --methods fused-kv-lite:n=1 --plans docs/results/controls.json
 done
 
+at 3e-3 5 --methods fused-kv fused-kv-lite
+at 48e-3 5 --methods standard gqa
+at 24e-3 5 --methods cla yoco
+
 python3 docs/results/documents.py target/release/examples/score "$out/tokens/valid.bin" \
     docs/results/runs/kernel/documents.json "$out"/lr-*/runs/*
 
