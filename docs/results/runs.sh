@@ -45,7 +45,8 @@ done
 
 at 3e-3 5 --methods fused-kv fused-kv-lite
 at 48e-3 5 --methods standard gqa
-at 24e-3 5 --methods cla yoco
+at 24e-3 5 --methods standard gqa cla yoco
+at 12e-3 5 --methods standard
 
 python3 docs/results/documents.py target/release/examples/score "$out/tokens/valid.bin" \
     docs/results/runs/kernel/documents.json "$out"/lr-*/runs/*
