@@ -16,6 +16,8 @@ import transformers
 
 
 def main():
+    if len(sys.argv) != 5:
+        sys.exit(__doc__)
     shape, context, batch, steps = sys.argv[1], *map(int, sys.argv[2:5])
     layers, hidden, heads, kv_heads, head_dim, ffn, vocab = map(int, shape.split(","))
     config = transformers.Qwen3Config(
