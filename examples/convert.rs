@@ -199,8 +199,7 @@ impl Program for Args {
             );
         }
         if let Some(path) = &self.report {
-            write_json(path, &report)
-                .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+            write_json(path, &report)?;
         }
 
         let costs = model.config().costs()?;

@@ -216,8 +216,7 @@ impl Program for Args {
                 teacher_perplexity: teacher,
                 curve: iter::once(start).chain(after).collect(),
             };
-            write_json(path, &report)
-                .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+            write_json(path, &report)?;
         }
         figures::print(&directory, trained.tokens)?;
         println!("saved to {}", self.out.display());

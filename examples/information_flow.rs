@@ -55,8 +55,7 @@ impl Program for Args {
         if flow.keys.is_empty() && flow.values.is_empty() {
             return Err("every layer of the model has keys and values of its own".into());
         }
-        write_json(&report, &flow)
-            .map_err(|error| format!("cannot write {}: {error}", report.display()))?;
+        write_json(&report, &flow)?;
         println!("{}", report.display());
         font::register()?;
         for (name, layers) in [("keys", &flow.keys), ("values", &flow.values)] {

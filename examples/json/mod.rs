@@ -9,30 +9,35 @@ use tempfile::{Builder, NamedTempFile};
 
 /// That a report can be written to `path`, whose folder is made, before anything is computed.
 pub fn check_place(path: &Path) -> Result<(), String> {
-    let no_file =
-        |reason: &dyn std::fmt::Display| format!("cannot write {}: {reason}", path.display());
-    if path.is_dir() {
-        return Err(no_file(&"a directory, expected a file"));
-    }
-    if is_special(path) {
-        return Ok(());
-    }
-    fs::create_dir_all(folder_of(path)).map_err(|error| no_file(&error))?;
-    partial(path).map_err(|error| no_file(&error))?;
-    Ok(())
+    let place = || match path.is_dir() {
+        true => Err(io::Error::other("a directory, expected a file")),
+        false if is_special(path) => Ok(()),
+        false => {
+            fs::create_dir_all(folder_of(path))?;
+            partial(path).map(drop)
+        }
+    };
+    place().map_err(|error| cannot_write(path, &error))
 }
 
 /// Writes a report to a place that was checked: a file complete or not at all.
-pub fn write_json(path: &Path, report: &impl Serialize) -> io::Result<()> {
-    let text = serde_json::to_string_pretty(report)? + "\n";
-    if is_special(path) {
-        return fs::write(path, text);
-    }
-    let mut file = partial(path)?;
-    file.write_all(text.as_bytes())?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
+pub fn write_json(path: &Path, report: &impl Serialize) -> Result<(), String> {
+    let write = || {
+        let text = serde_json::to_string_pretty(report)? + "\n";
+        if is_special(path) {
+            return fs::write(path, text);
+        }
+        let mut file = partial(path)?;
+        file.write_all(text.as_bytes())?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        Ok(())
+    };
+    write().map_err(|error| cannot_write(path, &error))
+}
+
+fn cannot_write(path: &Path, error: &io::Error) -> String {
+    format!("cannot write {}: {error}", path.display())
 }
 
 /// Whether there is something that is written to and not replaced, as a terminal.
