@@ -7,13 +7,13 @@
 
 use burn::tensor::backend::Backend;
 use burn_flex::FlexTensor;
+use pulp::Simd;
 use pulp::bytemuck::{cast_slice, cast_slice_mut};
-use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::{ARCH, simd};
 use super::many::{
-    self, Lanes, TILE, add_values, has_many_registers, in_rows, scores_of, transposed,
+    self, InBlocks, Lanes, TILE, WithBlocks, add_values, in_rows, scores_of, transposed,
 };
 use super::{Problem, Source};
 use crate::kernels::operands::{Seen, Visibility};
@@ -99,7 +99,7 @@ impl Trained {
             .zip(key.par_chunks(head).zip(value.par_chunks(head)))
             .enumerate()
             .for_each(|(kv_head, (((d_query, d_key), d_value), (key, value)))| {
-                ARCH.dispatch(KvHead {
+                ARCH.dispatch(InBlocks(KvHead {
                     problem: &problem,
                     kv_head,
                     key,
@@ -110,7 +110,7 @@ impl Trained {
                     d_query,
                     d_key,
                     d_value,
-                });
+                }));
             });
         [d_query, d_key, d_value]
     }
@@ -149,22 +149,11 @@ struct KvHead<'a> {
     d_value: &'a mut [f32],
 }
 
-impl WithSimd for KvHead<'_> {
+impl WithBlocks for KvHead<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        if has_many_registers::<S>() {
-            self.backward::<S, 8, 3>(simd);
-        } else {
-            self.backward::<S, 6, 2>(simd);
-        }
-    }
-}
-
-impl KvHead<'_> {
-    #[inline(always)]
-    fn backward<S: Simd, const HIGH: usize, const WIDE: usize>(mut self, simd: S) {
+    fn with_blocks<S: Simd, const HIGH: usize, const WIDE: usize>(mut self, simd: S) {
         let Problem {
             n_queries,
             n_keys,
@@ -194,7 +183,9 @@ impl KvHead<'_> {
             }
         }
     }
+}
 
+impl KvHead<'_> {
     /// The gradients that a tile of queries from `first` of the group's head `member` has or gives.
     #[inline(always)]
     fn queries<S: Simd, const HIGH: usize, const WIDE: usize>(

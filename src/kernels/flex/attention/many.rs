@@ -22,12 +22,28 @@ const BLOCKS: usize = 4;
 /// One number for each query of a block, which has `WIDE` vectors of them.
 pub(super) type Lanes<S, const WIDE: usize> = [<S as Simd>::f32s; WIDE];
 
-/// Whether a block is 3 vectors of queries by 8 keys or channels, with 24 sums in registers, and not 2
-/// by 6 with 12. Beside the sums there must be room for a row of the right matrix and a number of the
-/// left: a sum without a register would wait for memory in every step.
-#[inline(always)]
-pub(super) fn has_many_registers<S: Simd>() -> bool {
-    S::REGISTER_COUNT >= 32
+/// What is computed in blocks of WIDE vectors of queries by HIGH keys or channels.
+pub(super) trait WithBlocks {
+    type Output;
+
+    fn with_blocks<S: Simd, const HIGH: usize, const WIDE: usize>(self, simd: S) -> Self::Output;
+}
+
+/// With as many sums as registers hold beside a row of the right matrix and a number of the left: a sum
+/// without a register would wait for memory in every step.
+pub(super) struct InBlocks<T>(pub T);
+
+impl<T: WithBlocks> WithSimd for InBlocks<T> {
+    type Output = T::Output;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> T::Output {
+        if S::REGISTER_COUNT >= 32 {
+            self.0.with_blocks::<S, 8, 3>(simd)
+        } else {
+            self.0.with_blocks::<S, 6, 2>(simd)
+        }
+    }
 }
 
 /// `[batch, n_heads, n_queries, head_dim]`, and of every query the base-2 logarithm of the sum of
@@ -36,7 +52,7 @@ pub(super) fn attention(problem: &Problem) -> (Vec<f32>, Vec<f32>) {
     let mut output = vec![0.0; problem.query.len()];
     let mut log_sums = vec![0.0; problem.query.len() / problem.head_dim];
     let (n_queries, head_dim) = (problem.n_queries, problem.head_dim);
-    let block = ARCH.dispatch(BlockLen);
+    let block = ARCH.dispatch(InBlocks(BlockLen));
     let blocks = problem.batch * problem.n_heads * n_queries.div_ceil(block);
     // Threads that are done early take over from others.
     let share = block * (blocks / (8 * rayon::current_num_threads())).clamp(1, BLOCKS);
@@ -50,14 +66,14 @@ pub(super) fn attention(problem: &Problem) -> (Vec<f32>, Vec<f32>) {
             shares.map(move |(i, output)| (head, i * share, output))
         });
     shares.for_each(|(head, first, (output, log_sums))| {
-        ARCH.dispatch(Share {
+        ARCH.dispatch(InBlocks(Share {
             problem,
             batch: head / problem.n_heads,
             head: head % problem.n_heads,
             first,
             output,
             log_sums,
-        });
+        }));
     });
     (output, log_sums)
 }
@@ -65,13 +81,12 @@ pub(super) fn attention(problem: &Problem) -> (Vec<f32>, Vec<f32>) {
 /// How many queries a block has.
 struct BlockLen;
 
-impl WithSimd for BlockLen {
+impl WithBlocks for BlockLen {
     type Output = usize;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> usize {
-        let wide = if has_many_registers::<S>() { 3 } else { 2 };
-        wide * S::F32_LANES
+    fn with_blocks<S: Simd, const HIGH: usize, const WIDE: usize>(self, _: S) -> usize {
+        WIDE * S::F32_LANES
     }
 }
 
@@ -85,22 +100,11 @@ struct Share<'a> {
     log_sums: &'a mut [f32],
 }
 
-impl WithSimd for Share<'_> {
+impl WithBlocks for Share<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        if has_many_registers::<S>() {
-            self.attend::<S, 8, 3>(simd);
-        } else {
-            self.attend::<S, 6, 2>(simd);
-        }
-    }
-}
-
-impl Share<'_> {
-    #[inline(always)]
-    fn attend<S: Simd, const HIGH: usize, const WIDE: usize>(self, simd: S) {
+    fn with_blocks<S: Simd, const HIGH: usize, const WIDE: usize>(self, simd: S) {
         let problem = self.problem;
         let head_dim = problem.head_dim;
         let kv_head = self.head * problem.n_kv_heads / problem.n_heads;
