@@ -15,26 +15,16 @@ import time
 import torch
 import transformers
 
+from qwen3 import config_of
+
 
 def model_of(shape, dtype):
-    layers, hidden, heads, kv_heads, head_dim, ffn, vocab = map(int, shape.split(","))
-    config = transformers.Qwen3Config(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=ffn,
-        vocab_size=vocab,
-        max_position_embeddings=1 << 17,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-    )
+    config = config_of(shape, max_position_embeddings=1 << 17, tie_word_embeddings=False)
     torch.set_default_dtype(dtype)
     # TF32, as Burn's products are.
     torch.set_float32_matmul_precision("high")
     with torch.device("cuda"):
-        return transformers.Qwen3ForCausalLM(config), vocab
+        return transformers.Qwen3ForCausalLM(config), config.vocab_size
 
 
 @torch.inference_mode()

@@ -14,29 +14,20 @@ import time
 import torch
 import transformers
 
+from qwen3 import config_of
+
 
 def main():
     if len(sys.argv) != 5:
         sys.exit(__doc__)
     shape, context, batch, steps = sys.argv[1], *map(int, sys.argv[2:5])
-    layers, hidden, heads, kv_heads, head_dim, ffn, vocab = map(int, shape.split(","))
-    config = transformers.Qwen3Config(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=ffn,
-        vocab_size=vocab,
-        max_position_embeddings=context,
-        tie_word_embeddings=True,
-    )
+    config = config_of(shape, max_position_embeddings=context, tie_word_embeddings=True)
     torch.manual_seed(0)
     model = transformers.Qwen3ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     times = []
     for _ in range(steps + 2):
-        tokens = torch.randint(vocab, (batch, context))
+        tokens = torch.randint(config.vocab_size, (batch, context))
         start = time.perf_counter()
         model(tokens, labels=tokens).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -423,11 +423,9 @@ def against_table(corpora):
     others = ["gqa", "cla", "yoco", "fused-kv-lite"]
     rows = []
     for other in others:
-        cells = []
-        for runs in corpora.values():
-            differences = paired(tuned(runs, "fused-kv")[1], tuned(runs, other)[1])
-            cells += [len(differences), interval(differences)]
-        rows.append([other, *cells])
+        found = [paired(tuned(runs, "fused-kv")[1], tuned(runs, other)[1]) for runs in corpora.values()]
+        if any(found):
+            rows.append([other, *(cell for d in found for cell in (len(d), interval(d)))])
     heading = ["FusedKV minus"]
     for name in corpora:
         heading += ["seeds", f"{name} [95 %]"]
@@ -518,9 +516,6 @@ def made():
     runs, longer = Runs(found, "kernel", STEPS), Runs(found, "kernel", LONG)
     prose = Runs(found, "prose", STEPS)
     documents = documents_of("kernel")
-    blocks = dict.fromkeys(["rates", "main", "controls", "repeats", "prose", "prose-repeats", "against", "long"], NOTHING)
-    if not finished(tuned(runs, "standard")[1]):
-        return blocks, {}
     tables = {
         "rates": rates_table(runs),
         "main": comparison(runs, MAIN, documents),
@@ -531,7 +526,7 @@ def made():
         "against": against_table({"first corpus": runs, "second corpus": prose}),
         "long": comparison(longer, MAIN, None),
     }
-    blocks |= {name: text for name, text in tables.items() if text}
+    blocks = {name: text or NOTHING for name, text in tables.items()}
     figures = {}
     for block, title, name, svg in [
         ("rates", "validation loss by learning rate", "rates", rates_figure(runs)),

@@ -12,18 +12,30 @@ export RAYON_NUM_THREADS=1
 shape=(--vocab 2048 --layers 8 --context 256 --batch 8 --prompt 8)
 compare() { target/release/examples/compare "${shape[@]}" "$@"; }
 
-# Tokens are made once: one step of one run leaves them in its folder.
-if [ ! -e "$out/tokens/table.md" ]; then
-    compare --data "$kernel" --valid 0.01 --steps 1 --seeds 1 --methods standard --out "$out/tokens"
-fi
-
-# RATE SEEDS ARGUMENTS…: a folder for each learning rate, to which methods and seeds are added.
-at() {
-    local rate=$1 seeds=$2
-    compare --tokens "$out/tokens/train.bin" "$out/tokens/valid.bin" --steps 300 --validations 6 \
-        --lr "$rate" --seeds "$seeds" --out "$out/lr-$rate" "${@:3}"
-    python3 docs/results/make.py --add "kernel/lr-$rate" "$out/lr-$rate"
+# CORPUS FOLDER SHARE: tokens are made once, with a share held out; one step of one run leaves them in its
+# folder.
+tokens() {
+    [ -e "$out/$1/tokens/table.md" ] ||
+        compare --data "$2" --valid "$3" --steps 1 --seeds 1 --methods standard --out "$out/$1/tokens"
 }
+
+# CORPUS NAME STEPS VALIDATIONS RATE SEEDS ARGUMENTS…: a folder for each learning rate, to which methods and seeds
+# are added.
+train() {
+    local tokens=$out/$1/tokens name=$1/$2-$5
+    compare --tokens "$tokens/train.bin" "$tokens/valid.bin" --steps "$3" --validations "$4" \
+        --lr "$5" --seeds "$6" --out "$out/$name" "${@:7}"
+    python3 docs/results/make.py --add "$name" "$out/$name"
+}
+
+# CORPUS: the losses of its held-out documents.
+documents() {
+    python3 docs/results/documents.py target/release/examples/score "$out/$1/tokens/valid.bin" \
+        "docs/results/runs/$1/documents.json" "$out/$1"/lr-*/runs/*
+}
+
+tokens kernel "$kernel" 0.01
+at() { train kernel lr 300 6 "$@"; }
 
 # Rates by one seed, until the best has a worse one to each side.
 for rate in 6e-3 12e-3 24e-3 48e-3 96e-3 192e-3; do at "$rate" 1 --methods standard; done
@@ -43,39 +55,24 @@ for seeds in 2 3; do
     at 12e-3 "$seeds" --methods fused-kv-lite:n=1 --plans docs/results/controls.json
 done
 
+# Five where methods are compared, and at neighbouring rates that were as good.
 at 3e-3 5 --methods fused-kv fused-kv-lite
 at 48e-3 5 --methods standard gqa
 at 24e-3 5 --methods standard gqa cla yoco
 at 12e-3 5 --methods standard
 
-python3 docs/results/documents.py target/release/examples/score "$out/tokens/valid.bin" \
-    docs/results/runs/kernel/documents.json "$out"/lr-*/runs/*
+documents kernel
 
 # The second corpus, every method at the rate that was its best on the first.
-if [ ! -e "$out/prose/tokens/table.md" ]; then
-    compare --data "$prose" --valid 0.03 --steps 1 --seeds 1 --methods standard --out "$out/prose/tokens"
-fi
-on_prose() {
-    local rate=$1 seeds=$2
-    compare --tokens "$out/prose/tokens/train.bin" "$out/prose/tokens/valid.bin" --steps 300 --validations 6 \
-        --lr "$rate" --seeds "$seeds" --out "$out/prose/lr-$rate" --methods "${@:3}"
-    python3 docs/results/make.py --add "prose/lr-$rate" "$out/prose/lr-$rate"
-}
+tokens prose "$prose" 0.03
 for seeds in 1 3 5; do
-    on_prose 48e-3 "$seeds" standard gqa
-    on_prose 3e-3 "$seeds" fused-kv fused-kv-lite
-    on_prose 24e-3 "$seeds" cla yoco
+    train prose lr 300 6 48e-3 "$seeds" --methods standard gqa
+    train prose lr 300 6 3e-3 "$seeds" --methods fused-kv fused-kv-lite
+    train prose lr 300 6 24e-3 "$seeds" --methods cla yoco
 done
-python3 docs/results/documents.py target/release/examples/score "$out/prose/tokens/valid.bin" \
-    docs/results/runs/prose/documents.json "$out"/prose/lr-*/runs/*
+documents prose
 
 # Ten times as long.
-long() {
-    local rate=$1 seeds=$2
-    compare --tokens "$out/tokens/train.bin" "$out/tokens/valid.bin" --steps 3000 --validations 10 \
-        --lr "$rate" --seeds "$seeds" --out "$out/long-$rate" --methods "${@:3}"
-    python3 docs/results/make.py --add "kernel/long-$rate" "$out/long-$rate"
-}
-long 6e-3 1 standard fused-kv gqa
-long 24e-3 1 standard gqa
-long 3e-3 1 fused-kv
+train kernel long 3000 10 6e-3 1 --methods standard fused-kv gqa
+train kernel long 3000 10 24e-3 1 --methods standard gqa
+train kernel long 3000 10 3e-3 1 --methods fused-kv
