@@ -4,7 +4,9 @@
 #   bash docs/results/runs.sh KERNEL PROSE OUT
 # KERNEL, PROSE: the folders of documents that docs/results.md says how to get. OUT: where runs are kept.
 set -euo pipefail
-kernel=$(realpath -e "$1") prose=$(realpath -e "$2") out=$(mkdir -p "$3" && realpath "$3")
+kernel=$(realpath -e "$1")
+prose=$(realpath -e "$2")
+out=$(mkdir -p "$3" && realpath "$3")
 cd "$(dirname "$0")/../.."
 cargo build --release --example compare --example score
 export RAYON_NUM_THREADS=1
