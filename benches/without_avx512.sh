@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs a bench as on a processor without AVX-512: a copy of the project is built with crates whose question
-# to the processor is always answered with no.
-#   bash benches/without_avx512.sh FOLDER ARGUMENTS_OF_CARGO_BENCH…
-#   bash benches/without_avx512.sh target/avx2 --bench inference -- --prompts 512,4096
-# FOLDER keeps the copy, what is built, and what the bench writes, in bench/.
+# Runs a bench, or the tests, as on a processor without AVX-512: a copy of the project is built with crates whose
+# question to the processor is always answered with no.
+#   bash benches/without_avx512.sh FOLDER ARGUMENTS_OF_CARGO…
+#   bash benches/without_avx512.sh target/avx2 bench --bench inference -- --prompts 512,4096
+#   bash benches/without_avx512.sh target/avx2 test --release
+# FOLDER keeps the copy, what is built, and what a bench writes, in bench/.
 set -euo pipefail
 folder=$(mkdir -p "$1" && realpath "$1")
 shift
@@ -46,4 +47,4 @@ PYTHON
 cd "$copy"
 mkdir -p target
 ln -s "$folder/bench" target/bench
-CARGO_TARGET_DIR="$folder/target" cargo bench "$@"
+CARGO_TARGET_DIR="$folder/target" cargo "$@"

@@ -9,7 +9,7 @@ use burn_flex::FlexTensor;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::narrow::{AT_ONCE, Rows, floats_at_once, of_floats, side_by_side};
+use super::narrow::{AHEAD, AT_ONCE, Rows, floats_at_once, of_floats, side_by_side};
 use super::rows::{GroupStorage, Groups, floats};
 use super::widen::{Coded, Int4, Int8, MOST_LANES, widened};
 use super::{ARCH, PARALLEL, float_tensor, simd};
@@ -102,9 +102,15 @@ struct Share {
 struct X<'a> {
     rows: &'a [f32],
     /// The rows in groups, `[rows, groups]`, the last group filled up with zeros; and the sum of each.
-    groups: Vec<[f32; GROUP]>,
+    groups: Vec<Group>,
     sums: Vec<f32>,
 }
+
+/// Numbers that begin with a line of memory, so that no vector of them lies in two: those of eight rows took a
+/// third longer.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Group([f32; GROUP]);
 
 /// The products of `x` `[rows, input]` with every matrix, each `[rows, output]`. How they are divided among
 /// threads depends on neither the number of threads nor that of rows where sums are, so that those are
@@ -175,12 +181,12 @@ impl<'a> X<'a> {
     fn new(rows: &'a [f32], input: usize, matrices: &[Matrix]) -> Self {
         let (mut groups, mut sums) = (Vec::new(), Vec::new());
         if matrices.iter().any(|m| matches!(m, Matrix::Groups(_))) {
-            groups = vec![[0.0; GROUP]; rows.len() / input * input.div_ceil(GROUP)];
-            let padded = groups.chunks_mut(input.div_ceil(GROUP));
-            for (to, row) in padded.zip(rows.chunks(input)) {
-                to.as_flattened_mut()[..input].copy_from_slice(row);
+            groups = vec![Group([0.0; GROUP]); rows.len() / input * input.div_ceil(GROUP)];
+            let of_rows = rows.chunks(input).flat_map(|row| row.chunks(GROUP));
+            for (group, numbers) in groups.iter_mut().zip(of_rows) {
+                group.0[..numbers.len()].copy_from_slice(numbers);
             }
-            sums.extend(groups.iter().map(|group| group.iter().sum::<f32>()));
+            sums.extend(groups.iter().map(|group| group.0.iter().sum::<f32>()));
         }
         Self { rows, groups, sums }
     }
@@ -261,11 +267,23 @@ impl WithSimd for SumOfRows<'_> {
         let input = self.weight.len() / self.output;
         let width = self.columns.len();
         let weight_row = |i: usize| &self.weight[i * self.output + self.columns.start..][..width];
+        let at_once = floats_at_once(simd);
+        let passes = self.x.len().div_ceil(input * at_once);
         let unrolled = self.inputs.end - self.inputs.len() % UNROLL;
         for i in (self.inputs.start..unrolled).step_by(UNROLL) {
             let weights: [&[f32]; UNROLL] = std::array::from_fn(|u| weight_row(i + u));
-            for (x, sums) in self.x.chunks(input).zip(self.sums.chunks_mut(width)) {
-                add_rows(simd, &x[i..], weights, sums);
+            let x = self.x.chunks(at_once * input);
+            let sums = self.sums.chunks_mut(at_once * width);
+            for (pass, (x, sums)) in x.zip(sums).enumerate() {
+                // Below each row is one that comes next. Every pass has its share of them fetched, if more than
+                // one is computed of what the first has read.
+                let below = match passes {
+                    1 => &[],
+                    _ => (weights.chunks(UNROLL.div_ceil(passes)).nth(pass)).unwrap_or_default(),
+                };
+                let fetched = (below, UNROLL * self.output * size_of::<f32>());
+                let (x, rows) = (&x[i..], sums.len() / width);
+                of_floats!(rows, add_rows::<S>(simd, x, input, weights, fetched, sums));
             }
         }
         for i in unrolled..self.inputs.end {
@@ -276,21 +294,54 @@ impl WithSimd for SumOfRows<'_> {
     }
 }
 
-/// `sums += Σ_u x[u] · weights[u]`.
+/// `sums[r] += Σ_u x[r][u] · weights[u]` for R rows of x, each `pitch` behind the one before. Meanwhile what is
+/// some bytes behind some rows is fetched.
 #[inline(always)]
-fn add_rows<S: Simd>(simd: S, x: &[f32], weights: [&[f32]; UNROLL], sums: &mut [f32]) {
-    let factors: [S::f32s; UNROLL] = std::array::from_fn(|u| simd.splat_f32s(x[u]));
-    let [(w0, t0), (w1, t1), (w2, t2), (w3, t3)] = weights.map(S::as_simd_f32s);
-    let (sums, sums_tail) = S::as_mut_simd_f32s(sums);
-    for ((((sum, &w0), &w1), &w2), &w3) in sums.iter_mut().zip(w0).zip(w1).zip(w2).zip(w3) {
-        let low = simd.mul_add_f32s(factors[0], w0, *sum);
-        let low = simd.mul_add_f32s(factors[1], w1, low);
-        let high = simd.mul_f32s(factors[2], w2);
-        let high = simd.mul_add_f32s(factors[3], w3, high);
-        *sum = simd.add_f32s(low, high);
+fn add_rows<S: Simd, const R: usize>(
+    simd: S,
+    x: &[f32],
+    pitch: usize,
+    weights: [&[f32]; UNROLL],
+    (fetched, behind): (&[&[f32]], usize),
+    sums: &mut [f32],
+) {
+    let mut factors = [[simd.splat_f32s(0.0); R]; UNROLL];
+    for (u, factors) in factors.iter_mut().enumerate() {
+        for (r, factor) in factors.iter_mut().enumerate() {
+            *factor = simd.splat_f32s(x[r * pitch + u]);
+        }
     }
-    for (j, sum) in sums_tail.iter_mut().enumerate() {
-        *sum += x[0] * t0[j] + x[1] * t1[j] + x[2] * t2[j] + x[3] * t3[j];
+    let width = weights[0].len();
+    let vectors = width / S::F32_LANES;
+    let [w0, w1, w2, w3] = weights.map(|row| &S::as_simd_f32s(row).0[..vectors]);
+    let mut rows = sums.chunks_exact_mut(width);
+    let mut rows: [_; R] = std::array::from_fn(|_| rows.next().expect("R rows of sums"));
+    let mut whole = rows
+        .each_mut()
+        .map(|row| &mut S::as_mut_simd_f32s(row).0[..vectors]);
+    for j in 0..vectors {
+        for row in fetched {
+            simd::fetch_ahead(simd, &row[j * S::F32_LANES], behind);
+        }
+        let mut sums = [w0[j]; R];
+        for (sum, row) in sums.iter_mut().zip(&whole) {
+            *sum = row[j];
+        }
+        for (factors, weight) in factors.iter().zip([w0[j], w1[j], w2[j], w3[j]]) {
+            for (sum, &factor) in sums.iter_mut().zip(factors) {
+                *sum = simd.mul_add_f32s(factor, weight, *sum);
+            }
+        }
+        for (sum, row) in sums.into_iter().zip(&mut whole) {
+            row[j] = sum;
+        }
+    }
+    for (r, row) in rows.iter_mut().enumerate() {
+        for (j, sum) in row.iter_mut().enumerate().skip(vectors * S::F32_LANES) {
+            for (u, weight) in weights.iter().enumerate() {
+                *sum += x[r * pitch + u] * weight[j];
+            }
+        }
     }
 }
 
@@ -381,7 +432,7 @@ impl GroupProducts<'_> {
 #[inline(always)]
 fn products_of<S: Simd, C: Coded, const R: usize>(
     simd: S,
-    x: &[[f32; GROUP]],
+    x: &[Group],
     bytes: ChunksExact<i8>,
     scales: &[f32],
     products: &mut [f32],
@@ -401,7 +452,7 @@ fn products_of<S: Simd, C: Coded, const R: usize>(
 fn dot_codes<S: Simd, C: Coded, const R: usize>(
     simd: S,
     bytes: &[i8],
-    x: &[[[f32; GROUP]; R]],
+    x: &[[Group; R]],
     scales: &[f32],
 ) -> [f32; R] {
     let width = C::CODES.bytes();
@@ -412,6 +463,7 @@ fn dot_codes<S: Simd, C: Coded, const R: usize>(
     let (bytes, bytes_last) = bytes.split_at(2 * pairs.len() * width);
     for ((bytes, x), scales) in bytes.chunks_exact(2 * width).zip(x_pairs).zip(pairs) {
         let (first, second) = bytes.split_at(width);
+        simd::fetch_ahead(simd, &first[0], AHEAD);
         add_group::<S, C, R>(simd, first, &x[0], scales[0], &mut even);
         add_group::<S, C, R>(simd, second, &x[1], scales[1], &mut odd);
     }
@@ -430,7 +482,7 @@ fn dot_codes<S: Simd, C: Coded, const R: usize>(
 fn add_group<S: Simd, C: Coded, const R: usize>(
     simd: S,
     bytes: &[i8],
-    x: &[[f32; GROUP]; R],
+    x: &[Group; R],
     scale: f32,
     sums: &mut [S::f32s; R],
 ) {
@@ -439,7 +491,7 @@ fn add_group<S: Simd, C: Coded, const R: usize>(
     for i in 0..GROUP / S::F32_LANES {
         let codes = C::vector(simd, bytes, i * S::F32_LANES);
         for (product, x) in products.iter_mut().zip(x) {
-            let (x, _) = S::as_simd_f32s(x);
+            let (x, _) = S::as_simd_f32s(&x.0);
             *product = match i {
                 0 => simd.mul_f32s(codes, x[0]),
                 _ => simd.mul_add_f32s(codes, x[i], *product),

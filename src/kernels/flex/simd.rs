@@ -1,5 +1,8 @@
 //! What the kernels do with vectors of whatever length the processor has.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::_MM_HINT_T0;
+
 use pulp::Simd;
 #[cfg(target_arch = "x86_64")]
 use pulp::bytemuck::cast;
@@ -46,6 +49,22 @@ pub(super) fn axpy<S: Simd>(simd: S, a: f32, x: &[f32], y: &mut [f32]) {
     for (y, x) in y_tail.iter_mut().zip(x_tail) {
         *y += a * x;
     }
+}
+
+/// Has the processor fetch the line of memory so many bytes behind a number, be there one or not. What is read
+/// while much is computed of every line comes in time if it is asked for ahead.
+#[inline(always)]
+pub(super) fn fetch_ahead<S: Simd, T>(simd: S, of: &T, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let place = std::ptr::from_ref(of).cast::<i8>().wrapping_add(bytes);
+        if let Some(simd) = is::<S, V4>(simd) {
+            simd.sse._mm_prefetch::<_MM_HINT_T0>(place);
+        } else if let Some(simd) = is::<S, V3>(simd) {
+            simd.sse._mm_prefetch::<_MM_HINT_T0>(place);
+        }
+    }
+    let _ = (simd, of, bytes);
 }
 
 /// The sums of the numbers of four vectors each: together they take a third of what each by itself does.

@@ -40,6 +40,9 @@ pub(super) fn floats_at_once<S: Simd>(simd: S) -> usize {
 /// a quarter of the time of a token in a batch of 8.
 const BLOCK: usize = 1 << 18;
 
+/// Bytes between what is multiplied and what is fetched meanwhile.
+pub(super) const AHEAD: usize = 1 << 13;
+
 /// Stored rows, each of neighbouring numbers.
 #[derive(Clone, Copy)]
 pub(super) struct Rows<'a> {
@@ -138,12 +141,12 @@ impl<'a> Rows<'a> {
 
 /// A function of as many rows of floats as [`floats_at_once`] gives or fewer, which the compiler is told.
 macro_rules! of_floats {
-    ($rows:expr, $function:ident::<$S:ty, $N:ty>($($argument:expr),*)) => {
+    ($rows:expr, $function:ident::<$S:ty $(, $N:ty)?>($($argument:expr),*)) => {
         match $rows {
-            1 => $function::<$S, $N, 1>($($argument),*),
-            2 => $function::<$S, $N, 2>($($argument),*),
-            3 => $function::<$S, $N, 3>($($argument),*),
-            4 => $function::<$S, $N, 4>($($argument),*),
+            1 => $function::<$S, $($N,)? 1>($($argument),*),
+            2 => $function::<$S, $($N,)? 2>($($argument),*),
+            3 => $function::<$S, $($N,)? 3>($($argument),*),
+            4 => $function::<$S, $($N,)? 4>($($argument),*),
             rows => unreachable!("{rows} rows at once"),
         }
     };

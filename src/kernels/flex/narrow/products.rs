@@ -4,9 +4,12 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use super::super::simd::sums_of_each;
+use super::super::simd::{fetch_ahead, sums_of_each};
 use super::super::widen::Number;
-use super::{AT_ONCE, Lines, side_by_side};
+use super::{AHEAD, AT_ONCE, Lines, side_by_side};
+
+/// Bytes that memory is fetched by.
+const LINE: usize = 64;
 
 /// Width from which one stored row is read after another, and not four side by side: pieces of memory
 /// that are longer are read faster, and their products take longer than adding each up.
@@ -128,6 +131,9 @@ fn dots_of_long<S: Simd, N: Number, const R: usize>(
             false => x_rest,
         };
         for (x4, row) in x4.iter().zip(row4) {
+            for line in row.chunks(LINE / size_of::<N>()) {
+                fetch_ahead(simd, &line[0], AHEAD);
+            }
             let mut vectors = [zero; 4];
             for (vector, row) in vectors.iter_mut().zip(row.chunks_exact(lanes)) {
                 *vector = N::vector(simd, row);
