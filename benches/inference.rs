@@ -84,6 +84,9 @@ struct Args {
     /// methods, fusion weights those of FusedKV-Lite
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+    /// Directories of converted models to measure after the methods, as they are
+    #[arg(long, value_name = "DIR", value_delimiter = ',')]
+    converted: Vec<PathBuf>,
     /// Write the first method's model there
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
@@ -114,16 +117,29 @@ impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
         check_place(&self.out)?;
         let positions = self.prompts.iter().max().unwrap_or(&0) + self.decode.get();
-        let mut subjects = Vec::new();
+        let mut models = Vec::new();
         for method in &self.methods {
             let model = self.model_of::<B>(method, positions, device)?;
-            if let (Some(path), true) = (&self.save, subjects.is_empty()) {
+            if let (Some(path), true) = (&self.save, models.is_empty()) {
                 save_checkpoint(path, &model, &SaveOptions::new())?;
             }
+            models.push((method.clone(), model));
+        }
+        for path in &self.converted {
+            let name = path.file_name().unwrap_or(path.as_os_str());
+            let name = name.to_string_lossy().into_owned();
+            if models.iter().any(|(other, _)| *other == name) {
+                return Err(format!("two models are called {name}").into());
+            }
+            let model = load_checkpoint::<B>(path, LoadOptions::new(), device)?.model;
+            models.push((name, model));
+        }
+        let mut subjects = Vec::new();
+        for (method, model) in models {
             for &weights in &self.weights {
                 let model = model.clone().with_weights(weights)?;
                 subjects.extend(self.cache.iter().map(|&cache| Subject {
-                    name: name(method, weights, cache),
+                    name: name(&method, weights, cache),
                     model: model.clone(),
                     cache,
                 }));

@@ -31,7 +31,7 @@ use fusedkv::checkpoint::{
 use fusedkv::convert::{
     ConversionConfig, FitError, PlanChoice, StageReport, choose_plan, convert_in_stages,
 };
-use fusedkv::{KvPlan, WeightFormat};
+use fusedkv::{KvPlan, LayerKv, WeightFormat};
 
 use backend::{BackendName, DtypeName, Program, exit_code};
 use json::{check_place, write_json};
@@ -246,20 +246,25 @@ fn tokens<B: Backend>(
 fn print_choice(choice: &PlanChoice) {
     for tried in &choice.tried {
         println!(
-            "perplexity {:.2} of {}",
+            "perplexity {:.2} with {}",
             tried.perplexity,
             written(&tried.plan)
         );
     }
 }
 
-/// A custom plan's layers that store, counted from 1, and what the others read.
+/// What the layers of a custom plan read, counted from 0 as in its JSON.
 fn written(plan: &KvPlan) -> String {
     match plan {
         KvPlan::Custom { layers } => {
             let layers = layers.iter().enumerate();
-            let layers = layers.map(|(layer, kv)| format!("\n  layer {}: {kv}", layer + 1));
-            layers.collect()
+            let (own, others): (Vec<_>, Vec<_>) = layers.partition(|(_, kv)| **kv == LayerKv::OWN);
+            let own: Vec<_> = own.iter().map(|(layer, _)| layer.to_string()).collect();
+            let others = others
+                .iter()
+                .map(|(layer, kv)| format!("\n  layer {layer}: {kv}"));
+            let others: String = others.collect();
+            format!("layers {} storing (counted from 0){others}", own.join(" "))
         }
         plan => plan.method().to_owned(),
     }
@@ -270,7 +275,7 @@ fn written(plan: &KvPlan) -> String {
 fn print_stage(report: &StageReport) {
     if !report.blends.is_empty() {
         println!("relative squared error         keys                values");
-        println!("                         before    fitted    before    fitted");
+        println!("(layers from 1)          before    fitted    before    fitted");
     }
     for fit in &report.blends {
         print_errors(fit.layer, [fit.key, fit.value]);

@@ -26,6 +26,8 @@ RUNS = HERE / "runs"
 CONVERSION = HERE / "conversion"
 DISTILLATION = HERE / "distillation"
 CLOZE = HERE / "cloze"
+# What the bench `inference` measured of the converted models.
+TIMES = HERE / "converted.json"
 PAGE = HERE.parent / "results.md"
 CONVERSION_PAGE = HERE.parent / "conversion.md"
 
@@ -551,6 +553,18 @@ def stored(report):
     return round(report["cache"] * layers), layers
 
 
+def plan_name(plan):
+    """The method; the custom plans of these reports were chosen by `--plan auto`."""
+    return "auto" if plan["method"] == "custom" else plan["method"]
+
+
+def storing(plan, layers):
+    """Layers that keep keys and values under a plan of so many layers."""
+    if "layers" in plan:
+        return sum("store" in layer for layer in plan["layers"])
+    return -(-layers // plan["factor"]) if "factor" in plan else plan["storage_layers"]
+
+
 def conversion_table(reports):
     """Perplexity after each stage; the fewer layers store, the higher."""
     found = sorted(reports.items(), key=lambda item: (stored(item[1]), item[0]))
@@ -561,7 +575,7 @@ def conversion_table(reports):
         cells = [f"{after[s]:.1f}" if s in after else "–" for s in ("weights", "blends", "layers")]
         read = [report["calibration_tokens"], report["held_out_tokens"]]
         read.append(f"{report['standard_perplexity']:.1f}")
-        rows.append([report["plan"]["method"], f"{kept} of {layers}", *read, *cells])
+        rows.append([plan_name(report["plan"]), f"{kept} of {layers}", *read, *cells])
     heading = ["plan", "layers that store", "tokens fitted on", "tokens scored", "standard"]
     return table(heading + ["weights", "blends", "layers"], rows)
 
@@ -592,6 +606,7 @@ def made_conversion():
         raise SystemExit(f"reports in {CONVERSION} are of different texts: {contexts}, {scored}")
     blocks = {
         "stages": conversion_table(reports) or NOTHING,
+        "plans": plans_table(reports, distilled),
         "layers": layers_table(reports[LAYERS]) if LAYERS in reports else NOTHING,
         "distilled": distillation_table(distilled) or NOTHING,
         "cloze": cloze_table(),
@@ -603,11 +618,47 @@ def made_conversion():
     return blocks, figures
 
 
+def endings(model):
+    """Right endings of a model, as cloze.py found them: the known, and names found again."""
+    path = CLOZE / f"{model}.json"
+    if not path.exists():
+        return ["–", "–"]
+    found = json.loads(path.read_text())
+    count = lambda kinds, key: sum(found[kind][key] for kind in kinds)
+    groups = [["known"], [kind for kind in found if kind.startswith("recall")]]
+    return [f"{count(kinds, 'right')} of {count(kinds, 'of')}" for kinds in groups]
+
+
+def plans_table(reports, distilled):
+    """Plans of one model beside each other: what they save, and what is left of the model."""
+    cases = {case["method"]: case for case in json.loads(TIMES.read_text())["cases"]}
+    layers = next(iter(distilled.values()))["config"]["model"]["n_layers"]
+    rows = []
+    for name, case in cases.items():
+        fits = [report for file, report in reports.items() if file.startswith(f"{name}-of-")]
+        fitted = max(fits, key=lambda report: report["calibration_tokens"], default=None)
+        taught = distilled.get(f"{name}-all-102k")
+        row = [name.rsplit("-", 1)[0], f"{stored(fitted)[0] if fitted else layers} of {layers}"]
+        row.append(f"{case['cache_bytes'] / 2**20:.1f}")
+        row += [f"{case['ttft_s']:.2f} ({case['ttft_ratio']:.2f})"]
+        row += [f"{case['tpot_s'] * 1e3:.1f} ({case['tpot_ratio']:.2f})"]
+        last = fitted["stages"][-1]["perplexity"] / fitted["standard_perplexity"] if fitted else 1
+        row += [f"{last:.2f}", *endings(name)]
+        after = taught and taught["curve"][-1]["perplexity"] / taught["teacher_perplexity"]
+        row += [f"{after:.2f}" if taught else "–", *endings(f"{name}-all-102k")]
+        rows.append(row)
+    heading = ["plan", "layers that store", "cache MiB", "TTFT s", "TPOT ms"]
+    heading += ["fitted", "known", "recall", "distilled", "known", "recall"]
+    return table(heading, rows)
+
+
 def cloze_table():
     """Right endings by model, as cloze.py found them."""
     # By file, and how it is named in the table.
     models = {
         "standard": "standard",
+        "auto-15-all-102k": "auto, 15 of 30, all distilled on 102 thousand",
+        "auto-15": "auto, 15 of 30, fitted on 65536 tokens",
         "fused_kv-24": "fused_kv, 24 of 30, fitted on 8192 tokens",
         "fused_kv-20-all-410k": "fused_kv, 20 of 30, all distilled on 410 thousand",
         "fused_kv-20-41k": "fused_kv, 20 of 30, reusing layers distilled on 41 thousand",
@@ -625,7 +676,7 @@ def cloze_table():
 def distillation_name(report):
     model = report["config"]["model"]
     plan = model["plan"]
-    return f"{plan['method']}, {plan['storage_layers']} of {model['n_layers']}"
+    return f"{plan_name(plan)}, {storing(plan, model['n_layers'])} of {model['n_layers']}"
 
 
 def what_trains(report):

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use tempfile::{Builder, NamedTempFile};
@@ -14,7 +14,7 @@ pub fn check_place(path: &Path) -> Result<(), String> {
         false if is_special(path) => Ok(()),
         false => {
             fs::create_dir_all(folder_of(path))?;
-            partial(path).map(drop)
+            partial(&behind_links(path)).map(drop)
         }
     };
     place().map_err(|error| cannot_write(path, &error))
@@ -27,7 +27,8 @@ pub fn write_json(path: &Path, report: &impl Serialize) -> Result<(), String> {
         if is_special(path) {
             return fs::write(path, text);
         }
-        let mut file = partial(path)?;
+        let path = behind_links(path);
+        let mut file = partial(&path)?;
         file.write_all(text.as_bytes())?;
         file.as_file().sync_all()?;
         file.persist(path)?;
@@ -43,6 +44,11 @@ fn cannot_write(path: &Path, error: &io::Error) -> String {
 /// Whether there is something that is written to and not replaced, as a terminal.
 fn is_special(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| !found.is_file())
+}
+
+/// The file that a link leads to, if there is one: it is replaced, not the link.
+fn behind_links(path: &Path) -> PathBuf {
+    fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// A file beside `path`, readable as others are.

@@ -106,7 +106,7 @@ struct X<'a> {
     sums: Vec<f32>,
 }
 
-/// Numbers that begin with a line of memory, so that no vector of them lies in two: those of eight rows took a
+/// Begins at a line of memory, so that no vector of it crosses two: 16 bytes off, products of eight rows took a
 /// third longer.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
@@ -275,13 +275,13 @@ impl WithSimd for SumOfRows<'_> {
             let x = self.x.chunks(at_once * input);
             let sums = self.sums.chunks_mut(at_once * width);
             for (pass, (x, sums)) in x.zip(sums).enumerate() {
-                // Below each row is one that comes next. Every pass has its share of them fetched, if more than
-                // one is computed of what the first has read.
-                let below = match passes {
+                // The same columns of the next rows are read next. Where several passes use these, only the
+                // first reads memory, so each of up to four has some of the next rows fetched.
+                let above = match passes {
                     1 => &[],
                     _ => (weights.chunks(UNROLL.div_ceil(passes)).nth(pass)).unwrap_or_default(),
                 };
-                let fetched = (below, UNROLL * self.output * size_of::<f32>());
+                let fetched = (above, UNROLL * self.output * size_of::<f32>());
                 let (x, rows) = (&x[i..], sums.len() / width);
                 of_floats!(rows, add_rows::<S>(simd, x, input, weights, fetched, sums));
             }
@@ -294,18 +294,19 @@ impl WithSimd for SumOfRows<'_> {
     }
 }
 
-/// `sums[r] += Σ_u x[r][u] · weights[u]` for R rows of x, each `pitch` behind the one before. Meanwhile what is
-/// some bytes behind some rows is fetched.
+/// `sums[r] += Σ_u x[r][u] · weights[u]` for R rows of x, each `pitch` numbers after the one before. Meanwhile the
+/// memory `ahead` bytes after each row of `fetched` is fetched.
 #[inline(always)]
 fn add_rows<S: Simd, const R: usize>(
     simd: S,
     x: &[f32],
     pitch: usize,
     weights: [&[f32]; UNROLL],
-    (fetched, behind): (&[&[f32]], usize),
+    (fetched, ahead): (&[&[f32]], usize),
     sums: &mut [f32],
 ) {
-    let mut factors = [[simd.splat_f32s(0.0); R]; UNROLL];
+    let zero = simd.splat_f32s(0.0);
+    let mut factors = [[zero; R]; UNROLL];
     for (u, factors) in factors.iter_mut().enumerate() {
         for (r, factor) in factors.iter_mut().enumerate() {
             *factor = simd.splat_f32s(x[r * pitch + u]);
@@ -313,32 +314,36 @@ fn add_rows<S: Simd, const R: usize>(
     }
     let width = weights[0].len();
     let vectors = width / S::F32_LANES;
-    let [w0, w1, w2, w3] = weights.map(|row| &S::as_simd_f32s(row).0[..vectors]);
     let mut rows = sums.chunks_exact_mut(width);
-    let mut rows: [_; R] = std::array::from_fn(|_| rows.next().expect("R rows of sums"));
-    let mut whole = rows
-        .each_mut()
-        .map(|row| &mut S::as_mut_simd_f32s(row).0[..vectors]);
+    let mut rows: [_; R] = std::array::from_fn(|_| {
+        let row = rows.next().expect("R rows of sums");
+        let (row, tail) = S::as_mut_simd_f32s(row);
+        (&mut row[..vectors], tail)
+    });
+    let weights = weights.map(|row| {
+        let (row, tail) = S::as_simd_f32s(row);
+        (&row[..vectors], tail)
+    });
     for j in 0..vectors {
         for row in fetched {
-            simd::fetch_ahead(simd, &row[j * S::F32_LANES], behind);
+            simd::fetch_ahead(simd, &row[j * S::F32_LANES], ahead);
         }
-        let mut sums = [w0[j]; R];
-        for (sum, row) in sums.iter_mut().zip(&whole) {
-            *sum = row[j];
+        let mut added = [zero; R];
+        for (added, (row, _)) in added.iter_mut().zip(&rows) {
+            *added = row[j];
         }
-        for (factors, weight) in factors.iter().zip([w0[j], w1[j], w2[j], w3[j]]) {
-            for (sum, &factor) in sums.iter_mut().zip(factors) {
-                *sum = simd.mul_add_f32s(factor, weight, *sum);
+        for (factors, (weight, _)) in factors.iter().zip(weights) {
+            for (added, &factor) in added.iter_mut().zip(factors) {
+                *added = simd.mul_add_f32s(factor, weight[j], *added);
             }
         }
-        for (sum, row) in sums.into_iter().zip(&mut whole) {
-            row[j] = sum;
+        for (added, (row, _)) in added.into_iter().zip(&mut rows) {
+            row[j] = added;
         }
     }
-    for (r, row) in rows.iter_mut().enumerate() {
-        for (j, sum) in row.iter_mut().enumerate().skip(vectors * S::F32_LANES) {
-            for (u, weight) in weights.iter().enumerate() {
+    for (r, (_, tail)) in rows.into_iter().enumerate() {
+        for (j, sum) in tail.iter_mut().enumerate() {
+            for (u, (_, weight)) in weights.iter().enumerate() {
                 *sum += x[r * pitch + u] * weight[j];
             }
         }

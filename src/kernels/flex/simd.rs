@@ -51,8 +51,8 @@ pub(super) fn axpy<S: Simd>(simd: S, a: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
-/// Has the processor fetch the line of memory so many bytes behind a number, be there one or not. What is read
-/// while much is computed of every line comes in time if it is asked for ahead.
+/// Asks for the line of memory that lies `bytes` after a number, whether anything is there or not: what is read
+/// while much is computed of every line then comes in time. Does nothing without AVX2 or AVX-512.
 #[inline(always)]
 pub(super) fn fetch_ahead<S: Simd, T>(simd: S, of: &T, bytes: usize) {
     #[cfg(target_arch = "x86_64")]

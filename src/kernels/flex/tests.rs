@@ -153,7 +153,7 @@ proptest! {
         rows in 2usize..17,
         // Of what is worth threads.
         input in prop_oneof![64usize..80, 250usize..340],
-        output in prop_oneof![520usize..600, 1300usize..2100],
+        output in prop_oneof![520usize..600, 1025usize..1040, 1300usize..2100],
         format in 0usize..5,
     ) {
         let x = random([1, rows, input]);
@@ -407,7 +407,10 @@ fn vectors_are_the_processors() {
                 std::is_x86_feature_detected!("avx512dq"),
                 std::is_x86_feature_detected!("avx512vl"),
             ];
-            assert!(!has.iter().all(|&has| has), "{all:?} are there, unused");
+            // benches/without_avx512.sh builds what is not told of them.
+            let denied = std::env::var_os("FUSEDKV_WITHOUT_AVX512").is_some();
+            let unused = has.iter().all(|&has| has) && !denied;
+            assert!(!unused, "{all:?} are there, unused");
         }
         _ => assert!(!std::is_x86_feature_detected!("avx2")),
     }

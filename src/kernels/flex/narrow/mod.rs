@@ -40,7 +40,8 @@ pub(super) fn floats_at_once<S: Simd>(simd: S) -> usize {
 /// a quarter of the time of a token in a batch of 8.
 const BLOCK: usize = 1 << 18;
 
-/// Bytes between what is multiplied and what is fetched meanwhile.
+/// How many bytes ahead of what is multiplied memory is fetched: in a weight the rows that follow. A line may be
+/// asked for twice, where a step is shorter.
 pub(super) const AHEAD: usize = 1 << 13;
 
 /// Stored rows, each of neighbouring numbers.
