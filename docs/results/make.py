@@ -648,7 +648,8 @@ def plans_table(reports, distilled):
         row += [f"{after:.2f}" if taught else "–", *endings(f"{name}-all-102k")]
         rows.append(row)
     heading = ["plan", "layers that store", "cache MiB", "TTFT s", "TPOT ms"]
-    heading += ["fitted", "known", "recall", "distilled", "known", "recall"]
+    for when in ["fitted", "distilled"]:
+        heading += [when, f"known, {when}", f"recall, {when}"]
     return table(heading, rows)
 
 
