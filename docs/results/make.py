@@ -661,6 +661,7 @@ def cloze_table():
         "auto-15-all-102k": "auto, 15 of 30, all distilled on 102 thousand",
         "auto-15": "auto, 15 of 30, fitted on 65536 tokens",
         "cla-15": "cla, 15 of 30, fitted on 65536 tokens",
+        "auto-10-all-102k": "auto, 10 of 30, all distilled on 102 thousand",
         "auto-10": "auto, 10 of 30, fitted on 32768 tokens",
         "fused_kv-24": "fused_kv, 24 of 30, fitted on 8192 tokens",
         "fused_kv-20-all-410k": "fused_kv, 20 of 30, all distilled on 410 thousand",
