@@ -660,6 +660,7 @@ def cloze_table():
         "standard": "standard",
         "auto-15-all-102k": "auto, 15 of 30, all distilled on 102 thousand",
         "auto-15": "auto, 15 of 30, fitted on 65536 tokens",
+        "fused_kv_lite-15-all-102k": "fused_kv_lite, 15 of 30, all distilled on 102 thousand",
         "cla-15": "cla, 15 of 30, fitted on 65536 tokens",
         "auto-10-all-102k": "auto, 10 of 30, all distilled on 102 thousand",
         "auto-10": "auto, 10 of 30, fitted on 32768 tokens",
