@@ -547,12 +547,6 @@ def made():
 LAYERS = "fused_kv-15-of-65536"
 
 
-def stored(report):
-    """Layers that keep keys and values, of how many."""
-    layers = 1 + max(fit["layer"] for stage in report["stages"] for fit in stage.get("layers", []))
-    return round(report["cache"] * layers), layers
-
-
 def plan_name(plan):
     """The method; the custom plans of these reports were chosen by `--plan auto`."""
     return "auto" if plan["method"] == "custom" else plan["method"]
@@ -563,6 +557,12 @@ def storing(plan, layers):
     if "layers" in plan:
         return sum("store" in layer for layer in plan["layers"])
     return -(-layers // plan["factor"]) if "factor" in plan else plan["storage_layers"]
+
+
+def stored(report):
+    """Layers that keep keys and values, of how many."""
+    layers = 1 + max(fit["layer"] for stage in report["stages"] for fit in stage.get("layers", []))
+    return storing(report["plan"], layers), layers
 
 
 def conversion_table(reports):

@@ -34,6 +34,14 @@ fn ids(completion: &Completion) -> Vec<u32> {
     completion.tokens.iter().map(|token| token.id).collect()
 }
 
+/// The text of tokens, to which special ones add nothing.
+fn spelled(tokens: &[u32]) -> String {
+    let tokenizer = tokenizer();
+    let tokens = tokens.iter().copied();
+    let tokens: Vec<u32> = tokens.filter(|&id| !tokenizer.is_special(id)).collect();
+    tokenizer.decode(&tokens).unwrap()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
@@ -52,9 +60,7 @@ proptest! {
             let alone = write(seed, std::slice::from_ref(prompt), &config).remove(0);
             prop_assert_eq!((&found.text, &found.finish), (&alone.text, &alone.finish));
             prop_assert_eq!(ids(&found), ids(&alone));
-            let tokenizer = tokenizer();
-            let tokens: Vec<u32> = ids(&found).into_iter().filter(|&id| !tokenizer.is_special(id)).collect();
-            prop_assert_eq!(found.text, tokenizer.decode(&tokens).unwrap());
+            prop_assert_eq!(&found.text, &spelled(&ids(&found)));
         }
     }
 
@@ -76,10 +82,7 @@ proptest! {
                     prop_assert_eq!(&found.finish, &TextFinish::StopString(stop.clone()));
                     // No token is drawn beyond the one that completes it.
                     prop_assert_eq!(&ids(free)[..found.tokens.len()], ids(found));
-                    let (tokenizer, mut kept) = (tokenizer(), ids(found));
-                    kept.pop();
-                    kept.retain(|&id| !tokenizer.is_special(id));
-                    let kept = tokenizer.decode(&kept).unwrap();
+                    let kept = spelled(&ids(found)[..found.tokens.len() - 1]);
                     let kept = kept.trim_end_matches(char::REPLACEMENT_CHARACTER);
                     prop_assert!(!kept.contains(&stop));
                 }

@@ -57,10 +57,12 @@ pub(super) fn axpy<S: Simd>(simd: S, a: f32, x: &[f32], y: &mut [f32]) {
 pub(super) fn fetch_ahead<S: Simd, T>(simd: S, of: &T, bytes: usize) {
     #[cfg(target_arch = "x86_64")]
     {
-        let place = std::ptr::from_ref(of).cast::<i8>().wrapping_add(bytes);
-        if let Some(simd) = is::<S, V4>(simd) {
-            simd.sse._mm_prefetch::<_MM_HINT_T0>(place);
-        } else if let Some(simd) = is::<S, V3>(simd) {
+        let avx2 = match is::<S, V4>(simd) {
+            Some(simd) => Some(*simd),
+            None => is::<S, V3>(simd),
+        };
+        if let Some(simd) = avx2 {
+            let place = std::ptr::from_ref(of).cast::<i8>().wrapping_add(bytes);
             simd.sse._mm_prefetch::<_MM_HINT_T0>(place);
         }
     }
