@@ -297,7 +297,8 @@ class Chart:
     def curve(self, name, points, number, dots=()):
         """A line through points of the axes, a legend entry, and dots beside it."""
         colour = COLOURS[number % len(COLOURS)]
-        dash = DASHES[number % len(DASHES)]
+        # Another with each round of the colours, so that no two lines look alike.
+        dash = DASHES[(number + number // len(COLOURS)) % len(DASHES)]
         places = [(self.x(x), self.y(y)) for x, y in points]
         self.line(places, colour, dash=dash)
         for x, y in dots:
@@ -726,7 +727,7 @@ def distillation_figure(reports):
     most = max(x for points, _ in curves.values() for x, _ in points)
     teacher = next(iter(reports.values()))["teacher_perplexity"]
     curves["teacher"] = ([(0, teacher), (most, teacher)], [])
-    title = "Perplexity of held-out text while distilling, by the layers that train"
+    title = "Perplexity of held-out text while distilling, by plan and the layers that train"
     return drawn(title, "tokens read, thousands", "perplexity", curves)
 
 
