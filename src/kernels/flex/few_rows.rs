@@ -1,6 +1,7 @@
 //! Matrix products with few rows, as in decoding: a weight is read from memory once, as fast as it gives it,
 //! and several matrices that the same rows are multiplied with are one step among threads.
 
+use std::array::from_fn;
 use std::ops::Range;
 use std::slice::ChunksExact;
 
@@ -271,7 +272,7 @@ impl WithSimd for SumOfRows<'_> {
         let passes = self.x.len().div_ceil(input * at_once);
         let unrolled = self.inputs.end - self.inputs.len() % UNROLL;
         for i in (self.inputs.start..unrolled).step_by(UNROLL) {
-            let weights: [&[f32]; UNROLL] = std::array::from_fn(|u| weight_row(i + u));
+            let weights: [&[f32]; UNROLL] = from_fn(|u| weight_row(i + u));
             let x = self.x.chunks(at_once * input);
             let sums = self.sums.chunks_mut(at_once * width);
             for (pass, (x, sums)) in x.zip(sums).enumerate() {
@@ -305,48 +306,70 @@ fn add_rows<S: Simd, const R: usize>(
     (fetched, ahead): (&[&[f32]], usize),
     sums: &mut [f32],
 ) {
-    let zero = simd.splat_f32s(0.0);
-    let mut factors = [[zero; R]; UNROLL];
-    for (u, factors) in factors.iter_mut().enumerate() {
-        for (r, factor) in factors.iter_mut().enumerate() {
-            *factor = simd.splat_f32s(x[r * pitch + u]);
-        }
-    }
+    let factor = |u: usize, r: usize| simd.splat_f32s(x[r * pitch + u]);
+    let factors = from_fn(|u| from_fn(|r| factor(u, r)));
     let width = weights[0].len();
-    let vectors = width / S::F32_LANES;
+    let pairs = width / S::F32_LANES / 2;
     let mut rows = sums.chunks_exact_mut(width);
-    let mut rows: [_; R] = std::array::from_fn(|_| {
-        let row = rows.next().expect("R rows of sums");
-        let (row, tail) = S::as_mut_simd_f32s(row);
-        (&mut row[..vectors], tail)
+    let mut rows: [_; R] = from_fn(|_| {
+        let (row, tail) = S::as_mut_simd_f32s(rows.next().expect("R rows of sums"));
+        let (row, last) = row.as_chunks_mut::<2>();
+        (&mut row[..pairs], last, tail)
     });
     let weights = weights.map(|row| {
         let (row, tail) = S::as_simd_f32s(row);
-        (&row[..vectors], tail)
+        let (row, last) = row.as_chunks::<2>();
+        (&row[..pairs], last, tail)
     });
-    for j in 0..vectors {
+    for j in 0..pairs {
         for row in fetched {
-            simd::fetch_ahead(simd, &row[j * S::F32_LANES], ahead);
-        }
-        let mut added = [zero; R];
-        for (added, (row, _)) in added.iter_mut().zip(&rows) {
-            *added = row[j];
-        }
-        for (factors, (weight, _)) in factors.iter().zip(weights) {
-            for (added, &factor) in added.iter_mut().zip(factors) {
-                *added = simd.mul_add_f32s(factor, weight[j], *added);
+            for j in [2 * j, 2 * j + 1] {
+                simd::fetch_ahead(simd, &row[j * S::F32_LANES], ahead);
             }
         }
-        for (added, (row, _)) in added.into_iter().zip(&mut rows) {
-            row[j] = added;
-        }
+        let weights = weights.each_ref().map(|(row, ..)| &row[j]);
+        add_vectors(
+            simd,
+            &factors,
+            weights,
+            rows.each_mut().map(|(row, ..)| &mut row[j]),
+        );
     }
-    for (r, (_, tail)) in rows.into_iter().enumerate() {
+    if width / S::F32_LANES > 2 * pairs {
+        const ODD: &str = "a vector beside the pairs";
+        let weights = weights.map(|(_, last, _)| last.first_chunk::<1>().expect(ODD));
+        let sums = rows
+            .each_mut()
+            .map(|(_, last, _)| last.first_chunk_mut::<1>().expect(ODD));
+        add_vectors(simd, &factors, weights, sums);
+    }
+    for (r, (.., tail)) in rows.into_iter().enumerate() {
         for (j, sum) in tail.iter_mut().enumerate() {
-            for (u, (_, weight)) in weights.iter().enumerate() {
+            for (u, (.., weight)) in weights.iter().enumerate() {
                 *sum += x[r * pitch + u] * weight[j];
             }
         }
+    }
+}
+
+/// `sums[r] += Σ_u factors[u][r] · weights[u]`, of K neighbouring vectors.
+#[inline(always)]
+fn add_vectors<S: Simd, const R: usize, const K: usize>(
+    simd: S,
+    factors: &[[S::f32s; R]; UNROLL],
+    weights: [&[S::f32s; K]; UNROLL],
+    sums: [&mut [S::f32s; K]; R],
+) {
+    let mut added = sums.each_ref().map(|sum| **sum);
+    for (factors, weights) in factors.iter().zip(&weights) {
+        for (added, &factor) in added.iter_mut().zip(factors) {
+            for (added, &weight) in added.iter_mut().zip(*weights) {
+                *added = simd.mul_add_f32s(factor, weight, *added);
+            }
+        }
+    }
+    for (sum, added) in sums.into_iter().zip(added) {
+        *sum = added;
     }
 }
 

@@ -50,20 +50,15 @@ impl Number for f16 {
                     ._mm512_cvtph_ps(cast(bits::<16>(numbers.reinterpret_cast()))),
             );
         }
-        // As `widen_f16`.
+        // As `widen_f16`, the sign at its place from the start.
         let bits = halves(simd, numbers.reinterpret_cast());
-        let exponent = simd.and_u32s(bits, simd.splat_u32s(0x7c00));
-        let finite = simd.less_than_u32s(exponent, simd.splat_u32s(0x7c00));
-        let ones = simd.splat_u32s(0xff << 23);
-        let not_finite = simd.select_u32s(finite, simd.splat_u32s(0), ones);
-        let magnitude = simd.and_u32s(bits, simd.splat_u32s(0x7fff));
-        let magnitude = simd.wrapping_dyn_shl_u32s(magnitude, simd.splat_u32s(13));
-        let magnitude = simd.transmute_f32s_u32s(magnitude);
-        let magnitude = simd.mul_f32s(magnitude, simd.splat_f32s(F16_BIAS));
-        let magnitude = simd.or_u32s(simd.transmute_u32s_f32s(magnitude), not_finite);
-        let sign = simd.and_u32s(bits, simd.splat_u32s(0x8000));
-        let sign = simd.wrapping_dyn_shl_u32s(sign, simd.splat_u32s(16));
-        simd.transmute_f32s_u32s(simd.or_u32s(magnitude, sign))
+        let bits = simd.wrapping_dyn_shl_u32s(bits, simd.splat_u32s(13));
+        let bits = simd.and_u32s(bits, simd.splat_u32s(1 << 31 | 0x7fff << 13));
+        let finite = simd.mul_f32s(simd.transmute_f32s_u32s(bits), simd.splat_f32s(F16_BIAS));
+        let exponent = simd.splat_u32s(0x7c00 << 13);
+        let not_finite = simd.equal_u32s(simd.and_u32s(bits, exponent), exponent);
+        let ones = simd.select_u32s(not_finite, simd.splat_u32s(0xff << 23), simd.splat_u32s(0));
+        simd.transmute_f32s_u32s(simd.or_u32s(simd.transmute_u32s_f32s(finite), ones))
     }
 }
 
@@ -82,21 +77,21 @@ impl Number for i8 {
     }
 }
 
-/// As many numbers of 16 bits as a vector has.
+/// As many numbers of 16 bits as a vector has, the highest bit of each in all bits above it as well.
 #[inline(always)]
 fn halves<S: Simd>(simd: S, numbers: &[u16]) -> S::u32s {
     #[cfg(target_arch = "x86_64")]
     {
         if let Some(simd) = is::<S, V4>(simd) {
-            return cast(simd.convert_u16x16_to_u32x16(cast(bits::<16>(numbers))));
+            return cast(simd.convert_i16x16_to_i32x16(cast(bits::<16>(numbers))));
         }
         if let Some(simd) = is::<S, V3>(simd) {
-            return cast(simd.convert_u16x8_to_u32x8(cast(bits::<8>(numbers))));
+            return cast(simd.convert_i16x8_to_i32x8(cast(bits::<8>(numbers))));
         }
     }
     let mut vector = [simd.splat_u32s(0)];
-    let words: &mut [u32] = cast_slice_mut(&mut vector);
-    (words.iter_mut().zip(numbers)).for_each(|(to, x)| *to = u32::from(*x));
+    let words: &mut [i32] = cast_slice_mut(&mut vector);
+    (words.iter_mut().zip(numbers)).for_each(|(to, x)| *to = i32::from(x.cast_signed()));
     let [vector] = vector;
     vector
 }
