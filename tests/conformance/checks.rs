@@ -370,8 +370,14 @@ pub fn weight_formats<B: Backend>(subject: &Subject<B>) {
         steps.extend((0..3).map(|_| Step::Append(rows(&[1, 1]), Logits::Last)));
         let found = run(&model, CacheDtype::Model, &steps);
         let expected = run(&reference, CacheDtype::Model, &steps);
-        for (found, expected) in found.iter().zip(&expected) {
-            subject.agree(&format!("{format} weights"), found, expected);
+        // The second row's first seven tokens are padding, whose logits mean nothing.
+        let padding = 40 * config.vocab_size..47 * config.vocab_size;
+        for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let read = |logits: &[f64]| match i {
+                0 => [&logits[..padding.start], &logits[padding.end..]].concat(),
+                _ => logits.to_vec(),
+            };
+            subject.agree(&format!("{format} weights"), &read(found), &read(expected));
         }
     }
 }
