@@ -10,7 +10,6 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use burn_dataset::Dataset;
-use burn_ndarray::{NdArray, NdArrayDevice};
 use fusedkv::backend::{Autodiff, Flex, FlexDevice};
 use fusedkv::train::compare::{
     Comparison, DEFAULT_METHODS, MeanDeviation, Method, MethodError, RunResult, markdown,
@@ -20,7 +19,7 @@ use fusedkv::train::{
     AssociativeRecall, Needle, Progress, Run, TokenWindow, TrainError, TrainingConfig, Windows,
     evaluate, train_on,
 };
-use fusedkv::{CacheDtype, CacheError, FusedKvDecoderConfig, FusionInit, KvPlan, LayerKv};
+use fusedkv::{CacheDtype, FusedKvDecoderConfig, FusionInit, KvPlan, LayerKv};
 use proptest::prelude::*;
 use tempfile::tempdir;
 
@@ -181,20 +180,6 @@ fn caches_of_other_numbers_are_tried_with_the_models_that_were_trained() {
 
     // Nothing is left to do.
     assert_eq!(run(&comparison).unwrap(), results);
-}
-
-#[test]
-fn a_cache_the_backend_cannot_keep_is_refused() {
-    let model = base().init::<NdArray>(&NdArrayDevice::Cpu).unwrap();
-    let error = evaluate(&model, &task(1), 4, Some(CacheDtype::F16)).unwrap_err();
-    let unsupported = matches!(
-        error,
-        TrainError::Cache(CacheError::UnsupportedDtype {
-            dtype: CacheDtype::F16,
-            ..
-        })
-    );
-    assert!(unsupported, "{error}");
 }
 
 /// Windows that say there is one where there is none.

@@ -3,6 +3,7 @@
 use burn::tensor::Tensor;
 use burn_ndarray::NdArray;
 use fusedkv::backend::Flex;
+use fusedkv::train::{AssociativeRecall, TrainError, evaluate};
 use fusedkv::{
     BlockConfig, CacheDtype, CacheError, FusedKvCache, FusedKvDecoder, FusedKvDecoderConfig,
     GenerateError, GenerationConfig, KvPart, KvPlan, Logits, TokenBatch, generate,
@@ -108,15 +109,19 @@ fn names_are_those_of_json() {
 
 #[test]
 fn a_backend_without_the_numbers_says_so() {
-    let config = FusedKvDecoderConfig::tiny(VOCAB, KvPlan::Standard);
+    let config = FusedKvDecoderConfig::tiny(32, KvPlan::Standard);
     let model = config.init::<NdArray>(&Default::default()).unwrap();
+    let expected = CacheError::UnsupportedDtype {
+        dtype: CacheDtype::F16,
+        backend: "ndarray".to_owned(),
+    };
     let error = model.new_cache_of(CacheDtype::F16, 1, 4).unwrap_err();
-    assert_eq!(
-        error,
-        CacheError::UnsupportedDtype {
-            dtype: CacheDtype::F16,
-            backend: "ndarray".to_owned()
-        }
+    assert_eq!(error, expected);
+    let task = AssociativeRecall::new(32, 24, 4, 8);
+    let error = evaluate(&model, &task, 4, Some(CacheDtype::F16)).unwrap_err();
+    assert!(
+        matches!(&error, TrainError::Cache(e) if *e == expected),
+        "{error}"
     );
 }
 

@@ -8,8 +8,8 @@ use fusedkv::checkpoint::{LoadOptions, LoadedCheckpoint, load_checkpoint};
 use fusedkv::config::Family;
 use tempfile::tempdir;
 
-use crate::gguf::golden;
-use crate::{load, parameters};
+use super::gguf::golden;
+use super::{load, parameters};
 
 #[test]
 fn an_imported_model_is_a_decoder_with_the_files_numbers() {

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use tempfile::tempdir;
 
-use crate::tokenizer;
+use super::tokenizer;
 
 fn from_json(json: &Value) -> Tokenizer {
     let directory = tempdir().unwrap();

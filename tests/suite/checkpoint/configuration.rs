@@ -6,8 +6,8 @@ use fusedkv::checkpoint::CheckpointError;
 use fusedkv::{ConfigError, PlanError};
 use serde_json::json;
 
-use crate::broken::Checkpoint;
-use crate::load;
+use super::broken::Checkpoint;
+use super::load;
 
 /// A configuration is believed no further than a header.
 #[test]

@@ -7,9 +7,6 @@ mod families;
 mod gguf;
 mod gguf_decoder;
 mod golden;
-#[path = "../suite/models.rs"]
-#[allow(dead_code)]
-mod models;
 mod packed;
 mod round_trip;
 mod saving;

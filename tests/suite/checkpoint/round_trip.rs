@@ -16,8 +16,8 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 use tempfile::tempdir;
 
+use super::{load, parameters};
 use crate::models::{any_case, changed, fixed, model, plans};
-use crate::{load, parameters};
 
 const DTYPES: [WeightDtype; 3] = [WeightDtype::F32, WeightDtype::F16, WeightDtype::Bf16];
 

@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 
-use crate::load;
+use super::load;
 use crate::models::{fixed, model};
 
 /// A sound directory to break.

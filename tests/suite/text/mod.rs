@@ -4,9 +4,6 @@ mod chats;
 mod conversations;
 mod directories;
 mod generators;
-#[path = "../suite/models.rs"]
-#[allow(dead_code)]
-mod models;
 mod samples;
 mod stops;
 mod streams;
@@ -17,6 +14,8 @@ use burn::tensor::backend::Backend;
 use fusedkv::text::TextGenerator;
 use fusedkv::tokenizer::Tokenizer;
 use fusedkv::{FusedKvDecoderConfig, KvPlan};
+
+use crate::models;
 
 /// Every byte, some merges, and the end of text.
 pub fn tokenizer() -> Tokenizer {

@@ -17,8 +17,8 @@ use fusedkv::checkpoint::{
 use fusedkv::config::{Family, LayerKind, RopeScaling};
 use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, Logits, TokenBatch};
 
+use super::parameters;
 use crate::models::{model, off, plans as every_plan, values};
-use crate::parameters;
 
 /// f32 on both sides, after up to eight layers.
 const SAME: f64 = 1e-4;

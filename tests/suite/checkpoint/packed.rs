@@ -15,9 +15,9 @@ use proptest::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
 use tempfile::tempdir;
 
-use crate::gguf::golden;
+use super::gguf::golden;
+use super::{load, parameters};
 use crate::models::{any_case, changed, fixed, model, off, values};
-use crate::{load, parameters};
 
 const FORMATS: [WeightFormat; 4] = [
     WeightFormat::F16,

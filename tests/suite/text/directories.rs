@@ -102,10 +102,10 @@ fn directories_without_a_template_have_none_and_broken_ones_say_so() {
 }
 
 fn saved(directory: &Path) {
-    let config = crate::config(KvPlan::FusedKv { storage_layers: 2 });
+    let config = super::config(KvPlan::FusedKv { storage_layers: 2 });
     let model = crate::models::model::<Flex>(&config, 1);
     save_checkpoint(directory, &model, &SaveOptions::new().with_eos(vec![7])).unwrap();
-    crate::tokenizer()
+    super::tokenizer()
         .save(directory.join("tokenizer.json"))
         .unwrap();
 }

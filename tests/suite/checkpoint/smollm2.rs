@@ -3,7 +3,7 @@
 //! ```sh
 //! python tests/reference/smollm2.py MODEL --out REFERENCE --text TEXT --tokens 8192
 //! SMOLLM2=MODEL SMOLLM2_REFERENCE=REFERENCE \
-//!     cargo test --release --test checkpoint smollm2 -- --ignored --nocapture
+//!     cargo test --release --test suite smollm2 -- --ignored --nocapture
 //! ```
 
 use std::path::PathBuf;

@@ -18,8 +18,8 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
+use super::{load, parameters};
 use crate::models::{any_case, fixed, model, off, values};
-use crate::{load, parameters};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";

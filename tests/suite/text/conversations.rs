@@ -4,7 +4,7 @@ use fusedkv::text::{ChatMessage, ChatTemplate, Prompt, TextConfig, TextError};
 use fusedkv::{CacheDtype, GenerateError};
 use proptest::prelude::*;
 
-use crate::generator;
+use super::generator;
 use crate::models::F64;
 
 fn drawn(seed: u64, tokens: usize) -> TextConfig {

@@ -7,8 +7,8 @@ use fusedkv::text::{
 use fusedkv::tokenizer::END_OF_TEXT;
 use proptest::prelude::*;
 
+use super::{generator, tokenizer};
 use crate::models::F64;
-use crate::{generator, tokenizer};
 
 /// Twelve tokens of each row, drawn so that bytes of characters are among them.
 fn drawn(seed: u64) -> TextConfig {

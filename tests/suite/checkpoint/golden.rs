@@ -93,7 +93,7 @@ fn a_directory_without_its_unknown_keys_is_the_same() {
     let again = load_checkpoint::<Flex>(saved.path(), WeightDtype::F32, &FlexDevice).unwrap();
     assert_eq!(again.model.config(), loaded.model.config());
     assert_eq!(
-        crate::parameters(&again.model),
-        crate::parameters(&loaded.model)
+        super::parameters(&again.model),
+        super::parameters(&loaded.model)
     );
 }

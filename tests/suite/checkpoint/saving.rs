@@ -12,8 +12,8 @@ use fusedkv::tokenizer::Tokenizer;
 use safetensors::SafeTensors;
 use tempfile::tempdir;
 
+use super::{load, parameters};
 use crate::models::{changed, fixed, model};
-use crate::{load, parameters};
 
 fn names(directory: &Path) -> BTreeSet<String> {
     let entries = fs::read_dir(directory).unwrap();
