@@ -268,7 +268,7 @@ impl WithSimd for SumOfRows<'_> {
         let input = self.weight.len() / self.output;
         let width = self.columns.len();
         let weight_row = |i: usize| &self.weight[i * self.output + self.columns.start..][..width];
-        let at_once = floats_at_once(simd);
+        let at_once = floats_at_once::<S>();
         let passes = self.x.len().div_ceil(input * at_once);
         let unrolled = self.inputs.end - self.inputs.len() % UNROLL;
         for i in (self.inputs.start..unrolled).step_by(UNROLL) {
@@ -436,7 +436,7 @@ impl GroupProducts<'_> {
             };
             let bytes = weight.bytes(outputs);
             let bytes = bytes.chunks_exact(per_row * C::CODES.bytes());
-            let rows = floats_at_once(simd);
+            let rows = floats_at_once::<S>();
             for (i, x) in x.groups.chunks(rows * per_row).enumerate() {
                 let products = &mut self.products[i * rows * width + first..];
                 let (rows, bytes) = (x.len() / per_row, bytes.clone());

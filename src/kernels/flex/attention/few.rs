@@ -26,10 +26,7 @@ pub(super) fn attention(problem: &Problem) -> Vec<f32> {
             starts.map(move |start| (head, start..(start + PART).min(problem.n_keys)))
         })
         .collect();
-    let attend = |(head, keys): &(usize, Range<usize>)| {
-        let (batch, kv_head) = (head / problem.n_kv_heads, head % problem.n_kv_heads);
-        ARCH.dispatch(Part::new(problem, batch, kv_head, keys.clone()))
-    };
+    let attend = |(head, keys): &(usize, Range<usize>)| attend(problem, *head, keys.clone());
     let work = heads * (problem.n_keys - first) * problem.head_dim;
     let parts: Vec<Softmax> = if work < PARALLEL {
         tasks.iter().map(attend).collect()
@@ -47,6 +44,13 @@ pub(super) fn attention(problem: &Problem) -> Vec<f32> {
         merge(problem, head % problem.n_kv_heads, parts, output);
     }
     output
+}
+
+/// What some keys give to the queries of a kv head; `head` counts those of all rows. A function by itself, because
+/// a closure is compiled for each of its callers.
+fn attend(problem: &Problem, head: usize, keys: Range<usize>) -> Softmax {
+    let (batch, kv_head) = (head / problem.n_kv_heads, head % problem.n_kv_heads);
+    ARCH.dispatch(Part::new(problem, batch, kv_head, keys))
 }
 
 /// What some of the keys give to each query of a group.

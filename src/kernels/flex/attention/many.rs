@@ -38,7 +38,7 @@ impl<T: WithBlocks> WithSimd for InBlocks<T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> T::Output {
-        if S::REGISTER_COUNT >= 32 {
+        if const { S::REGISTER_COUNT >= 32 } {
             self.0.with_blocks::<S, 8, 3>(simd)
         } else {
             self.0.with_blocks::<S, 6, 2>(simd)

@@ -12,11 +12,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 use pulp::Simd;
-#[cfg(target_arch = "x86_64")]
-use pulp::x86::V3;
 
-#[cfg(target_arch = "x86_64")]
-use super::widen::is;
 use super::widen::{Number, widened};
 use products::products_of;
 use sums::sums_of;
@@ -26,13 +22,8 @@ pub(super) const AT_ONCE: usize = 4;
 
 /// Rows of floats that they are multiplied with at a time, so that the sums stay in registers.
 #[inline(always)]
-pub(super) fn floats_at_once<S: Simd>(simd: S) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    if is::<S, V3>(simd).is_some() {
-        return 2;
-    }
-    let _ = simd;
-    4
+pub(super) const fn floats_at_once<S: Simd>() -> usize {
+    if S::REGISTER_COUNT >= 32 { 4 } else { 2 }
 }
 
 /// Bytes of stored rows that are multiplied with some rows of floats before the next are: they stay in
@@ -140,15 +131,23 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// A function of as many rows of floats as [`floats_at_once`] gives or fewer, which the compiler is told.
+/// A function of as many rows of floats as [`floats_at_once`] gives or fewer, which the compiler is told. It
+/// makes none for more: they are the largest functions there are.
 macro_rules! of_floats {
     ($rows:expr, $function:ident::<$S:ty $(, $N:ty)?>($($argument:expr),*)) => {
         match $rows {
             1 => $function::<$S, $($N,)? 1>($($argument),*),
             2 => $function::<$S, $($N,)? 2>($($argument),*),
-            3 => $function::<$S, $($N,)? 3>($($argument),*),
-            4 => $function::<$S, $($N,)? 4>($($argument),*),
-            rows => unreachable!("{rows} rows at once"),
+            rows => {
+                if const { floats_at_once::<$S>() < 4 } {
+                    unreachable!("{rows} rows at once");
+                }
+                match rows {
+                    3 => $function::<$S, $($N,)? 3>($($argument),*),
+                    4 => $function::<$S, $($N,)? 4>($($argument),*),
+                    rows => unreachable!("{rows} rows at once"),
+                }
+            }
         }
     };
 }
@@ -197,7 +196,7 @@ impl<'a, N: Number> Lines<'a, N> {
         products: &mut [f32],
         pitch: usize,
     ) {
-        let (lines, at_once) = (*self, floats_at_once(simd));
+        let (lines, at_once) = (*self, floats_at_once::<S>());
         let block = match x.len() > at_once * self.width {
             true => (BLOCK / (self.width * size_of::<N>())).next_multiple_of(AT_ONCE),
             false => range.len(),
@@ -225,7 +224,7 @@ impl<'a, N: Number> Lines<'a, N> {
         range: Range<usize>,
         sums: &mut [S::f32s],
     ) {
-        let (at_once, vectors) = (floats_at_once(simd), self.width.div_ceil(S::F32_LANES));
+        let (at_once, vectors) = (floats_at_once::<S>(), self.width.div_ceil(S::F32_LANES));
         let of = x.chunks(at_once * pitch);
         for (x, sums) in of.zip(sums.chunks_mut(at_once * vectors)) {
             let (lines, range, rows) = (*self, range.clone(), sums.len() / vectors);

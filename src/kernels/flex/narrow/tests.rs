@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 #[cfg(target_arch = "x86_64")]
-use pulp::x86::V4;
+use pulp::x86::{V3, V4};
 use pulp::{Scalar, WithSimd, bytemuck::cast_slice};
 
 use super::*;
