@@ -44,11 +44,11 @@ for rate in 6e-3 12e-3 24e-3 48e-3 96e-3 192e-3; do at "$rate" 1 --methods stand
 for rate in 3e-3 6e-3 12e-3 24e-3 1.5e-3; do at "$rate" 1 --methods fused-kv fused-kv-lite; done
 for rate in 12e-3 24e-3 48e-3; do at "$rate" 1 --methods gqa cla yoco; done
 at 96e-3 1 --methods gqa
-for rate in 6e-3 12e-3 24e-3; do
+for rate in 3e-3 6e-3 12e-3 24e-3; do
     at "$rate" 1 --methods fused-kv-lite:n=1 --plans docs/results/controls.json
 done
 
-# More seeds at the best.
+# More seeds at the best, and at neighbouring rates.
 for seeds in 2 3; do
     at 96e-3 "$seeds" --methods standard
     at 3e-3 "$seeds" --methods fused-kv fused-kv-lite
@@ -56,6 +56,8 @@ for seeds in 2 3; do
     at 24e-3 "$seeds" --methods cla yoco
     at 12e-3 "$seeds" --methods fused-kv-lite:n=1 --plans docs/results/controls.json
 done
+at 6e-3 3 --methods fused-kv
+at 12e-3 3 --methods fused-kv-lite
 
 # Five where methods are compared, and at neighbouring rates that were as good.
 at 3e-3 5 --methods fused-kv fused-kv-lite

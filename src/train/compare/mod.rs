@@ -1,7 +1,7 @@
 //! Methods trained alike: the same tokens in the same order, seeds and learning rates.
 //!
 //! A [`Comparison`] trains every [`Method`] with every seed, keeps what is finished, and
-//! [`markdown`] makes a table of the results. `examples/compare.rs` is its command.
+//! [`markdown`] makes a table of the results. `examples/compare` is its command.
 
 mod method;
 mod runs;
