@@ -145,7 +145,11 @@ impl Program for Args {
             load_checkpoint(&self.teacher, WeightDtype::F32, device)?;
         let student: LoadedCheckpoint<Autodiff<B>> =
             load_checkpoint(&self.student, WeightDtype::F32, device)?;
-        let eos = student.eos;
+        let eos = match student.eos.is_empty() {
+            true => teacher.eos,
+            false => student.eos,
+        };
+        let corpus = corpus.with_end(eos.first().copied());
         let tokenizer = student.tokenizer.or(teacher.tokenizer);
         let tokenizer = tokenizer.ok_or("neither model has a tokenizer.json")?;
         let (teacher, student) = (teacher.model, student.model);

@@ -130,6 +130,7 @@ impl Program for Args {
             }
             (None, data) => {
                 let corpus = corpus::open(data.as_deref(), self.valid)?;
+                let corpus = corpus.with_end(loaded.eos.first().copied());
                 let context = self.context.unwrap_or(256);
                 let (train, valid) = corpus::windows(&corpus, &tokenizer, context, &self.out)?;
                 self.tune::<B, _>(loaded.model, train, valid, device)?;
@@ -232,9 +233,11 @@ impl Args {
             None => options,
         };
         save_checkpoint(out, &merged, &options)?;
+        // A file that is copied onto itself ends empty.
+        let in_place = fs::canonicalize(out)? == fs::canonicalize(&self.model)?;
         for name in CHAT_FILES {
             let file = self.model.join(name);
-            if file.is_file() {
+            if !in_place && file.is_file() {
                 fs::copy(file, out.join(name))?;
             }
         }

@@ -194,8 +194,17 @@ impl Args {
             print(text)?;
         }
         let mut times = Vec::new();
+        let mut failed = None;
         for piece in generation.by_ref() {
-            let piece = piece?;
+            let piece = match piece {
+                Ok(piece) => piece,
+                // The other rows go on.
+                Err(error) if rows > 1 => {
+                    failed.get_or_insert(error);
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
             let row = piece.token.row;
             match rows {
                 1 => print(&piece.text)?,
@@ -213,6 +222,9 @@ impl Args {
         }
         for tokens in &tokens {
             print_likelihoods(generator.tokenizer(), tokens)?;
+        }
+        if let Some(error) = failed {
+            return Err(error.into());
         }
         if self.stats {
             let bytes = generation.cache().bytes_allocated();

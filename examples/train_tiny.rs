@@ -96,7 +96,7 @@ struct Args {
     /// Size of the vocabulary to learn
     #[arg(long, default_value_t = 1024)]
     vocab: usize,
-    /// A tokenizer.json to use instead of learning one
+    /// A tokenizer.json to use instead of learning one; it needs a token `<|endoftext|>`
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
     /// Tokens per training window
@@ -160,13 +160,20 @@ impl Program for Args {
             )?),
             None => None,
         };
-        let (init, tokenizer) = match init {
+        let (init, tokenizer, mut eos) = match init {
             Some(loaded) => {
                 let tokenizer = loaded.tokenizer.ok_or("the model has no tokenizer.json")?;
-                (Some(loaded.model), tokenizer)
+                (Some(loaded.model), tokenizer, loaded.eos)
             }
-            None => (None, self.tokenizer(&corpus)?),
+            None => (None, self.tokenizer(&corpus)?, Vec::new()),
         };
+        // What is learned to end documents shall end texts, as whatever did before.
+        if let Some(end) = tokenizer.end_of_text()
+            && !eos.contains(&end)
+        {
+            eos.push(end);
+        }
+        let corpus = corpus.with_end(eos.first().copied());
         let mut config = self.config(tokenizer.vocab_size())?;
         if let Some(model) = &init {
             config.model = model.config().clone();
@@ -212,7 +219,7 @@ impl Program for Args {
             println!("\nThe best model is that of validation {}", losses.epoch);
         }
         let options = SaveOptions::new()
-            .with_eos(tokenizer.end_of_text().into_iter().collect())
+            .with_eos(eos)
             .with_tokenizer(tokenizer.clone());
         // A plan is saved as any other model, under its own name where there are several.
         let directory = |plan: &KvPlan| match &config.routing {
@@ -409,6 +416,7 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
+    use fusedkv::tokenizer::END_OF_TEXT;
     use fusedkv::train::TrainError;
     use tempfile::tempdir;
 
@@ -451,6 +459,31 @@ mod tests {
         train_tiny(&folder, &more, &init).unwrap();
         let kept = Tokenizer::load(more.join("tokenizer.json")).unwrap();
         assert_eq!(kept.vocab_size(), tokenizer.vocab_size());
+    }
+
+    #[test]
+    fn a_model_gone_on_with_keeps_the_end_of_its_texts() {
+        let directory = tempdir().unwrap();
+        let [text, out, more] = ["text.txt", "out", "more"].map(|name| directory.path().join(name));
+        fs::write(&text, "the hat\nthe cat\nthe bat\nthe rat\n").unwrap();
+        train_tiny(&text, &out, &[]).unwrap();
+        // Spelled as Llama 2's.
+        let tokenizer = out.join("tokenizer.json");
+        let json = fs::read_to_string(&tokenizer).unwrap();
+        fs::write(&tokenizer, json.replace(END_OF_TEXT, "</s>")).unwrap();
+        train_tiny(&text, &more, &["--init", out.to_str().unwrap()]).unwrap();
+        let [before, after] = [&out, &more].map(|path| {
+            let device = Default::default();
+            let loaded = load_checkpoint::<fusedkv::backend::Flex>(path, WeightDtype::F32, &device);
+            loaded.unwrap().eos
+        });
+        assert_eq!(before.len(), 1);
+        assert_eq!(after, before);
+        for name in ["train.bin", "valid.bin"] {
+            let tokens = fs::read(more.join(name)).unwrap();
+            let end = u16::try_from(after[0]).unwrap();
+            assert!(tokens.ends_with(&end.to_le_bytes()), "{name}");
+        }
     }
 
     #[test]

@@ -121,6 +121,12 @@ impl Tokenizer {
         ids.max().map_or(0, |largest| largest as usize + 1)
     }
 
+    /// Number of tokens that texts are made of, without those added to the vocabulary; ids are below it.
+    pub(crate) fn base_vocab_size(&self) -> usize {
+        let ids = self.inner.get_vocab(false).into_values();
+        ids.max().map_or(0, |largest| largest as usize + 1)
+    }
+
     /// The id of [`END_OF_TEXT`], if the vocabulary has it.
     pub fn end_of_text(&self) -> Option<u32> {
         self.inner.token_to_id(END_OF_TEXT)

@@ -95,7 +95,7 @@ struct Args {
     /// Size of the vocabulary: learned from a text, or that of a generated task
     #[arg(long, default_value_t = 1024)]
     vocab: usize,
-    /// A tokenizer.json to use instead of learning one
+    /// A tokenizer.json to use instead of learning one; it needs a token `<|endoftext|>`
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
     /// Tokens per training window

@@ -229,6 +229,10 @@ impl<B: Backend> FusedKvCache<B> {
 
     /// Makes `len` slots with these holes all there are.
     fn keep(&mut self, len: usize, holes: Vec<Holes>) -> Result<(), CacheError> {
+        if len == 0 {
+            self.reset();
+            return Ok(());
+        }
         for part in KvPart::BOTH {
             for (slot, shape) in self.slots[part].iter().zip(self.shape.stored(part)) {
                 let needed = needed(&holes, len, shape.window);

@@ -272,15 +272,16 @@ pub enum CheckpointError {
     /// The tokenizer cannot be read or written.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// The tokenizer knows tokens the decoder does not.
+    /// The tokenizer knows tokens the decoder does not, beside added ones.
     #[error(
-        "{}: the tokenizer has {tokenizer} tokens, expected at most the decoder's {decoder}",
+        "{}: the tokenizer has {tokenizer} tokens without added ones, expected at most the \
+         decoder's {decoder}",
         directory.display()
     )]
     Vocabulary {
         /// The directory.
         directory: PathBuf,
-        /// Tokens of the tokenizer.
+        /// Tokens of the tokenizer, without those added to its vocabulary.
         tokenizer: usize,
         /// Size of the decoder's vocabulary.
         decoder: usize,

@@ -112,7 +112,8 @@ impl From<WeightDtype> for LoadOptions {
 /// given, otherwise by a few pieces.
 ///
 /// Keys of `config.json` that are not of its family are ignored; a `dropout` is 0. A head that repeats a
-/// tied embedding is accepted.
+/// tied embedding is accepted, RoPE's frequencies (`rotary_emb.inv_freq`) are not read. Tokens added to a
+/// tokenizer may lie beyond the decoder's vocabulary: a text that has one is an error when it is read.
 ///
 /// ```
 /// use fusedkv::backend::{Flex, FlexDevice};
@@ -281,15 +282,19 @@ fn parts(tensors: Vec<FileTensor>) -> Vec<Part> {
     tensors.flat_map(parts).collect()
 }
 
+/// That a decoder has the tokens that texts are made of. Added ones may lie beyond: Gemma 3 has one for
+/// images, many a fine-tuned model one for padding. A text that has such a token is refused when it is
+/// read.
 pub(crate) fn check_vocabulary(
     directory: &Path,
     tokenizer: &Tokenizer,
     vocab_size: usize,
 ) -> Result<(), CheckpointError> {
-    if tokenizer.vocab_size() > vocab_size {
+    let found = tokenizer.base_vocab_size();
+    if found > vocab_size {
         return Err(CheckpointError::Vocabulary {
             directory: directory.to_owned(),
-            tokenizer: tokenizer.vocab_size(),
+            tokenizer: found,
             decoder: vocab_size,
         });
     }

@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::error::CheckpointError;
+use super::families::MAX_LAYERS;
 use super::keys::Keys;
 use crate::plan::{KvPlan, KvSource, LayerKv};
 
@@ -37,7 +38,8 @@ const KEYS: &str = "one of `num_kv_shared_layers`, `num_kv_reuse_layers`, `use_c
 ///
 /// # Errors
 /// [`CheckpointError::Setting`] naming `path`, the key and what was expected, if a number is none,
-/// two keys contradict each other, or a layer is in two groups or in none that there is.
+/// there are more layers than any model has, two keys contradict each other, or a layer is in two groups
+/// or in none that there is.
 pub fn plan_of_config(path: &str, config: &Value) -> Result<Option<KvPlan>, CheckpointError> {
     let map = config.as_object().ok_or_else(|| CheckpointError::Json {
         path: path.into(),
@@ -103,6 +105,9 @@ fn n_layers(keys: &Keys, in_gguf: Option<&str>) -> Result<usize, CheckpointError
         .chain(in_gguf)
     {
         if let Some(n_layers) = keys.optional_count(key)? {
+            if n_layers > MAX_LAYERS {
+                return Err(keys.wrong(key, format!("at most {MAX_LAYERS}")));
+            }
             return Ok(n_layers);
         }
     }
@@ -229,6 +234,19 @@ mod tests {
             (
                 json!({ "num_hidden_layers": 4, "kv_reuse_group": 3 }),
                 "kv_reuse_group",
+            ),
+            // More layers than any model has.
+            (
+                json!({ "num_hidden_layers": 1_u64 << 60, "kv_reuse_group": [] }),
+                "num_hidden_layers",
+            ),
+            (
+                json!({ "num_layers": u64::MAX, "kv_reuse_group": [[0, 1]] }),
+                "num_layers",
+            ),
+            (
+                json!({ "a.block_count": MAX_LAYERS + 1, "kv_reuse_group": [[0, 1]] }),
+                "a.block_count",
             ),
             (
                 json!({

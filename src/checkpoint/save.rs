@@ -102,7 +102,7 @@ impl SaveOptions {
 /// [`CheckpointError::Write`]; [`CheckpointError::Family`] for a block that files of its family cannot
 /// have; [`CheckpointError::Overflow`] for weights too large for the float
 /// type; [`CheckpointError::WeightFormat`] for weights of 4 bits where `options` has no float type;
-/// [`CheckpointError::Vocabulary`] for a tokenizer with more tokens than the model;
+/// [`CheckpointError::Vocabulary`] for a tokenizer with more tokens than the model, added ones aside;
 /// [`CheckpointError::Adapted`]; [`CheckpointError::ShardBytes`].
 pub fn save_checkpoint<B: Backend>(
     directory: impl AsRef<Path>,

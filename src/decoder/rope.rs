@@ -82,7 +82,7 @@ impl Rope {
     /// The angles of positions `start..start + seq`, the same for every row; computed in f64, kept
     /// in the backend's float type.
     pub fn range<B: Backend>(&self, start: usize, seq: usize, device: &B::Device) -> RopeAngles<B> {
-        self.angles([1, seq], start..start + seq, device)
+        self.angles([1, seq], start..start + seq, start + seq, device)
     }
 
     /// The angles of one position per row and token, `positions[row][token]`.
@@ -103,17 +103,19 @@ impl Rope {
             });
         }
         let shape = [positions.len(), seq];
-        Ok(self.angles(shape, positions.iter().flatten().copied(), device))
+        let positions = positions.iter().flatten().copied();
+        let reach = positions.clone().max().map_or(0, |last| last + 1);
+        Ok(self.angles(shape, positions, reach, device))
     }
 
-    /// The angles of `[rows, seq]` positions, row after row.
-    fn angles<B: Backend>(
+    /// The angles of `[rows, seq]` positions, row after row, of texts whose positions are below `reach`.
+    pub(super) fn angles<B: Backend>(
         &self,
         [rows, seq]: [usize; 2],
-        positions: impl Iterator<Item = usize> + Clone,
+        positions: impl Iterator<Item = usize>,
+        reach: usize,
         device: &B::Device,
     ) -> RopeAngles<B> {
-        let reach = positions.clone().max().map_or(0, |last| last + 1);
         let frequencies = self.config.frequencies(self.head_dim, reach);
         let factor = self.config.attention_factor();
         let pairs = frequencies.len();

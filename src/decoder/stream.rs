@@ -37,8 +37,8 @@ impl<B: Backend> FusedKvDecoder<B> {
     pub(crate) fn stream(&self, tokens: TokenBatch<B>) -> Result<Stream<B>, ForwardError> {
         tokens.check()?;
         let past = vec![0; tokens.dims()[0]];
-        self.check_positions(&tokens, &past)?;
-        let spans = self.spans(&tokens, &past, 0, &[]);
+        let reach = self.check_positions(&tokens, &past)?;
+        let spans = self.spans(&tokens, &past, 0, &[], reach);
         let [_, seq] = tokens.dims();
         let tokens = tokens.into_tensor();
         let x = self.embed(tokens.clone()).detach();

@@ -105,15 +105,16 @@ impl<B: Backend> FusedKvDecoder<B> {
         tokens.check()?;
         let [batch, _] = tokens.dims();
         let past = vec![0; batch];
-        self.check_positions(&tokens, &past)?;
-        let spans = self.spans(&tokens, &past, 0, &[]);
+        let reach = self.check_positions(&tokens, &past)?;
+        let spans = self.spans(&tokens, &past, 0, &[], reach);
         let start = self.start(tokens, from);
         Ok(self.walk(start, spans, store, form, Some(Logits::All), watch))
     }
 
     /// Appends a chunk of tokens to the cache and returns logits: prefill in chunks of any size,
     /// decoding of one or several tokens. Each row continues where it stands; padding on its left
-    /// is skipped, so that rows of different lengths give what each gives alone.
+    /// is skipped, so that rows of different lengths give what each gives alone, but for
+    /// [`RopeScaling`](crate::config::RopeScaling) by length, which goes by the longest row of a call.
     ///
     /// # Shapes
     /// - tokens: `[batch, seq]`
@@ -138,28 +139,32 @@ impl<B: Backend> FusedKvDecoder<B> {
         let tokens = tokens.into();
         tokens.check()?;
         cache.check(&self.cache_shape, tokens.dims())?;
-        self.check_positions(&tokens, &cache.row_lens())?;
+        // Of all tokens, however many passes they take.
+        let reach = self.check_positions(&tokens, &cache.row_lens())?;
         let (first, last) = match (logits, self.prefill_chunk) {
             (Logits::Last, Some(most)) => tokens.split(most),
             _ => (Vec::new(), tokens),
         };
         Ok(among_threads::<B, _>(|| {
             for tokens in first {
-                self.pass(tokens, cache, None);
+                self.pass(tokens, cache, reach, None);
             }
-            let x = self.pass(last, cache, Some(logits));
+            let x = self.pass(last, cache, reach, Some(logits));
             self.logits(self.norm.forward(x))
         }))
     }
 
-    /// Appends checked tokens to the cache; [`walk`](Self::walk).
+    /// Appends checked tokens, some of those whose positions end at `reach`, to the cache;
+    /// [`walk`](Self::walk).
     fn pass(
         &self,
         tokens: TokenBatch<B>,
         cache: &mut FusedKvCache<B>,
+        reach: usize,
         logits: Option<Logits>,
     ) -> Tensor<B, 3> {
-        let spans = self.spans(&tokens, &cache.row_lens(), cache.len(), cache.holes());
+        let past = cache.row_lens();
+        let spans = self.spans(&tokens, &past, cache.len(), cache.holes(), reach);
         let padding = tokens.padding().to_vec();
         let mut append = cache.append(tokens.dims()[1]);
         let start = self.start(tokens, None);
@@ -256,14 +261,15 @@ impl<B: Backend> FusedKvDecoder<B> {
         }
     }
 
-    /// Whether there are angles for `tokens` after `past[row]` tokens of each row.
+    /// Where the positions of `tokens` after `past[row]` tokens of each row end, if there are angles for all.
     pub(super) fn check_positions(
         &self,
         tokens: &TokenBatch<B>,
         past: &[usize],
-    ) -> Result<(), ForwardError> {
+    ) -> Result<usize, ForwardError> {
         let [_, seq] = tokens.dims();
         let max_positions = self.config.max_positions;
+        let mut reach = 0;
         for (row, (past, padding)) in past.iter().zip(tokens.padding()).enumerate() {
             let positions = past + seq - padding;
             if positions > max_positions {
@@ -273,35 +279,34 @@ impl<B: Backend> FusedKvDecoder<B> {
                     max_positions,
                 });
             }
+            reach = reach.max(positions);
         }
-        Ok(())
+        Ok(reach)
     }
 
     /// Positions and visibility, for every kind of layers, of `tokens` after `past[row]` tokens of
-    /// each row in `cached` slots with `holes`.
+    /// each row in `cached` slots with `holes`. Positions of the text end at `reach`, which decides the
+    /// frequencies of some kinds of RoPE.
     pub(super) fn spans(
         &self,
         tokens: &TokenBatch<B>,
         past: &[usize],
         cached: usize,
         holes: &[Holes],
+        reach: usize,
     ) -> Vec<Span<B>> {
         let [_, seq] = tokens.dims();
         let device = tokens.device();
         let holes = tokens.holes(holes, cached);
-        let positions: Option<Vec<Vec<usize>>> = (!holes.is_empty()).then(|| {
-            let rows = past.iter().zip(tokens.padding());
-            rows.map(|(past, &padding)| {
-                (0..seq).map(|i| past + i.saturating_sub(padding)).collect()
-            })
-            .collect()
-        });
-        let angles = |rope: &Rope| match &positions {
-            None => rope.range(cached, seq, &device),
-            Some(positions) => {
-                let angles = rope.gather(positions, &device);
-                angles.expect("every row of a batch has as many columns")
+        let angles = |rope: &Rope| {
+            if holes.is_empty() {
+                return rope.angles([1, seq], cached..cached + seq, reach, &device);
             }
+            let rows = past.iter().zip(tokens.padding());
+            let positions = rows.flat_map(|(past, &padding)| {
+                (0..seq).map(move |i| past + i.saturating_sub(padding))
+            });
+            rope.angles([past.len(), seq], positions, reach, &device)
         };
         let span = |(rope, window): (&Option<Rope>, &Option<usize>)| Span {
             angles: rope.as_ref().map(angles),

@@ -176,8 +176,11 @@ impl Sampler {
         let largest = logits.clone().fold(f32::NEG_INFINITY, f32::max);
         let smallest = logits.fold(f32::INFINITY, f32::min);
         let bins_per_logit = (BINS - 1) as f32 / (largest - smallest);
-        // Not a number where all are equal, which is bin 0.
-        let bin = |c: &Candidate| ((largest - c.logit) * bins_per_logit) as usize;
+        // Not a number where all are equal, which is bin 0; infinite where they nearly are.
+        let bin = |c: &Candidate| {
+            let bin = ((largest - c.logit) * bins_per_logit) as usize;
+            bin.min(BINS - 1)
+        };
         self.sums.clear();
         self.sums.resize(BINS, 0.0);
         for candidate in &self.candidates {

@@ -168,8 +168,8 @@ impl<B: Backend> Visibility<B> {
 }
 
 impl Seen {
-    /// The keys from the first to the last that a query of a row sees; holes may be among them. Neither end
-    /// goes back from a query to the next.
+    /// The keys from the first to the last that a query of a row sees; holes may be among them, and there is
+    /// always one, if only the query's own, which padding is. Neither end goes back from a query to the next.
     pub fn keys(&self, row: usize, query: usize, [queries, keys]: [usize; 2]) -> Range<usize> {
         let end = keys - queries + query + 1;
         let start = match (self.window, self.holes.get(row)) {
@@ -178,7 +178,7 @@ impl Seen {
             (Some(window), Some(holes)) => {
                 let before = self.slots - keys;
                 let start = holes.start_of_last(window, before + end);
-                start.saturating_sub(before)
+                start.saturating_sub(before).min(end - 1)
             }
         };
         start..end

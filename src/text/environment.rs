@@ -138,6 +138,11 @@ fn method(
             ("removeprefix", Some(prefix)) => {
                 return Ok(text.strip_prefix(prefix).unwrap_or(text).into());
             }
+            // Pycompat's goes on for ever.
+            ("count", Some("")) => return Ok((text.chars().count() + 1).into()),
+            // Pycompat's are places of bytes, where a slice is one of characters.
+            ("find", Some(part)) if args.len() == 1 => return Ok(place(text, text.find(part))),
+            ("rfind", Some(part)) if args.len() == 1 => return Ok(place(text, text.rfind(part))),
             ("removesuffix", Some(suffix)) => {
                 return Ok(text.strip_suffix(suffix).unwrap_or(text).into());
             }
@@ -145,6 +150,11 @@ fn method(
         }
     }
     pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// How many characters stand before byte `at`, −1 where there is none.
+fn place(text: &str, at: Option<usize>) -> Value {
+    at.map_or(-1, |at| text[..at].chars().count() as i64).into()
 }
 
 fn strip(text: &str, chars: Option<&str>, start: bool, end: bool) -> Value {

@@ -3,6 +3,9 @@
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Error, ErrorKind, Value};
 
+/// Spaces that JSON is indented by at most.
+const MOST_INDENT: usize = 64;
+
 /// `str(value)`.
 pub(super) fn str_of(value: &Value) -> String {
     match value.as_str() {
@@ -112,7 +115,15 @@ pub(super) fn to_json(value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Resul
     let indent = match indent.kind() {
         ValueKind::None | ValueKind::Undefined => None,
         ValueKind::String => Some(str_of(&indent)),
-        _ => Some(" ".repeat(usize::try_from(indent)?)),
+        _ => {
+            let spaces = usize::try_from(indent)?;
+            if spaces > MOST_INDENT {
+                let message =
+                    format!("an indent of {spaces} spaces, expected at most {MOST_INDENT}");
+                return Err(Error::new(ErrorKind::InvalidOperation, message));
+            }
+            Some(" ".repeat(spaces))
+        }
     };
     let (item, key) = match separators.kind() {
         ValueKind::None | ValueKind::Undefined => {

@@ -58,6 +58,8 @@ pub enum Part {
 pub struct Corpus {
     documents: Vec<(Document, Part)>,
     passed_over: usize,
+    /// What ends a text for a tokenizer without [`END_OF_TEXT`].
+    end: Option<u32>,
 }
 
 /// A file, or a part of one.
@@ -108,7 +110,15 @@ impl Corpus {
         Ok(Self {
             documents,
             passed_over,
+            end: None,
         })
+    }
+
+    /// The corpus for tokenizers that may have no [`END_OF_TEXT`]: there, this token ends each
+    /// document, e.g. the first of [`LoadedCheckpoint::eos`](crate::checkpoint::LoadedCheckpoint::eos).
+    #[must_use]
+    pub fn with_end(self, token: Option<u32>) -> Self {
+        Self { end: token, ..self }
     }
 
     /// How many documents a part has.
@@ -129,16 +139,8 @@ impl Corpus {
     /// The text of a part in pieces that end where a line does, each document followed by
     /// [`END_OF_TEXT`].
     pub fn text(&self, part: Part) -> impl Iterator<Item = Result<String, TrainError>> + Send {
-        self.of(part).flat_map(|document| {
-            let (pieces, error) = match document.reader() {
-                Ok(reader) => (Some(Pieces(reader)), None),
-                Err(error) => (None, Some(Err(error))),
-            };
-            let end = Some(Ok(END_OF_TEXT.to_owned()));
-            let text = error.into_iter().chain(pieces.into_iter().flatten());
-            text.chain(end)
-                .map(|piece| piece.map_err(|error| unreadable(&document.path, &error)))
-        })
+        let text = |piece: Option<String>| piece.unwrap_or_else(|| END_OF_TEXT.to_owned());
+        self.pieces(part).map(move |piece| piece.map(text))
     }
 
     /// Learns a byte-level BPE from the part trained on.
@@ -157,19 +159,59 @@ impl Corpus {
         }
     }
 
-    /// Writes the tokens of a part to a file, piece by piece.
+    /// Writes the tokens of a part to a file, piece by piece. Behind each document is one token: the
+    /// tokenizer's [`end_of_text`](Tokenizer::end_of_text) or, if it has none, that of
+    /// [`with_end`](Self::with_end).
     ///
     /// # Errors
-    /// [`TrainError::Unreadable`] for a file that has changed meanwhile, [`TrainError::Tokenizer`]
-    /// for a text the tokenizer cannot take, and those of [`TokenFile::write`].
+    /// [`TrainError::NoEnd`] if there is neither, [`TrainError::Setting`] for an end that is no token
+    /// of the tokenizer, [`TrainError::Unreadable`] for a file that has changed meanwhile,
+    /// [`TrainError::Tokenizer`] for a text the tokenizer cannot take, and those of
+    /// [`TokenFile::write`].
     pub fn tokenize(
         &self,
         part: Part,
         tokenizer: &Tokenizer,
         path: impl Into<PathBuf>,
     ) -> Result<TokenFile, TrainError> {
-        let tokens = self.text(part).map(|piece| Ok(tokenizer.encode(&piece?)?));
-        TokenFile::write(path, tokenizer.vocab_size(), tokens)
+        let vocab_size = tokenizer.vocab_size();
+        let end = self.end_of(tokenizer, vocab_size)?;
+        let tokens = self.pieces(part).map(|piece| match piece? {
+            Some(text) => Ok(tokenizer.encode(&text)?),
+            None => Ok(vec![end]),
+        });
+        TokenFile::write(path, vocab_size, tokens)
+    }
+
+    /// The token behind each document.
+    fn end_of(&self, tokenizer: &Tokenizer, vocab_size: usize) -> Result<u32, TrainError> {
+        let end = tokenizer.end_of_text().or(self.end);
+        let end = end.ok_or(TrainError::NoEnd)?;
+        if end as usize >= vocab_size {
+            return Err(TrainError::Setting {
+                field: "end",
+                value: f64::from(end),
+                expected: "a token of the tokenizer",
+            });
+        }
+        Ok(end)
+    }
+
+    /// The text of a part in pieces that end where a line does; none: the end of a document.
+    fn pieces(
+        &self,
+        part: Part,
+    ) -> impl Iterator<Item = Result<Option<String>, TrainError>> + Send {
+        self.of(part).flat_map(|document| {
+            let (pieces, error) = match document.reader() {
+                Ok(reader) => (Some(Pieces(reader)), None),
+                Err(error) => (None, Some(Err(error))),
+            };
+            let text = error.into_iter().chain(pieces.into_iter().flatten());
+            text.map(|piece: io::Result<String>| piece.map(Some))
+                .chain([Ok(None)])
+                .map(|piece| piece.map_err(|error| unreadable(&document.path, &error)))
+        })
     }
 
     fn of(&self, part: Part) -> impl Iterator<Item = &Document> {

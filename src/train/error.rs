@@ -11,7 +11,7 @@ use crate::cache::CacheError;
 use crate::checkpoint::CheckpointError;
 use crate::config::{ConfigError, FusedKvDecoderConfig};
 use crate::decoder::{ForwardError, LoraConfig, LoraError};
-use crate::tokenizer::TokenizerError;
+use crate::tokenizer::{END_OF_TEXT, TokenizerError};
 
 fn adapters(lora: Option<&LoraConfig>) -> String {
     match lora {
@@ -126,6 +126,13 @@ pub enum TrainError {
     /// A tokenizer that cannot take the text.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A tokenizer that has no [`END_OF_TEXT`], and no other token to put behind documents.
+    #[error(
+        "the tokenizer has no token `{}`, expected one that has, or what ends a text by \
+         `Corpus::with_end`",
+        END_OF_TEXT
+    )]
+    NoEnd,
     /// A model that cannot be saved for others to load.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use burn_dataset::Dataset;
-use fusedkv::tokenizer::{END_OF_TEXT, TokenizerError};
+use fusedkv::tokenizer::{END_OF_TEXT, Tokenizer, TokenizerError};
 use fusedkv::train::{Corpus, Part, TokenFile, TokenWindows, TrainError, Windows};
 use proptest::prelude::*;
 use tempfile::tempdir;
@@ -21,6 +21,15 @@ fn documents(corpus: &Corpus, part: Part) -> Vec<String> {
     assert_eq!(documents.len(), corpus.documents(part));
     documents.sort();
     documents
+}
+
+/// The tokens of a file that has 2 bytes for each.
+fn ids(path: &Path) -> Vec<u32> {
+    let bytes = fs::read(path).unwrap();
+    let pairs = bytes.chunks(2);
+    pairs
+        .map(|pair| u32::from(pair[0]) + 256 * u32::from(pair[1]))
+        .collect()
 }
 
 fn write_documents(directory: &Path, documents: &[String]) {
@@ -171,11 +180,7 @@ fn the_tokens_of_a_corpus_are_its_text_and_the_tokenizer_sees_no_held_out_text()
     for part in [Part::Train, Part::Valid] {
         let file = directory.path().join("tokens.bin");
         let tokens = corpus.tokenize(part, &tokenizer, &file).unwrap();
-        let ids: Vec<u32> = fs::read(&file)
-            .unwrap()
-            .chunks(2)
-            .map(|pair| u32::from(pair[0]) + 256 * u32::from(pair[1]))
-            .collect();
+        let ids = ids(&file);
         assert_eq!(tokens.len(), ids.len());
         assert_eq!(tokenizer.decode(&ids).unwrap(), text(&corpus, part));
     }
@@ -198,6 +203,56 @@ fn the_tokens_of_a_corpus_are_its_text_and_the_tokenizer_sees_no_held_out_text()
         assert!(matches!(error, TrainError::Unreadable { .. }), "{error}");
     }
     assert!(!tokens.exists());
+}
+
+#[test]
+fn documents_end_with_a_token_that_the_tokenizer_has_or_the_caller_gives() {
+    let directory = tempdir().unwrap();
+    let [path, json, file] =
+        ["texts.txt", "tokenizer.json", "tokens.bin"].map(|name| directory.path().join(name));
+    let end = END_OF_TEXT;
+    fs::write(&path, format!("one\n{end}\ntwo\n{end}\nthree\n")).unwrap();
+    let corpus = Corpus::open(&path, 0.4).unwrap();
+    let trained = corpus.train_tokenizer(257).unwrap();
+    trained.save(&json).unwrap();
+    // Spelled as Llama 2's.
+    let spelled = fs::read_to_string(&json).unwrap().replace(end, "</s>");
+    fs::write(&json, spelled).unwrap();
+    let other = Tokenizer::load(&json).unwrap();
+    assert_eq!(other.end_of_text(), None);
+
+    let error = corpus.tokenize(Part::Train, &other, &file).unwrap_err();
+    assert!(matches!(error, TrainError::NoEnd), "{error}");
+    assert!(error.to_string().contains(end), "{error}");
+    let outside = corpus.clone().with_end(Some(257));
+    let error = outside.tokenize(Part::Train, &other, &file).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            TrainError::Setting {
+                field: "end",
+                value: 257.0,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert!(!file.exists());
+
+    let last = other.token_id("</s>").unwrap();
+    let given = corpus.with_end(Some(last));
+    for part in [Part::Train, Part::Valid] {
+        given.tokenize(part, &other, &file).unwrap();
+        let tokens = ids(&file);
+        let ends = tokens.iter().filter(|token| **token == last).count();
+        assert_eq!(ends, given.documents(part));
+        let text = text(&given, part).replace(end, "</s>");
+        assert_eq!(other.decode(&tokens).unwrap(), text);
+    }
+    // What the tokenizer has comes first.
+    let given = given.with_end(Some(200));
+    given.tokenize(Part::Train, &trained, &file).unwrap();
+    assert_eq!(ids(&file).last().copied(), trained.end_of_text());
 }
 
 #[test]

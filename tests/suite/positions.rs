@@ -3,12 +3,14 @@
 
 use burn::tensor::{Distribution, Tensor};
 use fusedkv::backend::Flex;
-use fusedkv::config::RopeConfig;
+use fusedkv::config::{RopeConfig, RopeScaling};
 use fusedkv::decoder::{Rope, RopeAngles, RopeError};
-use fusedkv::{BlendWeights, FusionInit, KvFusionConfig, KvPart, KvShape, KvSource};
+use fusedkv::{
+    BlendWeights, FusionInit, KvFusionConfig, KvPart, KvPlan, KvShape, KvSource, Logits, TokenBatch,
+};
 use proptest::prelude::*;
 
-use crate::models::{F64, difference};
+use crate::models::{F64, VOCAB, difference, model, small};
 
 const SEQ: usize = 5;
 const HEADS: usize = 2;
@@ -120,4 +122,41 @@ fn positions_and_tensors_that_do_not_fit_are_refused() {
         shape(&rows, [3, 4, 1, 8]),
         Err(RopeError::Shape { batch, .. }) if batch == "2"
     ));
+}
+
+/// Frequencies that depend on the length of a text are those of all that is read at once, whatever passes it is
+/// read in, and of the longest row.
+#[test]
+fn scaling_by_length_is_the_same_in_every_pass() {
+    let long_rope = RopeScaling::LongRope {
+        short_factor: vec![1.0, 1.5],
+        long_factor: vec![2.0, 6.0],
+        attention_factor: 1.2,
+        positions: 8,
+    };
+    let dynamic = RopeScaling::Dynamic {
+        factor: 4.0,
+        positions: 8,
+    };
+    for scaling in [long_rope, dynamic] {
+        let mut config = small(KvPlan::FusedKv { storage_layers: 2 });
+        config.block.rope_scaling = scaling.clone();
+        let model = model::<F64>(&config, 7);
+        let rows = [(0..20).map(|i| i % 11).collect(), vec![1, 2, 3]];
+        let read = |chunk: usize, rows: &[Vec<u32>]| {
+            let model = model.clone().with_prefill_chunk(chunk);
+            let tokens = TokenBatch::from_rows(rows, VOCAB, &Default::default()).unwrap();
+            let mut cache = model.new_cache(rows.len(), 20).unwrap();
+            model
+                .forward_cached(tokens, &mut cache, Logits::Last)
+                .unwrap()
+        };
+        for rows in [&rows[..1], &rows] {
+            let whole = read(1000, rows);
+            for chunk in [1, 6, 19] {
+                let error = difference(&whole, &read(chunk, rows));
+                assert!(error < 1e-9, "{scaling:?}, passes of {chunk}: {error}");
+            }
+        }
+    }
 }

@@ -238,8 +238,38 @@ fn what_a_window_still_has_can_be_taken_back() {
     assert!(matches!(error, CacheError::Forgotten { .. }), "{error}");
     assert_eq!((cache.len(), cache.row_lens()), (300, vec![300]));
     assert_eq!(cache.get(KvPart::Value, 1).unwrap().dims(), before);
-    cache.reset();
-    read(&model, &mut cache, &[text(90, 1)]);
+    // Of nothing nothing is needed.
+    let mut other = cache.clone();
+    other.truncate(0).unwrap();
+    cache.truncate_rows(&[0]).unwrap();
+    for mut cache in [cache, other] {
+        assert_eq!((cache.len(), cache.row_lens()), (0, vec![0]));
+        let tokens = text(90, 1);
+        let again = read(&model, &mut cache, std::slice::from_ref(&tokens));
+        let whole = model.forward(batch(&[tokens])).unwrap();
+        assert!(difference(&whole, &again) < 1e-6);
+    }
+}
+
+/// A row that is all padding in one pass and begins in the next. The last query of the first is in a block by
+/// itself, for any number of queries in a block.
+#[test]
+fn a_row_that_begins_behind_a_pass_of_padding_is_as_alone() {
+    let passes = 97;
+    let config = local_and_global(KvPlan::Standard, WINDOW);
+    let model = model::<Flex>(&config, 3).with_prefill_chunk(2 * passes);
+    let rows = [text(2 * passes, 1), text(10, 2)];
+    let mut cache = model.new_cache(2, 2 * passes).unwrap();
+    let logits = model
+        .forward_cached(batch(&rows), &mut cache, Logits::Last)
+        .unwrap();
+    for (row, tokens) in rows.into_iter().enumerate() {
+        let last = tokens.len() - 1;
+        let alone = model.forward(batch(&[tokens])).unwrap();
+        let found = logits.clone().narrow(0, row, 1);
+        let error = difference(&alone.narrow(1, last, 1), &found);
+        assert!(error < 1e-5, "row {row}: {error}");
+    }
 }
 
 #[test]

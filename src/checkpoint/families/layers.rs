@@ -6,8 +6,8 @@ use serde_json::{Map, Value, json};
 use super::super::error::CheckpointError;
 use super::super::keys::Keys;
 use super::super::plan::of_upper_layers;
-use super::Format;
-use super::windows::{MAX_LAYERS, too_many_layers};
+use super::windows::too_many_layers;
+use super::{Format, MAX_LAYERS};
 use crate::config::{FusedKvDecoderConfig, LayerKind};
 use crate::plan::KvPlan;
 

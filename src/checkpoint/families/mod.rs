@@ -34,6 +34,9 @@ use windows::Windows;
 /// What `config.json` calls a decoder whose plan is not one of its family's own files.
 const FUSED: &str = "fusedkv";
 
+/// More than any model has: a larger number is a mistake.
+pub(super) const MAX_LAYERS: usize = 1 << 16;
+
 /// More than any model reads: a larger number is a mistake.
 const MAX_POSITIONS: usize = 1 << 24;
 
@@ -162,7 +165,9 @@ pub(super) fn fuses_projections(config: &FusedKvDecoderConfig) -> bool {
 
 /// Whether a tensor that a decoder does not have may stand in its family's own files.
 pub(super) fn is_unread(config: &FusedKvDecoderConfig, tensor: &str) -> bool {
-    layers::is_unread(Format::of(config.block.family), config, tensor)
+    // RoPE's frequencies, which older files have beside the numbers they come from.
+    tensor.ends_with(".rotary_emb.inv_freq")
+        || layers::is_unread(Format::of(config.block.family), config, tensor)
 }
 
 /// What `config.json` says.

@@ -4,11 +4,9 @@ use serde_json::{Value, json};
 
 use super::super::error::CheckpointError;
 use super::super::keys::Keys;
+use super::MAX_LAYERS;
 use super::rope::Ropes;
 use crate::config::{FusedKvDecoderConfig, LayerKind};
-
-/// More than any model has: a larger number is a mistake.
-pub(super) const MAX_LAYERS: usize = 1 << 16;
 
 /// How a family's files tell windows. `layer_types`, where a file has it, says it for all families
 /// that may have any.

@@ -4,18 +4,18 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn_ndarray::NdArray;
-use fusedkv::KvPlan;
-use fusedkv::backend::Flex;
+use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::checkpoint::{
     CheckpointError, SaveOptions, WeightDtype, load_checkpoint, save_checkpoint,
 };
 use fusedkv::tokenizer::{Tokenizer, TokenizerError};
+use fusedkv::{KvPlan, TokenBatch, TokensError};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 
-use super::load;
-use crate::models::{fixed, model};
+use super::{load, parameters};
+use crate::models::{VOCAB, fixed, model};
 
 /// A sound directory to break.
 pub struct Checkpoint(TempDir);
@@ -174,6 +174,20 @@ fn an_unexpected_tensor() {
             "{error}"
         );
     }
+}
+
+#[test]
+fn frequencies_of_rope_are_not_read() {
+    let c = Checkpoint::fused();
+    let expected = parameters(&load(c.0.path()).unwrap().model);
+    c.weights(|header, data| {
+        for layer in 0..4 {
+            let tensor = format!("model.layers.{layer}.self_attn.rotary_emb.inv_freq");
+            add(header, data, &tensor, "F32", 12, &[3]);
+        }
+        add(header, data, "model.rotary_emb.inv_freq", "F32", 12, &[3]);
+    });
+    assert_eq!(parameters(&load(c.0.path()).unwrap().model), expected);
 }
 
 #[test]
@@ -391,6 +405,61 @@ fn tokenizers_that_do_not_fit() {
         matches!(error, CheckpointError::Vocabulary { .. }),
         "{error}"
     );
+    // By one token, whatever is added.
+    fs::write(c.path("tokenizer.json"), letters(VOCAB + 1).to_string()).unwrap();
+    let error = c.error(&["12", "11"]);
+    assert!(
+        matches!(error, CheckpointError::Vocabulary { .. }),
+        "{error}"
+    );
+}
+
+/// A tokenizer of the first letters, and of one added token.
+fn letters(n: usize) -> Value {
+    let ids: serde_json::Map<_, _> = ('a'..='z')
+        .take(n)
+        .enumerate()
+        .map(|(id, letter)| (letter.to_string(), json!(id)))
+        .collect();
+    json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": [{
+            "id": n, "content": "<pad>", "special": true, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false,
+        }],
+        "normalizer": null,
+        "pre_tokenizer": null,
+        "post_processor": null,
+        "decoder": null,
+        "model": { "type": "BPE", "vocab": ids, "merges": [] },
+    })
+}
+
+#[test]
+fn added_tokens_beyond_the_vocabulary_are_refused_where_they_are_read() {
+    let c = Checkpoint::fused();
+    fs::write(c.path("tokenizer.json"), letters(VOCAB).to_string()).unwrap();
+    let loaded = load(c.0.path()).unwrap();
+    let tokenizer = loaded.tokenizer.unwrap();
+    assert_eq!(tokenizer.vocab_size(), VOCAB + 1);
+    let batch = |text: &str| {
+        let row = tokenizer.encode(text).unwrap();
+        TokenBatch::<Flex>::from_rows(&[row], loaded.model.config().vocab_size, &FlexDevice)
+    };
+    assert_eq!(batch("abk").unwrap().dims(), [1, 3]);
+    let unknown = TokensError::OutOfVocabulary {
+        row: 0,
+        position: 2,
+        token: VOCAB as u32,
+        vocab_size: VOCAB,
+    };
+    assert_eq!(batch("ab<pad>").unwrap_err(), unknown);
+    // It is kept where the model is saved.
+    let options = SaveOptions::new().with_tokenizer(tokenizer);
+    save_checkpoint(c.0.path(), &loaded.model, &options).unwrap();
+    load(c.0.path()).unwrap();
 }
 
 proptest! {

@@ -380,6 +380,60 @@ fn a_file_of_our_own_is_read() {
 }
 
 #[test]
+fn a_factor_without_a_type_scales_linearly() {
+    let (factor, older) = ("llama.rope.scaling.factor", "llama.rope.scale_linear");
+    let kind = "llama.rope.scaling.type";
+    let rope = |file: &Writer| {
+        let directory = import(&file.bytes()).unwrap();
+        let config = json(&directory.path().join("model/config.json"));
+        config["rope_parameters"].clone()
+    };
+    for linear in [false, true] {
+        let file = |keys: &[(&str, f32)]| {
+            let mut file = Writer::llama();
+            for (key, number) in keys {
+                file.f32(key, *number);
+            }
+            if linear {
+                file.text(kind, "linear");
+            }
+            file
+        };
+        for (keys, expected) in [
+            (&[(factor, 4.0)][..], 4.0_f64),
+            (&[(older, 4.0)], 4.0),
+            (&[(older, 0.5)], 0.5),
+            (&[(older, 8.0), (factor, 4.0)], 4.0),
+        ] {
+            let found = rope(&file(keys));
+            assert_eq!(found["rope_type"], "linear", "{keys:?}, {linear}");
+            assert_eq!(found["factor"], expected, "{keys:?}, {linear}");
+        }
+        // No scaling.
+        for keys in [
+            &[(factor, 0.0)][..],
+            &[(factor, 1.0)],
+            &[(older, 0.0)],
+            &[(older, 1.0)],
+            &[(older, 8.0), (factor, 1.0)],
+        ] {
+            let found = rope(&file(keys));
+            assert_eq!(found["rope_type"], "default", "{keys:?}, {linear}");
+        }
+        for key in [factor, older] {
+            refuses!(file(&[(key, -4.0)]).bytes(), Metadata, [key, "above 0"]);
+        }
+    }
+    assert_eq!(rope(&Writer::llama())["rope_type"], "default");
+    let mut file = Writer::llama();
+    file.f32(older, 4.0).text(kind, "none");
+    assert_eq!(rope(&file)["rope_type"], "default");
+    let mut file = Writer::llama();
+    file.text(kind, "linear");
+    refuses!(file.bytes(), Metadata, [factor, "missing", "above 0"]);
+}
+
+#[test]
 fn a_file_cut_anywhere_is_refused() {
     let bytes = Writer::llama().with_tokens().bytes();
     for length in 0..bytes.len() {

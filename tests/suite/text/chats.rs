@@ -128,6 +128,20 @@ fn a_template_that_takes_too_long_is_an_error() {
     let error = fails(forever, &[ChatMessage::user("Hello")]);
     assert!(matches!(error, ChatError::Render { .. }), "{error}");
     assert!(error.to_string().contains("fuel"), "{error}");
+    // In one step, of which there is no fuel to run out.
+    let wide = "{{ messages|tojson(indent=9223372036854775807) }}";
+    let error = fails(wide, &[ChatMessage::user("Hello")]);
+    assert!(error.to_string().contains("indent"), "{error}");
+}
+
+/// Python counts and slices characters.
+#[test]
+fn places_in_strings_are_those_of_characters() {
+    let template = "{% set c = messages[0].content %}\
+        {{ c.count('') }} {{ c[c.find('|'):] }} {{ c[:c.rfind('|')] }} {{ c.find('x') }}";
+    let chat = [ChatMessage::user("é|ü|")];
+    let text = ChatTemplate::new(template).render(&chat, &ChatOptions::new());
+    assert_eq!(text.unwrap(), "5 |ü| é|ü -1");
 }
 
 #[test]
