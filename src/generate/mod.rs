@@ -27,8 +27,9 @@ pub use token::{FinishReason, GeneratedToken, Likelihood};
 ///
 /// A row's logits are those it has alone but for rounding, within 1e-5 of the largest on Flex: sums
 /// over more rows, or beside padding, are formed in another order. On Flex, batches of up to 16 prompts
-/// of one length, longer than 16 tokens, change no bit of a row's logits, and neither does the number
-/// of threads.
+/// of one length, longer than 16 tokens and of up to 1024 together, change no bit of a row's logits, and
+/// neither does the number of threads. RoPE that is scaled by length
+/// ([`RopeScaling`](crate::config::RopeScaling)) goes by the longest row.
 ///
 /// The cache is sized for the longest prompt and `max_new_tokens`; it is half a standard
 /// decoder's for plans that store half the layers. Work happens as the iterator is advanced,
