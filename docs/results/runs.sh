@@ -78,5 +78,5 @@ documents prose
 
 # Ten times as long.
 train kernel long 3000 10 6e-3 1 --methods standard fused-kv gqa
-train kernel long 3000 10 24e-3 1 --methods standard gqa
+for rate in 12e-3 24e-3; do train kernel long 3000 10 "$rate" 1 --methods standard gqa; done
 train kernel long 3000 10 3e-3 1 --methods fused-kv
