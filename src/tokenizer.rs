@@ -117,13 +117,16 @@ impl Tokenizer {
 
     /// Number of tokens, special ones included; ids are below it.
     pub fn vocab_size(&self) -> usize {
-        let ids = self.inner.get_vocab(true).into_values();
-        ids.max().map_or(0, |largest| largest as usize + 1)
+        self.size(true)
     }
 
     /// Number of tokens that texts are made of, without those added to the vocabulary; ids are below it.
     pub(crate) fn base_vocab_size(&self) -> usize {
-        let ids = self.inner.get_vocab(false).into_values();
+        self.size(false)
+    }
+
+    fn size(&self, with_added: bool) -> usize {
+        let ids = self.inner.get_vocab(with_added).into_values();
         ids.max().map_or(0, |largest| largest as usize + 1)
     }
 

@@ -3,9 +3,11 @@
 use serde_json::Value;
 
 use super::error::CheckpointError;
-use super::families::MAX_LAYERS;
 use super::keys::Keys;
 use crate::plan::{KvPlan, KvSource, LayerKv};
+
+/// More than any model has: a larger number is a mistake.
+pub(super) const MAX_LAYERS: usize = 1 << 16;
 
 /// What files call the sharing of keys and values between layers.
 const KEYS: &str = "one of `num_kv_shared_layers`, `num_kv_reuse_layers`, `use_cla` with \
@@ -99,6 +101,11 @@ pub(super) fn of_upper_layers(
     Ok((KvPlan::Yoco { storage_layers }, storage_layers))
 }
 
+/// The error for a number of layers above [`MAX_LAYERS`].
+pub(super) fn too_many_layers(keys: &Keys, key: &str) -> CheckpointError {
+    keys.wrong(key, format!("at most {MAX_LAYERS}"))
+}
+
 fn n_layers(keys: &Keys, in_gguf: Option<&str>) -> Result<usize, CheckpointError> {
     for key in ["num_hidden_layers", "num_layers"]
         .into_iter()
@@ -106,7 +113,7 @@ fn n_layers(keys: &Keys, in_gguf: Option<&str>) -> Result<usize, CheckpointError
     {
         if let Some(n_layers) = keys.optional_count(key)? {
             if n_layers > MAX_LAYERS {
-                return Err(keys.wrong(key, format!("at most {MAX_LAYERS}")));
+                return Err(too_many_layers(keys, key));
             }
             return Ok(n_layers);
         }

@@ -138,14 +138,14 @@ fn method(
             ("removeprefix", Some(prefix)) => {
                 return Ok(text.strip_prefix(prefix).unwrap_or(text).into());
             }
+            ("removesuffix", Some(suffix)) => {
+                return Ok(text.strip_suffix(suffix).unwrap_or(text).into());
+            }
             // Pycompat's goes on for ever.
             ("count", Some("")) => return Ok((text.chars().count() + 1).into()),
             // Pycompat's are places of bytes, where a slice is one of characters.
             ("find", Some(part)) if args.len() == 1 => return Ok(place(text, text.find(part))),
             ("rfind", Some(part)) if args.len() == 1 => return Ok(place(text, text.rfind(part))),
-            ("removesuffix", Some(suffix)) => {
-                return Ok(text.strip_suffix(suffix).unwrap_or(text).into());
-            }
             _ => {}
         }
     }

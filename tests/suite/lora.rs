@@ -69,7 +69,8 @@ impl<B: Backend> ModuleMapper<B> for Learned {
     }
 }
 
-fn learned<B: Backend>(model: FusedKvDecoder<B>, lora: &LoraConfig) -> FusedKvDecoder<B> {
+/// A decoder with such adapters.
+pub fn learned<B: Backend>(model: FusedKvDecoder<B>, lora: &LoraConfig) -> FusedKvDecoder<B> {
     model.with_lora(lora).unwrap().map(&mut Learned(Vec::new()))
 }
 

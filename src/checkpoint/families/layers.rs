@@ -5,9 +5,8 @@ use serde_json::{Map, Value, json};
 
 use super::super::error::CheckpointError;
 use super::super::keys::Keys;
-use super::super::plan::of_upper_layers;
-use super::windows::too_many_layers;
-use super::{Format, MAX_LAYERS};
+use super::super::plan::{MAX_LAYERS, of_upper_layers, too_many_layers};
+use super::Format;
 use crate::config::{FusedKvDecoderConfig, LayerKind};
 use crate::plan::KvPlan;
 
@@ -42,7 +41,7 @@ pub(super) fn read(
     }
     let n_layers = config.n_layers;
     if n_layers > MAX_LAYERS {
-        return Err(too_many_layers(keys));
+        return Err(too_many_layers(keys, "num_hidden_layers"));
     }
     let mut kinds: Vec<LayerKind> = (0..n_layers)
         .map(|index| config.layer(index).kind)

@@ -34,9 +34,6 @@ use windows::Windows;
 /// What `config.json` calls a decoder whose plan is not one of its family's own files.
 const FUSED: &str = "fusedkv";
 
-/// More than any model has: a larger number is a mistake.
-pub(super) const MAX_LAYERS: usize = 1 << 16;
-
 /// More than any model reads: a larger number is a mistake.
 const MAX_POSITIONS: usize = 1 << 24;
 

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::super::error::CheckpointError;
 use super::super::keys::Keys;
-use super::MAX_LAYERS;
+use super::super::plan::{MAX_LAYERS, too_many_layers};
 use super::rope::Ropes;
 use crate::config::{FusedKvDecoderConfig, LayerKind};
 
@@ -69,7 +69,7 @@ impl Windows {
             return Ok(Vec::new());
         }
         if n_layers > MAX_LAYERS {
-            return Err(too_many_layers(keys));
+            return Err(too_many_layers(keys, "num_hidden_layers"));
         }
         let rotates = |layer: usize| no_rope.as_ref().is_none_or(|no_rope| !no_rope[layer]);
         let slides = self.slides(keys)?;
@@ -213,9 +213,4 @@ impl Windows {
             json["max_window_layers"] = json!(config.n_layers);
         }
     }
-}
-
-/// The error for a configuration of more layers than any model has.
-pub(super) fn too_many_layers(keys: &Keys) -> CheckpointError {
-    keys.wrong("num_hidden_layers", format!("at most {MAX_LAYERS}"))
 }

@@ -13,7 +13,7 @@ use super::model::Model;
 /// llama.cpp's where a file does not say.
 const DEFAULT_THETA: f64 = 1e4;
 
-const SCALING_TYPE: &str = ".rope.scaling.type";
+/// By how much positions are divided.
 const FACTOR: &str = ".rope.scaling.factor";
 /// Its name in older files.
 const OLDER_FACTOR: &str = ".rope.scale_linear";
@@ -97,15 +97,26 @@ fn object(value: Value) -> Map<String, Value> {
 
 /// A scaling that keys alone describe.
 fn scaling(keys: &Keys) -> Result<Option<Map<String, Value>>, GgufError> {
-    let key = factor_key(keys);
+    let key = match (keys.get(FACTOR), keys.get(OLDER_FACTOR)) {
+        (None, Some(_)) => OLDER_FACTOR,
+        _ => FACTOR,
+    };
     let factor = || match keys.number(key)? {
         Some(factor) if factor > 0.0 => Ok(factor),
         _ => Err(keys.wrong(key, "a number above 0")),
     };
-    match keys.text(SCALING_TYPE)? {
+    let kind = ".rope.scaling.type";
+    match keys.text(kind)? {
         // A longrope without factors rotates as none does.
         Some("none" | "longrope") => Ok(None),
-        None | Some("linear") => linear(keys),
+        // As in llama.cpp a factor without a type is linear's, and 0 is no factor.
+        None if keys.get(key).is_none() => Ok(None),
+        None | Some("linear") => match keys.number(key)? {
+            Some(0.0 | 1.0) => Ok(None),
+            _ => Ok(Some(object(
+                json!({ "rope_type": "linear", "factor": factor()? }),
+            ))),
+        },
         Some("yarn") => {
             for key in [
                 ".rope.scaling.yarn_ext_factor",
@@ -132,28 +143,7 @@ fn scaling(keys: &Keys) -> Result<Option<Map<String, Value>>, GgufError> {
             }
             Ok(Some(yarn))
         }
-        Some(_) => Err(keys.wrong(SCALING_TYPE, "none, linear, yarn or longrope")),
-    }
-}
-
-/// The key that a file has the factor of its scaling under.
-fn factor_key(keys: &Keys) -> &'static str {
-    match (keys.get(FACTOR), keys.get(OLDER_FACTOR)) {
-        (None, Some(_)) => OLDER_FACTOR,
-        _ => FACTOR,
-    }
-}
-
-/// Linear scaling, which as in llama.cpp is also what a factor without a type means; 0 is no factor.
-fn linear(keys: &Keys) -> Result<Option<Map<String, Value>>, GgufError> {
-    let key = factor_key(keys);
-    match keys.number(key)? {
-        None if keys.get(SCALING_TYPE).is_none() => Ok(None),
-        Some(0.0 | 1.0) => Ok(None),
-        Some(factor) if factor > 0.0 => Ok(Some(object(
-            json!({ "rope_type": "linear", "factor": factor }),
-        ))),
-        _ => Err(keys.wrong(key, "a number above 0")),
+        Some(_) => Err(keys.wrong(kind, "none, linear, yarn or longrope")),
     }
 }
 

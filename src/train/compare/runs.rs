@@ -142,9 +142,9 @@ impl Comparison {
     /// # Errors
     /// [`TrainError::OtherRun`] if the directory holds a comparison of other data or settings,
     /// [`TrainError::OlderComparison`] if one of an older version, [`TrainError::Checkpoint`] if the
-    /// tokenizer has more tokens than a decoder, added ones aside, or a model cannot be saved, [`TrainError::Cache`] if
-    /// the backend cannot keep a cache of `cache_dtypes`, and whatever [`train_on`] returns, but for
-    /// [`TrainError::Diverged`].
+    /// tokenizer has more tokens than a decoder, added ones aside, or a model cannot be saved,
+    /// [`TrainError::Cache`] if the backend cannot keep a cache of `cache_dtypes`, and whatever
+    /// [`train_on`] returns, but for [`TrainError::Diverged`].
     pub fn run<B: AutodiffBackend>(
         &self,
         train: &(impl Windows + Clone + 'static),

@@ -6,8 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::backend::Autodiff;
-use burn::module::{AutodiffModule, Module, ModuleMapper, Param};
-use burn::tensor::{Distribution, Tensor, backend::Backend};
+use burn::module::AutodiffModule;
 use fusedkv::backend::{Flex, FlexDevice};
 use fusedkv::checkpoint::{
     CheckpointError, SaveOptions, load_adapter, save_adapter, save_checkpoint,
@@ -19,6 +18,7 @@ use serde_json::{Value, json};
 use tempfile::tempdir;
 
 use super::{load, parameters};
+use crate::lora::learned;
 use crate::models::{any_case, fixed, model, off, values};
 
 const CONFIG: &str = "adapter_config.json";
@@ -55,31 +55,6 @@ fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {
     tensors
         .map(|(name, view)| (name, (view.shape().to_vec(), view.data().to_vec())))
         .collect()
-}
-
-/// Random numbers for adapters.
-struct Learned(Vec<String>);
-
-impl<B: Backend> ModuleMapper<B> for Learned {
-    fn enter_module(&mut self, name: &str, _container: &str) {
-        self.0.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.0.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let learns = self.0.contains(&"lora".to_owned());
-        param.map(|tensor| match learns {
-            true => tensor.random_like(Distribution::Normal(0.0, 0.5)),
-            false => tensor,
-        })
-    }
-}
-
-fn adapted<B: Backend>(base: FusedKvDecoder<B>, lora: &LoraConfig) -> FusedKvDecoder<B> {
-    base.with_lora(lora).unwrap().map(&mut Learned(Vec::new()))
 }
 
 fn targets(names: &[&str]) -> LoraConfig {
@@ -144,7 +119,7 @@ proptest! {
         let directory = tempdir().unwrap();
         let path = directory.path().join("adapter");
         let base = case.model::<Flex>().with_weights(format.1).unwrap();
-        let model = adapted(base.clone(), &targets(&["q_proj", "o_proj", "mlp.down_proj"]));
+        let model = learned(base.clone(), &targets(&["q_proj", "o_proj", "mlp.down_proj"]));
         save_adapter(&path, &model, "base").unwrap();
         let loaded = load_adapter(&path, base.clone()).unwrap();
         prop_assert_eq!(loaded.lora(), model.lora());
@@ -169,7 +144,7 @@ fn a_decoder_with_adapters_is_no_checkpoint() {
     let base = model::<Flex>(&fixed(KvPlan::Standard), 2);
     let error = save_adapter(directory.path(), &base, "base").unwrap_err();
     assert!(matches!(error, CheckpointError::NoAdapter), "{error}");
-    let model = adapted(base, &targets(&["q_proj"]));
+    let model = learned(base, &targets(&["q_proj"]));
     let error = save_checkpoint(directory.path(), &model, &SaveOptions::new()).unwrap_err();
     assert!(matches!(error, CheckpointError::Adapted), "{error}");
     let merged = model.merge_lora().unwrap();
@@ -190,7 +165,7 @@ impl Saved {
     fn new() -> Self {
         let base = model::<Flex>(&fixed(KvPlan::Yoco { storage_layers: 2 }), 2);
         let directory = tempdir().unwrap();
-        let model = adapted(base.clone(), &targets(&["q_proj", "v_proj"]));
+        let model = learned(base.clone(), &targets(&["q_proj", "v_proj"]));
         save_adapter(directory.path(), &model, "base").unwrap();
         Self { directory, base }
     }
