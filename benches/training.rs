@@ -1,5 +1,5 @@
-//! Training tokens per second and peak memory of every method, in one run: forward, backward and
-//! AdamW on random tokens.
+//! Training tokens per second and peak memory of every method, in one run: forward, backward and the
+//! optimizer that [`fusedkv::train`] uses, on random tokens.
 //!
 //! ```sh
 //! cargo bench --bench training
@@ -23,16 +23,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use burn::grad_clipping::GradientClippingConfig;
-use burn::optim::adaptor::OptimizerAdaptor;
-use burn::optim::{AdamW, AdamWConfig, Optimizer};
+use burn::optim::Optimizer;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{Int, Tensor, TensorData};
 use burn_train::TrainStep;
 use clap::Parser;
 use fusedkv::FusedKvDecoder;
 use fusedkv::backend::{Autodiff, BalancedCheckpointing};
-use fusedkv::train::LanguageBatch;
+use fusedkv::train::{LanguageBatch, TrainingConfig};
 use serde::Serialize;
 
 use backend::{BackendName, Program, exit_code};
@@ -150,8 +148,17 @@ impl Args {
         let mut models = self
             .methods
             .iter()
-            .map(|name| Trainee::<B>::new(&self.shape, name, context, device))
-            .collect::<Result<Vec<_>, _>>()?;
+            .map(|name| {
+                let model = self.shape.config(name, context)?;
+                let training = TrainingConfig::new(model.clone(), context, self.batch, 1);
+                Ok(Trainee {
+                    method: name.clone(),
+                    model: Some(model.init::<B>(device)?),
+                    optimizer: training.optimizer(),
+                    turns: Vec::new(),
+                })
+            })
+            .collect::<Result<Vec<_>, Box<dyn Error>>>()?;
         for repeat in 0..=self.repeats.get() {
             for model in &mut models {
                 let turn = model.step(self.batch, context, self.shape.vocab, device);
@@ -168,33 +175,15 @@ impl Args {
 }
 
 /// A model, its optimizer, and what its steps measured.
-struct Trainee<B: AutodiffBackend> {
+struct Trainee<B: AutodiffBackend, O> {
     method: String,
     /// `None` only while a step has it.
     model: Option<FusedKvDecoder<B>>,
-    optimizer: OptimizerAdaptor<AdamW, FusedKvDecoder<B>, B>,
+    optimizer: O,
     turns: Vec<Turn>,
 }
 
-impl<B: AutodiffBackend> Trainee<B> {
-    fn new(
-        shape: &Shape,
-        method: &str,
-        context: usize,
-        device: &B::Device,
-    ) -> Result<Self, Box<dyn Error>> {
-        let clipping = GradientClippingConfig::Norm(1.0);
-        Ok(Self {
-            method: method.to_owned(),
-            model: Some(shape.config(method, context)?.init(device)?),
-            optimizer: AdamWConfig::new()
-                .with_beta_2(0.95)
-                .with_grad_clipping(Some(clipping))
-                .init(),
-            turns: Vec::new(),
-        })
-    }
-
+impl<B: AutodiffBackend, O: Optimizer<FusedKvDecoder<B>, B>> Trainee<B, O> {
     fn step(&mut self, batch: usize, context: usize, vocab: usize, device: &B::Device) -> Turn {
         let ids = |next: usize| {
             let ids: Vec<i64> = (0..batch * context)

@@ -17,23 +17,31 @@ git ls-files -z --cached --others --exclude-standard |
     while IFS= read -r -d '' file; do [ ! -e "$file" ] || printf '%s\0' "$file"; done |
     tar --create --null --files-from=- | tar --extract --directory "$copy"
 echo '[patch.crates-io]' >> "$copy/Cargo.toml"
-# Those that choose instructions: our kernels' pulp, the matrix products' gemm, Flex's macerator.
+# Those that choose instructions: our kernels' pulp, the matrix products' gemm and rten-simd, Flex's macerator.
 python3 - "$copy" << 'PYTHON'
 import json, os, pathlib, re, shutil, subprocess, sys
 
 copy = pathlib.Path(sys.argv[1])
 metadata = ["cargo", "metadata", "--locked", "--format-version", "1", "--filter-platform", "x86_64-unknown-linux-gnu"]
 packages = json.loads(subprocess.run(metadata, check=True, stdout=subprocess.PIPE).stdout)["packages"]
-question = re.compile(r"::std(?:::arch)?::is_x86_feature_detected!\((\$\w+)\)")
-answer = r"(::std::arch::is_x86_feature_detected!(\1) && !const { \1.len() > 5 && \1.as_bytes()[3] == b'5' })"
-for name in ["pulp", "gemm-common", "macerator"]:
+of_any = (
+    r"::std(?:::arch)?::is_x86_feature_detected!\((\$\w+)\)",
+    r"(::std::arch::is_x86_feature_detected!(\1) && !const { \1.len() > 5 && \1.as_bytes()[3] == b'5' })",
+)
+of_avx512 = (r"if crate::is_avx512_supported\(\)", r"if false")
+for name, (question, answer) in {
+    "pulp": of_any,
+    "gemm-common": of_any,
+    "macerator": of_any,
+    "rten-simd": of_avx512,
+}.items():
     [package] = [package for package in packages if package["name"] == name]
     crate = copy / "crates" / name
     # With the times of its files, by which cargo knows that nothing has changed.
     shutil.copytree(pathlib.Path(package["manifest_path"]).parent, crate)
     patched = 0
     for file in crate.glob("src/**/*.rs"):
-        text, n = question.subn(answer, file.read_text())
+        text, n = re.subn(question, answer, file.read_text())
         if n:
             times = file.stat()
             file.write_text(text)

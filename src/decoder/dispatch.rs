@@ -48,7 +48,7 @@ fn nothing_that_has_a_kernel_is_left_to_burn() {
     for method in KvPlan::methods() {
         let model = decoder(KvPlan::from_method(method, 4).unwrap());
         let formats = [
-            (WeightFormat::Model, ["linear, Burn's", "by_input"]),
+            (WeightFormat::Model, ["many_rows", "by_input"]),
             (WeightFormat::F16, ["by_tile", "by_output"]),
             (WeightFormat::Bf16, ["by_tile", "by_output"]),
             (WeightFormat::Int8, ["by_tile", "by_groups"]),

@@ -128,8 +128,8 @@ fn own_linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Ten
     kernel!(linear(x, weight))
 }
 
-/// `lhs · rhs` by Burn's operation: `[…, rows, k]` times `[…, k, n]`, computed as of two equal rows
-/// where there is one.
+/// `lhs · rhs`: `[…, rows, k]` times `[…, k, n]`; by Burn's operation, where it is that, computed as of
+/// two equal rows where there is one.
 ///
 /// Burn's fusion on CubeCL computes a product of one row and the element-wise operations after it
 /// in one kernel, which then reads operands of several matrices, or transposed ones, in wrong
@@ -139,6 +139,9 @@ pub(crate) fn matmul<B: Backend, const D: usize>(
     lhs: Tensor<B, D>,
     rhs: Tensor<B, D>,
 ) -> Tensor<B, D> {
+    if let Some(output) = kernel!(matmul(&lhs, &rhs)) {
+        return output;
+    }
     let rows = D - 2;
     if lhs.dims()[rows] > 1 {
         return lhs.matmul(rhs);
@@ -271,6 +274,21 @@ pub(crate) fn swiglu<B: Backend>(gate: Tensor<B, 3>, up: Tensor<B, 3>) -> Tensor
         return output;
     }
     silu(gate) * up
+}
+
+/// Σ x², `[1]`.
+#[cfg(feature = "train")]
+pub(crate) fn sum_of_squares<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 1> {
+    flex::sum_of_squares(&x).unwrap_or_else(|| x.square().sum())
+}
+
+/// `x` times a factor, `[1]`, which no thread waits for.
+#[cfg(feature = "train")]
+pub(crate) fn scaled<B: Backend, const D: usize>(
+    x: Tensor<B, D>,
+    factor: &Tensor<B, 1>,
+) -> Tensor<B, D> {
+    flex::scaled(x, factor).unwrap_or_else(|x| x * factor.clone().unsqueeze())
 }
 
 /// The numbers of one AdamW step (arXiv 1711.05101) after `time` steps before it.

@@ -22,6 +22,13 @@ pub(super) trait Kernels {
         None
     }
 
+    fn matmul<B: Backend, const D: usize>(
+        _lhs: &Tensor<B, D>,
+        _rhs: &Tensor<B, D>,
+    ) -> Option<Tensor<B, D>> {
+        None
+    }
+
     fn linear_packed<B: Backend>(_x: &Tensor<B, 3>, _weight: &Packed<B>) -> Option<Tensor<B, 3>> {
         None
     }

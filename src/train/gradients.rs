@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::number;
 use super::precision::at_least_f32;
+use crate::kernels::{scaled, sum_of_squares};
 
 /// The module of a decoder whose children are its layers.
 const LAYERS: &str = "layers";
@@ -141,7 +142,7 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for SumSquares<'_, B> {
         let Some(grad) = self.grads.get::<B::InnerBackend, D>(param.id) else {
             return;
         };
-        let square = grad.square().sum();
+        let square = sum_of_squares(grad);
         self.sums[place] = Some(match self.sums[place].take() {
             Some(sum) => sum + square,
             None => square,
@@ -175,8 +176,7 @@ struct Scale<'g, B: AutodiffBackend> {
 impl<B: AutodiffBackend> ModuleVisitor<B> for Scale<'_, B> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         if let Some(grad) = self.grads.remove::<B::InnerBackend, D>(param.id) {
-            let scaled = grad * self.factor.clone().unsqueeze();
-            self.grads.register(param.id, scaled);
+            self.grads.register(param.id, scaled(grad, &self.factor));
         }
     }
 }

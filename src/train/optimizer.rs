@@ -1,7 +1,7 @@
 //! AdamW as language models are trained with it: matrices decay, fusion weights have a learning rate
 //! and a decay of their own, and the norm of all gradients together is clipped.
 
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, channel};
 
 use burn::module::{AutodiffModule, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::adaptor::OptimizerAdaptor;
@@ -17,6 +17,42 @@ use super::roles::{Role, Roles};
 
 /// States by parameter, in the form of Burn's own adaptor of optimizers.
 type Records<M, B> = <OptimizerAdaptor<DecoderAdamW, M, B> as Optimizer<M, B>>::Record;
+
+impl TrainingConfig {
+    /// The optimizer that [`train`](super::train) uses, for a loop of one's own: AdamW (arXiv 1711.05101) at
+    /// the rates and decays that the configuration has for matrices, embeddings, gains and fusion weights,
+    /// after the norm of all gradients together was clipped to [`grad_clip`](Self::grad_clip). On Flex each
+    /// update is one pass over memory.
+    ///
+    /// A step expects the sum of the gradients of [`accumulation`](Self::accumulation) parts of a batch. The
+    /// learning rate is the step's own: [`learning_rate`](Self::learning_rate) and warmup are not read.
+    ///
+    /// ```
+    /// use burn::backend::{Autodiff, Flex};
+    /// use burn::optim::{GradientsParams, Optimizer};
+    /// use burn::tensor::{Int, Tensor};
+    /// use fusedkv::train::TrainingConfig;
+    /// use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// type Train = Autodiff<Flex>;
+    /// let device = Default::default();
+    /// let model = FusedKvDecoderConfig::tiny(512, KvPlan::FusedKv { storage_layers: 3 });
+    /// let mut decoder: FusedKvDecoder<Train> = model.init(&device)?;
+    /// let mut optimizer = TrainingConfig::new(model, 8, 1, 100).optimizer();
+    /// let tokens = Tensor::<Train, 2, Int>::zeros([1, 8], &device);
+    /// let loss = decoder.forward(tokens)?.powi_scalar(2).mean();
+    /// let gradients = GradientsParams::from_grads(loss.backward(), &decoder);
+    /// decoder = optimizer.step(1e-3, decoder, gradients);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn optimizer<B: AutodiffBackend, M: AutodiffModule<B>>(
+        &self,
+    ) -> impl Optimizer<M, B> + use<B, M> {
+        optimizer(self, 1, channel().0)
+    }
+}
 
 /// The optimizer of a training, which sends the gradients' squares of every step to `report`.
 pub(super) fn optimizer<B: AutodiffBackend, M: AutodiffModule<B>>(
@@ -184,8 +220,6 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for Sum<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::channel;
-
     use burn::backend::Autodiff;
     use burn::module::Module;
     use burn::optim::{AdamW, AdamWConfig};

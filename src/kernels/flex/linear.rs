@@ -1,13 +1,13 @@
 //! Matrix products. Those with few rows, as in decoding, are of [`few_rows`](super::few_rows); those with
-//! many are left to Flex, whose matrix kernels are good, weights in fewer bits being widened for them.
+//! many of [`many_rows`](super::many_rows), weights in fewer bits being widened for them.
 
-use burn::tensor::ops::FloatTensorOps;
-use burn::tensor::{Shape, Tensor, TensorData, backend::Backend};
-use burn_flex::{Flex, FlexTensor};
+use burn::tensor::{DType, Shape, Tensor, TensorData, backend::Backend};
+use burn_flex::FlexTensor;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::few_rows::{FEW, Held, products};
+use super::many_rows::product;
 use super::rows::{GroupStorage, Matrix, floats};
 use super::{ARCH, PARALLEL, f32_tensor, float_tensor, tensor, typed};
 use crate::kernels::operands::Factor;
@@ -18,21 +18,33 @@ use crate::kernels::work::is_done_by;
 /// Numbers that are widened at a time for products of many rows.
 const TILE: usize = 1 << 22;
 
-/// By a weight of f32 with few rows of `x`; of f16 or bf16 with any number.
+/// By a weight of floats.
 pub(crate) fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
-    let [batch, seq, _] = x.dims();
+    let [batch, seq, input] = x.dims();
     let [_, output] = weight.dims();
     if batch * seq <= FEW && is_worth_threads(weight) {
         return of_few(x, &[Held::floats(weight)?])?.pop();
     }
     let (x, weight) = (f32_tensor(x)?, float_tensor(weight)?);
+    if weight.dtype() == DType::F32 {
+        let rows = x.reshape(Shape::new([batch * seq, input]));
+        let products = product(&rows, &weight);
+        return typed(products.reshape(Shape::new([batch, seq, output])));
+    }
     // Whose rows are the outputs.
     let weight = weight.transpose(0, 1);
-    let weight = floats(&weight)?;
-    match weight.are_f32() {
-        true => None,
-        false => by_tile(&x, weight, [batch, seq, output]),
+    by_tile(&x, floats(&weight)?, [batch, seq, output])
+}
+
+/// Of two matrices of f32.
+pub(crate) fn matmul<B: Backend, const D: usize>(
+    lhs: &Tensor<B, D>,
+    rhs: &Tensor<B, D>,
+) -> Option<Tensor<B, D>> {
+    if D != 2 {
+        return None;
     }
+    typed(product(&f32_tensor(lhs)?, &f32_tensor(rhs)?))
 }
 
 /// By a matrix in groups.
@@ -89,7 +101,7 @@ fn of_few<B: Backend>(x: &Tensor<B, 3>, weights: &[Held]) -> Option<Vec<Tensor<B
     tensors.collect()
 }
 
-/// Products of many rows by Flex's, of a tile of the weight at a time.
+/// Products of many rows, of a tile of the weight at a time.
 fn by_tile<B: Backend>(
     x: &FlexTensor,
     weight: impl Matrix,
@@ -107,7 +119,7 @@ fn by_tile<B: Backend>(
         };
         numbers.par_chunks_mut(input).enumerate().for_each(row);
         let tile = FlexTensor::from_data(TensorData::new(numbers, [width, input]));
-        Flex::float_matmul(x.clone(), tile.transpose(0, 1))
+        product(&x, &tile.transpose(0, 1))
     };
     let width = (TILE / input).clamp(1, output);
     if width == output {

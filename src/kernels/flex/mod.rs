@@ -5,8 +5,6 @@
 //! What they have over Flex's own operations: threads for matrices with few rows, several steps in
 //! one pass over memory, and caches read where they lie.
 
-#[cfg(feature = "train")]
-mod adam_w;
 mod assign;
 mod attention;
 #[cfg(feature = "train")]
@@ -16,6 +14,7 @@ mod heads;
 mod linear;
 #[cfg(feature = "train")]
 mod loss;
+mod many_rows;
 mod narrow;
 mod pointwise;
 mod rows;
@@ -23,6 +22,8 @@ mod simd;
 mod team;
 #[cfg(test)]
 mod tests;
+#[cfg(feature = "train")]
+mod update;
 mod widen;
 
 use std::any::{Any, TypeId};
@@ -34,15 +35,15 @@ use burn_flex::{Flex, FlexTensor};
 use pulp::Arch;
 use rayon::prelude::*;
 
-#[cfg(feature = "train")]
-pub(super) use adam_w::adam_w;
 pub(super) use assign::assign_rows;
 use attention::attention;
 use heads::{rope, swap_heads};
-use linear::{linear, linear_each, linear_packed};
+use linear::{linear, linear_each, linear_packed, matmul};
 #[cfg(feature = "train")]
 pub(super) use loss::{cross_entropy, lost};
 use pointwise::{rms_norm, swiglu};
+#[cfg(feature = "train")]
+pub(super) use update::{adam_w, scaled, sum_of_squares};
 
 use super::operands::{Factor, Term, Visibility};
 use super::packed::Packed;
@@ -91,6 +92,13 @@ impl Kernels for FlexKernels {
 
     fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Option<Tensor<B, 3>> {
         plain_or_tracked!(linear(x, weight))
+    }
+
+    fn matmul<B: Backend, const D: usize>(
+        lhs: &Tensor<B, D>,
+        rhs: &Tensor<B, D>,
+    ) -> Option<Tensor<B, D>> {
+        matmul(lhs, rhs)
     }
 
     fn linear_packed<B: Backend>(x: &Tensor<B, 3>, weight: &Packed<B>) -> Option<Tensor<B, 3>> {

@@ -196,6 +196,36 @@ proptest! {
         assert_same(found.0.map(|found| found * scale), expected * scale);
     }
 
+    /// On both sides of what threads share, of matrices that are transposed, a part of others, or one row
+    /// again and again.
+    #[test]
+    fn products_of_many_rows_are_burns(
+        rows in prop_oneof![1usize..20, 100usize..300],
+        depth in prop_oneof![1usize..20, 100usize..600],
+        columns in prop_oneof![1usize..20, 100usize..300],
+        transposed in any::<[bool; 2]>(),
+        part in any::<[bool; 2]>(),
+        repeated in any::<bool>(),
+    ) {
+        let operand = |[rows, columns]: [usize; 2], of: usize| {
+            let around = if part[of] { 3 } else { 0 };
+            let whole = [rows + around, columns + 2 * around];
+            let whole = match transposed[of] {
+                true => random([whole[1], whole[0]]).transpose(),
+                false => random(whole),
+            };
+            whole.slice([around..around + rows, around..around + columns])
+        };
+        let x = match repeated {
+            true => random([1, depth]).expand([rows, depth]),
+            false => operand([rows, depth], 0),
+        };
+        let weight = operand([depth, columns], 1);
+        let scale = (depth as f64).sqrt().recip();
+        let found = matmul(&x, &weight).map(|found| found * scale);
+        assert_same(found, x.matmul(weight) * scale);
+    }
+
     #[test]
     fn norms_are_burns(rows in 1usize..200, width in 1usize..400) {
         let mut norm = RmsNormConfig::new(width).with_epsilon(1e-5).init::<Flex>(&FlexDevice);

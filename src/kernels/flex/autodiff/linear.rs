@@ -3,12 +3,12 @@
 //! copy the transposed weight.
 
 use burn::tensor::backend::Backend;
-use burn::tensor::ops::FloatTensorOps;
 use burn::tensor::{DType, Shape, Tensor};
 use burn_flex::{Flex, FlexTensor};
 
 use super::{Operation, record, tracked, untyped};
 use crate::kernels::flex::linear::linear_packed as plain_linear_packed;
+use crate::kernels::flex::many_rows::product;
 use crate::kernels::flex::{downcast, float_tensor, typed};
 use crate::kernels::packed::Packed;
 
@@ -62,9 +62,8 @@ impl Operation<1> for LinearPacked {
         let [batch, seq, output]: [usize; 3] = gradient.layout().shape().dims();
         let [_, input] = weight.dims();
         let rows = gradient.reshape(Shape::new([batch * seq, output]));
-        let x_gradient = float_tensor(&weight).map(|weight| {
-            Flex::float_matmul(rows, weight).reshape(Shape::new([batch, seq, input]))
-        });
+        let x_gradient = float_tensor(&weight)
+            .map(|weight| product(&rows, &weight).reshape(Shape::new([batch, seq, input])));
         [x_gradient]
     }
 }
@@ -95,7 +94,7 @@ impl Operation<2> for Linear {
 
     fn forward(&self, [x, weight]: [FlexTensor; 2]) -> Option<(FlexTensor, Self::State)> {
         let x = self.rows(&x);
-        let output = Flex::float_matmul(x.clone(), weight.clone());
+        let output = product(&x, &weight);
         Some((self.windows(&output), (x, weight)))
     }
 
@@ -107,15 +106,15 @@ impl Operation<2> for Linear {
     ) -> [Option<FlexTensor>; 2] {
         let gradient = self.rows(&gradient);
         let x_gradient = d_x.then(|| {
-            let gradient = Flex::float_matmul(gradient.clone(), weight.transpose(0, 1));
+            let gradient = product(&gradient, &weight.transpose(0, 1));
             self.windows(&gradient)
         });
         let weight_gradient = d_weight.then(|| {
             // In the weight's own layout: a transposed embedding's gradient is transposed back.
             if weight.is_contiguous() {
-                Flex::float_matmul(x.transpose(0, 1), gradient)
+                product(&x.transpose(0, 1), &gradient)
             } else {
-                Flex::float_matmul(gradient.transpose(0, 1), x).transpose(0, 1)
+                product(&gradient.transpose(0, 1), &x).transpose(0, 1)
             }
         });
         [x_gradient, weight_gradient]

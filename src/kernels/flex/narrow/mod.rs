@@ -82,10 +82,6 @@ impl<'a> Rows<'a> {
         self.width
     }
 
-    pub fn are_f32(&self) -> bool {
-        matches!(self.numbers, Numbers::F32(_))
-    }
-
     /// Rows one behind the other, if they lie so and are f32.
     pub fn as_they_lie(&self, range: Range<usize>) -> Option<&'a [f32]> {
         match self.numbers {
