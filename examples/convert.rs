@@ -26,7 +26,7 @@ use burn::tensor::backend::Backend;
 use clap::{Parser, ValueEnum};
 use fusedkv::checkpoint::gguf::{GgufError, GgufOptions, import_gguf};
 use fusedkv::checkpoint::{
-    LoadOptions, LoadedCheckpoint, SaveOptions, load_checkpoint, save_checkpoint,
+    LoadOptions, LoadedCheckpoint, SaveOptions, check_destination, load_checkpoint, save_checkpoint,
 };
 use fusedkv::convert::{
     ConversionConfig, FitError, PlanChoice, StageReport, choose_plan, convert_in_stages,
@@ -106,7 +106,7 @@ struct Args {
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeName,
     /// What to write the matrices as instead: f16, bf16 or int8
-    #[arg(long, default_value = "model")]
+    #[arg(long, default_value = "model", value_parser = saved_format)]
     weights: WeightFormat,
     /// What to compute on
     #[arg(long, value_enum, default_value = "flex")]
@@ -126,6 +126,15 @@ fn main() -> ExitCode {
         Some(file) => import(file, &args).map_err(Into::into),
         None => args.backend.run(args),
     })
+}
+
+/// A format that directories have matrices in.
+fn saved_format(name: &str) -> Result<WeightFormat, String> {
+    match name.parse() {
+        Ok(WeightFormat::Int4) => Err("not saved; expected model, f16, bf16 or int8".to_owned()),
+        Ok(format) => Ok(format),
+        Err(error) => Err(format!("{error}")),
+    }
 }
 
 fn import(file: &Path, args: &Args) -> Result<(), GgufError> {
@@ -153,6 +162,7 @@ impl Program for Args {
         if let Some(path) = &self.report {
             check_place(path)?;
         }
+        check_destination(&self.out)?;
         let model = self.model.as_ref().ok_or("--model is missing")?;
         let loaded = load_checkpoint::<B>(model, LoadOptions::new(), device)?;
         let standard = &loaded.model;

@@ -25,7 +25,7 @@ use clap::{Parser, ValueEnum};
 use fusedkv::FusedKvDecoder;
 use fusedkv::backend::Autodiff;
 use fusedkv::checkpoint::{
-    LoadedCheckpoint, SaveOptions, WeightDtype, load_checkpoint, save_checkpoint,
+    LoadedCheckpoint, SaveOptions, WeightDtype, check_destination, load_checkpoint, save_checkpoint,
 };
 use fusedkv::tokenizer::Tokenizer;
 use fusedkv::train::{
@@ -140,6 +140,7 @@ impl Program for Args {
         if let Some(path) = &self.report {
             check_place(path)?;
         }
+        check_destination(&self.out)?;
         let corpus = corpus::open(self.data.as_deref(), self.valid)?;
         let teacher: LoadedCheckpoint<B> =
             load_checkpoint(&self.teacher, WeightDtype::F32, device)?;

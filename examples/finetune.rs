@@ -23,8 +23,8 @@ use burn::tensor::backend::Backend;
 use clap::Parser;
 use fusedkv::backend::Autodiff;
 use fusedkv::checkpoint::{
-    LoadOptions, LoadedCheckpoint, SaveOptions, WeightDtype, load_adapter, load_checkpoint,
-    save_adapter, save_checkpoint,
+    LoadOptions, LoadedCheckpoint, SaveOptions, WeightDtype, check_destination, load_adapter,
+    load_checkpoint, save_adapter, save_checkpoint,
 };
 use fusedkv::text::{ChatError, ChatOptions, ChatTemplate};
 use fusedkv::tokenizer::Tokenizer;
@@ -118,6 +118,9 @@ fn main() -> ExitCode {
 
 impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
+        for out in [&self.out].into_iter().chain(&self.merge) {
+            check_destination(out)?;
+        }
         let options = self.options().with_weights(self.weights);
         let loaded = load_checkpoint::<Autodiff<B>>(&self.model, options, device)?;
         let tokenizer = loaded.tokenizer.ok_or("the model has no tokenizer.json")?;

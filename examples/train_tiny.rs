@@ -22,7 +22,9 @@ use burn::module::Module;
 use burn::tensor::backend::Backend;
 use clap::{Parser, ValueEnum};
 use fusedkv::backend::Autodiff;
-use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
+use fusedkv::checkpoint::{
+    SaveOptions, WeightDtype, check_destination, load_checkpoint, save_checkpoint,
+};
 use fusedkv::tokenizer::Tokenizer;
 use fusedkv::train::compare::Method;
 use fusedkv::train::{
@@ -197,6 +199,14 @@ impl Program for Args {
             corpus.bytes(Part::Train),
         );
 
+        // A plan is saved as any other model, under its own name where there are several.
+        let directory = |plan: &KvPlan| match &config.routing {
+            Some(_) => self.out.join(plan.to_string().replace(':', "-")),
+            None => self.out.clone(),
+        };
+        for plan in &plans {
+            check_destination(directory(plan))?;
+        }
         corpus::make_directory(&self.out)?;
         tokenizer.save(self.run_tokenizer())?;
         let (train, valid) = corpus::windows(&corpus, &tokenizer, self.context, &self.out)?;
@@ -221,11 +231,6 @@ impl Program for Args {
         let options = SaveOptions::new()
             .with_eos(eos)
             .with_tokenizer(tokenizer.clone());
-        // A plan is saved as any other model, under its own name where there are several.
-        let directory = |plan: &KvPlan| match &config.routing {
-            Some(_) => self.out.join(plan.to_string().replace(':', "-")),
-            None => self.out.clone(),
-        };
         let mut models: Vec<_> = trained.plans.iter().map(|of| &of.model).collect();
         if models.is_empty() {
             models.push(&trained.model);

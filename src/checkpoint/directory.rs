@@ -34,6 +34,30 @@ pub(super) fn replace<E: From<CheckpointError>>(
     result
 }
 
+/// Whether a directory can be put in a place, for work whose result is to be saved there: what would be
+/// wrong at its end is wrong before it begins.
+///
+/// Makes the directories above it, and tries one beside it that is gone again. That there is room enough is
+/// not looked at, nor does anybody keep the place.
+///
+/// # Errors
+/// [`CheckpointError::Write`]: the place is a file, or where another file system begins, or not to be written
+/// to.
+pub fn check_destination(directory: impl AsRef<Path>) -> Result<(), CheckpointError> {
+    let target = directory.as_ref();
+    let check = || {
+        let (parent, target) = place(target)?;
+        let partial = beside(&parent, &target, "saving");
+        remove(&partial)?;
+        fs::create_dir(&partial)?;
+        fs::remove_dir(&partial)
+    };
+    check().map_err(|source| CheckpointError::Write {
+        path: target.to_owned(),
+        source,
+    })
+}
+
 /// The directory that `target` is in, made if need be, and the target without links.
 fn place(target: &Path) -> io::Result<(PathBuf, PathBuf)> {
     let not_a_place = || io::Error::new(ErrorKind::InvalidInput, "not the name of a directory");
@@ -43,6 +67,13 @@ fn place(target: &Path) -> io::Result<(PathBuf, PathBuf)> {
             return Err(io::Error::new(ErrorKind::NotADirectory, "not a directory"));
         }
         let parent = target.parent().ok_or_else(not_a_place)?.to_owned();
+        if is_mounted(&target, &parent)? {
+            let kind = ErrorKind::CrossesDevices;
+            return Err(io::Error::new(
+                kind,
+                "another file system begins there, expected a directory in it",
+            ));
+        }
         return Ok((parent, target));
     }
     let name = target.file_name().ok_or_else(not_a_place)?;
@@ -54,6 +85,20 @@ fn place(target: &Path) -> io::Result<(PathBuf, PathBuf)> {
     let parent = parent.canonicalize()?;
     let target = parent.join(name);
     Ok((parent, target))
+}
+
+/// Whether a directory and the one it is in are on two file systems, so that no other can take its place.
+fn is_mounted(directory: &Path, parent: &Path) -> io::Result<bool> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        Ok(fs::metadata(directory)?.dev() != fs::metadata(parent)?.dev())
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = (directory, parent);
+        Ok(false)
+    }
 }
 
 fn beside(parent: &Path, target: &Path, role: &str) -> PathBuf {

@@ -47,6 +47,7 @@ mod tensors;
 mod weights;
 
 pub use adapter::{load_adapter, save_adapter};
+pub use directory::check_destination;
 pub use error::CheckpointError;
 #[cfg(feature = "train")]
 pub(crate) use load::check_vocabulary;

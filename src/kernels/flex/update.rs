@@ -151,7 +151,7 @@ mod tests {
             let found = f64::from(sum_of_squares(&x).unwrap().into_scalar());
             prop_assert!((found - squares).abs() <= 1e-5 * squares, "{found} {squares}");
 
-            let by = Tensor::<Flex, 1>::from_data([0.5, factor], &FlexDevice).slice([1..2]);
+            let by = Tensor::<Flex, 1>::from_data([0.5, factor], &FlexDevice).narrow(0, 1, 1);
             let found = scaled(x.clone(), &by).unwrap().into_data();
             let expected: Vec<f32> = before.iter().map(|x| x * factor).collect();
             let expected = burn::tensor::TensorData::new(expected, x.shape());
@@ -166,7 +166,7 @@ mod tests {
         let x = Tensor::<Flex, 1>::ones([3], &FlexDevice);
         let half = x.clone().cast(DType::F16);
         assert!(sum_of_squares(&half).is_none());
-        assert!(scaled(half.clone(), &x.clone().slice([0..1])).is_err());
-        assert!(scaled(x, &half.slice([0..1])).is_err());
+        assert!(scaled(half.clone(), &x.clone().narrow(0, 0, 1)).is_err());
+        assert!(scaled(x, &half.narrow(0, 0, 1)).is_err());
     }
 }

@@ -7,7 +7,9 @@ use std::path::Path;
 use burn::tensor::Tensor;
 use fusedkv::KvPlan;
 use fusedkv::backend::Flex;
-use fusedkv::checkpoint::{CheckpointError, RowWriter, SaveOptions, WeightDtype, save_checkpoint};
+use fusedkv::checkpoint::{
+    CheckpointError, RowWriter, SaveOptions, WeightDtype, check_destination, save_checkpoint,
+};
 use fusedkv::tokenizer::Tokenizer;
 use safetensors::SafeTensors;
 use tempfile::tempdir;
@@ -103,6 +105,44 @@ fn a_link_to_a_directory_stays_a_link() {
         parameters(&load(&directory).unwrap().model),
         parameters(&saved)
     );
+}
+
+/// As the save itself would be, and nothing is there afterwards that was not before.
+#[test]
+fn a_place_that_cannot_be_saved_to_is_said_before() {
+    let parent = tempdir().unwrap();
+    let saved = model::<Flex>(&fixed(KvPlan::Standard), 0);
+    let file = parent.path().join("file");
+    fs::write(&file, "mine").unwrap();
+    let mut refused = vec![file.clone(), file.join("model"), "".into()];
+    // Elsewhere it may be a directory as others are.
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let device = |path: &str| fs::metadata(path).map(|found| found.dev()).ok();
+        if device("/dev/shm").is_some() && device("/dev/shm") != device("/dev") {
+            refused.push("/dev/shm".into());
+        }
+    }
+    for place in refused {
+        for found in [
+            check_destination(&place),
+            save_checkpoint(&place, &saved, &SaveOptions::new()),
+        ] {
+            let error = found.unwrap_err();
+            let named = matches!(&error, CheckpointError::Write { path, .. } if *path == place);
+            assert!(named, "{}: {error:?}", place.display());
+        }
+    }
+    assert_eq!(fs::read(&file).unwrap(), b"mine");
+    assert_eq!(names(parent.path()), BTreeSet::from(["file".to_owned()]));
+
+    let new = parent.path().join("a/model");
+    check_destination(&new).unwrap();
+    assert_eq!(names(&parent.path().join("a")), BTreeSet::new());
+    save_checkpoint(&new, &saved, &SaveOptions::new()).unwrap();
+    check_destination(&new).unwrap();
+    assert_eq!(parameters(&load(&new).unwrap().model), parameters(&saved));
 }
 
 #[test]
