@@ -7,7 +7,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::few_rows::{FEW, Held, products};
-use super::many_rows::product;
+use super::many_rows::{among_threads, product};
 use super::rows::{GroupStorage, Matrix, floats};
 use super::{ARCH, PARALLEL, f32_tensor, float_tensor, tensor, typed};
 use crate::kernels::operands::Factor;
@@ -28,7 +28,7 @@ pub(crate) fn linear<B: Backend>(x: &Tensor<B, 3>, weight: &Tensor<B, 2>) -> Opt
     let (x, weight) = (f32_tensor(x)?, float_tensor(weight)?);
     if weight.dtype() == DType::F32 {
         let rows = x.reshape(Shape::new([batch * seq, input]));
-        let products = product(&rows, &weight);
+        let products = among_threads(&rows, &weight)?;
         return typed(products.reshape(Shape::new([batch, seq, output])));
     }
     // Whose rows are the outputs.
@@ -44,7 +44,7 @@ pub(crate) fn matmul<B: Backend, const D: usize>(
     if D != 2 {
         return None;
     }
-    typed(product(&f32_tensor(lhs)?, &f32_tensor(rhs)?))
+    typed(among_threads(&f32_tensor(lhs)?, &f32_tensor(rhs)?)?)
 }
 
 /// By a matrix in groups.

@@ -19,14 +19,12 @@ const PARALLEL: usize = 1 << 21;
 
 /// `a · b` of two matrices in any layout, `[rows, depth]` and `[depth, columns]`.
 pub(super) fn product(a: &FlexTensor, b: &FlexTensor) -> FlexTensor {
-    #[cfg(test)]
-    is_done_by("many_rows");
     among_threads(a, b).unwrap_or_else(|| Flex::float_matmul(a.clone(), b.clone()))
 }
 
 /// None for what Flex's own does better: small products; and those on other processors than with AVX2
 /// alone, where this was measured.
-fn among_threads(a: &FlexTensor, b: &FlexTensor) -> Option<FlexTensor> {
+pub(super) fn among_threads(a: &FlexTensor, b: &FlexTensor) -> Option<FlexTensor> {
     let [rows, depth]: [usize; 2] = a.layout().shape().dims();
     let [_, columns]: [usize; 2] = b.layout().shape().dims();
     if rows * depth * columns < PARALLEL || !has_avx2_alone() {
@@ -35,6 +33,8 @@ fn among_threads(a: &FlexTensor, b: &FlexTensor) -> Option<FlexTensor> {
     let [a, b] = [matrix(a)?, matrix(b)?];
     let mut product = vec![0.0; rows * columns];
     let (a, b) = (GemmInputA::Unpacked(a), GemmInputB::Unpacked(b));
+    #[cfg(test)]
+    is_done_by("many_rows");
     let gemm = GemmExecutor::<f32>::new();
     gemm.gemm(&mut product, a, b, Default::default()).ok()?;
     Some(FlexTensor::from_data(TensorData::new(
