@@ -69,7 +69,7 @@ impl BackendName {
 }
 
 /// Has mimalloc keep what is freed, which is soon taken again: given back to the system every second, as
-/// mimalloc does by itself, a training took a seventh longer (docs/decisions/products.md).
+/// mimalloc does by itself, a training took a tenth longer (docs/decisions/products.md).
 fn keep_freed_memory() {
     /// `mi_option_purge_delay`, for which the crate has no name.
     const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;

@@ -16,17 +16,11 @@ pub(super) fn replace<E: From<CheckpointError>>(
     replaced: impl Fn(&str) -> bool,
     write: impl FnOnce(&Path) -> Result<(), E>,
 ) -> Result<(), E> {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| E::from(CheckpointError::Write { path, source })
-    };
-    let (parent, target) = place(target).map_err(failed(target))?;
-    let partial = beside(&parent, &target, "saving");
-    // What a save that was killed has left.
-    remove(&partial).map_err(failed(&partial))?;
-    fs::create_dir(&partial).map_err(failed(&partial))?;
-    let result = write(&partial)
-        .and_then(|()| commit(&parent, &target, &partial, replaced).map_err(failed(&target)));
+    let [parent, target, partial] = begin(target)?;
+    let result = write(&partial).and_then(|()| {
+        let done = commit(&parent, &target, &partial, replaced);
+        Ok(done.map_err(failed(&target))?)
+    });
     if result.is_err() {
         // The error before it says more.
         let _ = remove(&partial);
@@ -44,18 +38,23 @@ pub(super) fn replace<E: From<CheckpointError>>(
 /// [`CheckpointError::Write`]: the place is a file, or where another file system begins, or not to be written
 /// to.
 pub fn check_destination(directory: impl AsRef<Path>) -> Result<(), CheckpointError> {
-    let target = directory.as_ref();
-    let check = || {
-        let (parent, target) = place(target)?;
-        let partial = beside(&parent, &target, "saving");
-        remove(&partial)?;
-        fs::create_dir(&partial)?;
-        fs::remove_dir(&partial)
-    };
-    check().map_err(|source| CheckpointError::Write {
-        path: target.to_owned(),
-        source,
-    })
+    let [_, _, partial] = begin(directory.as_ref())?;
+    fs::remove_dir(&partial).map_err(failed(&partial))
+}
+
+/// The directory that `target` is in, the target without links, and a new directory beside it.
+fn begin(target: &Path) -> Result<[PathBuf; 3], CheckpointError> {
+    let (parent, target) = place(target).map_err(failed(target))?;
+    let partial = beside(&parent, &target, "saving");
+    // What a save that was killed has left.
+    remove(&partial).map_err(failed(&partial))?;
+    fs::create_dir(&partial).map_err(failed(&partial))?;
+    Ok([parent, target, partial])
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError {
+    let path = path.to_owned();
+    move |source| CheckpointError::Write { path, source }
 }
 
 /// The directory that `target` is in, made if need be, and the target without links.

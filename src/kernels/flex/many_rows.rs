@@ -14,20 +14,20 @@ use super::ARCH;
 #[cfg(test)]
 use crate::kernels::work::is_done_by;
 
-/// Below this many multiply-adds, waking a thread takes longer than the work.
-const PARALLEL: usize = 1 << 21;
+/// Below this many multiply-adds a product is a single thread's.
+const SHARED: usize = 1 << 21;
 
 /// `a · b` of two matrices in any layout, `[rows, depth]` and `[depth, columns]`.
 pub(super) fn product(a: &FlexTensor, b: &FlexTensor) -> FlexTensor {
     among_threads(a, b).unwrap_or_else(|| Flex::float_matmul(a.clone(), b.clone()))
 }
 
-/// None for what Flex's own does better: small products; and those on other processors than with AVX2
-/// alone, where this was measured.
+/// [`product`], shared among threads. None for small ones, and on processors other than those with AVX2 alone,
+/// where this was measured.
 pub(super) fn among_threads(a: &FlexTensor, b: &FlexTensor) -> Option<FlexTensor> {
     let [rows, depth]: [usize; 2] = a.layout().shape().dims();
     let [_, columns]: [usize; 2] = b.layout().shape().dims();
-    if rows * depth * columns < PARALLEL || !has_avx2_alone() {
+    if rows * depth * columns < SHARED || !has_avx2_alone() {
         return None;
     }
     let [a, b] = [matrix(a)?, matrix(b)?];
