@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::pointwise::CHUNK;
 use super::simd::dot;
-use super::{ARCH, downcast, f32_tensor, for_each_block, tensor};
+use super::{ARCH, downcast, f32_tensor, for_each_block, tensor, typed};
 use crate::kernels::AdamWRates;
 
 /// Σ x², `[1]`; the same for any number of threads.
@@ -40,19 +40,14 @@ pub(crate) fn scaled<B: Backend, const D: usize>(
     let Some(factor) = f32_tensor(factor).filter(|_| x.dtype() == DType::F32) else {
         return Err(x);
     };
-    let x: Tensor<Flex, D> = downcast(x)?;
+    let mut x = contiguous::<D>(downcast(x)?);
     let factor = factor.storage::<f32>()[factor.layout().start_offset()];
-    let x = match factor {
-        1.0 => x,
-        _ => {
-            let mut x = contiguous(x);
-            for_each_block(x.storage_mut(), CHUNK, |_, x| {
-                x.iter_mut().for_each(|x| *x *= factor);
-            });
-            Tensor::from_primitive(TensorPrimitive::Float(x))
-        }
-    };
-    Ok(downcast(x).unwrap_or_else(|_| unreachable!("B is Flex")))
+    if factor != 1.0 {
+        for_each_block(x.storage_mut(), CHUNK, |_, x| {
+            x.iter_mut().for_each(|x| *x *= factor);
+        });
+    }
+    Ok(typed(x).unwrap_or_else(|| unreachable!("B is Flex")))
 }
 
 /// Parameter, gradient and both moments to parameter and moments; back as they came if they are not
