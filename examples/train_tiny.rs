@@ -204,10 +204,10 @@ impl Program for Args {
             Some(_) => self.out.join(plan.to_string().replace(':', "-")),
             None => self.out.clone(),
         };
+        corpus::make_directory(&self.out)?;
         for plan in &plans {
             check_destination(directory(plan))?;
         }
-        corpus::make_directory(&self.out)?;
         tokenizer.save(self.run_tokenizer())?;
         let (train, valid) = corpus::windows(&corpus, &tokenizer, self.context, &self.out)?;
         let run = Run::new(self.out.join("run")).with_resume(self.resume);
