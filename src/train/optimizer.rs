@@ -28,9 +28,9 @@ impl TrainingConfig {
     /// learning rate is the step's own: [`learning_rate`](Self::learning_rate) and warmup are not read.
     ///
     /// ```
-    /// use burn::backend::{Autodiff, Flex};
     /// use burn::optim::{GradientsParams, Optimizer};
     /// use burn::tensor::{Int, Tensor};
+    /// use fusedkv::backend::{Autodiff, Flex};
     /// use fusedkv::train::TrainingConfig;
     /// use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan};
     ///
