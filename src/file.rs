@@ -1,6 +1,8 @@
 //! Files that are either the old or the new one, whenever the process dies or the power fails.
 
 use std::fs::{self, File};
+#[cfg(feature = "train")]
+use std::fs::{OpenOptions, TryLockError};
 use std::io::{self, BufWriter, IntoInnerError, Write};
 use std::path::{Path, PathBuf};
 
@@ -57,11 +59,31 @@ pub(crate) fn write_by_name(
     let partial = partial(path)?.into_temp_path();
     write(&partial)?;
     // The writer may have made the file anew.
-    let written = fs::OpenOptions::new().write(true).open(&partial)?;
+    let written = OpenOptions::new().write(true).open(&partial)?;
     written.sync_all()?;
     drop(written);
     partial.persist(path)?;
     sync_directory(directory_of(path))
+}
+
+/// The file by which a directory is locked. It stays: who deletes it may delete the next one's.
+#[cfg(feature = "train")]
+pub(crate) const LOCK: &str = "writer.lock";
+
+/// Makes the caller the only one that writes to a directory, among those that ask: until the file is
+/// dropped or its process dies.
+#[cfg(feature = "train")]
+pub(crate) fn lock(directory: &Path) -> Result<File, TryLockError> {
+    let mut options = OpenOptions::new();
+    let options = options.create(true).truncate(false).write(true);
+    let file = options.open(directory.join(LOCK));
+    let file = file.map_err(TryLockError::Error)?;
+    match file.try_lock() {
+        // Some file systems have no locks.
+        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
+        locked => locked?,
+    }
+    Ok(file)
 }
 
 /// Makes what was renamed in a directory outlast a loss of power, where directories can be synced.

@@ -7,12 +7,12 @@ mod repeats;
 
 use std::fs;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn_dataset::Dataset;
 use fusedkv::backend::{Autodiff, Flex, FlexDevice};
 use fusedkv::train::compare::{
-    Comparison, DEFAULT_METHODS, MeanDeviation, Method, MethodError, RunResult, markdown,
+    Comparison, DEFAULT_METHODS, MeanDeviation, Method, MethodError, RunEvent, RunResult, markdown,
     measure_speed, summarise,
 };
 use fusedkv::train::{
@@ -120,7 +120,7 @@ fn a_comparison_goes_on_only_with_its_own_data_and_settings() {
         "{error}"
     );
 
-    let watch = |_: fusedkv::train::compare::RunEvent<'_>| {};
+    let watch = |_: RunEvent<'_>| {};
     let error = first
         .run::<Train>(&task(7), &task(1), &[FlexDevice], watch)
         .unwrap_err();
@@ -128,6 +128,24 @@ fn a_comparison_goes_on_only_with_its_own_data_and_settings() {
         matches!(&error, TrainError::OtherRun { field, .. } if field == "data"),
         "{error}"
     );
+
+    // While it is gone on with, another cannot be.
+    let (found, again) = (Arc::new(Mutex::new(Vec::new())), first.clone());
+    let watch = {
+        let found = found.clone();
+        move |_: RunEvent<'_>| {
+            let other = again.run::<Train>(&task(0), &task(1), &[FlexDevice], |_| {});
+            found.lock().unwrap().push(other.unwrap_err());
+        }
+    };
+    let both = [task(0), task(1)];
+    first
+        .run::<Train>(&both[0], &both[1], &[FlexDevice], watch)
+        .unwrap();
+    let [TrainError::InUse(path)] = &found.lock().unwrap()[..] else {
+        panic!("one event, that of the kept run: {found:?}");
+    };
+    assert_eq!(*path, first.directory);
 
     // As it was when data were hashed otherwise.
     let mark = directory.path().join("comparison.json");

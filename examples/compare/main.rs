@@ -150,6 +150,8 @@ impl Program for Args {
     fn run<B: Backend>(self, device: &B::Device) -> Result<(), Box<dyn Error>> {
         match self.task {
             Task::Text => {
+                // Methods that there are not are said before a text is read.
+                self.comparison(self.vocab, None)?;
                 let text = Text::open(&self)?;
                 let comparison = self.comparison(text.vocab_size, text.tokenizer)?;
                 self.compare::<B>(&comparison, &text.train, &text.valid, device)
@@ -277,8 +279,14 @@ mod tests {
 
     /// A comparison of two methods that takes a moment.
     fn compare(data: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
-        let small = "compare --methods standard fused-kv --seeds 1 --steps 2 --validations 1 \
-            --layers 4 --hidden 16 --heads 2 --vocab 280 --context 8 --batch 2 --prompt 4";
+        compare_with("--vocab 280", data, out)
+    }
+
+    fn compare_with(more: &str, data: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
+        let small = format!(
+            "compare --methods standard fused-kv --seeds 1 --steps 2 --validations 1 \
+             --layers 4 --hidden 16 --heads 2 --context 8 --batch 2 --prompt 4 {more}"
+        );
         let mut args: Vec<_> = small.split_whitespace().map(Into::into).collect();
         args.extend(["--data".into(), data.as_os_str().to_owned()]);
         args.extend(["--out".into(), out.as_os_str().to_owned()]);
@@ -310,6 +318,39 @@ mod tests {
         assert!(loaded.tokenizer.is_some());
         assert!(!loaded.eos.is_empty());
         assert_eq!(information_flow(&loaded.model).keys.len(), 2);
+    }
+
+    #[test]
+    fn a_comparison_keeps_its_tokenizer_and_takes_none_of_another() {
+        let directory = tempdir().unwrap();
+        let text = text(directory.path());
+        let [out, other] = ["out", "other"].map(|name| directory.path().join(name));
+        let tokenizer = |out: &Path| fs::read(out.join("tokenizer.json")).unwrap();
+
+        // What a command left that failed before it compared anything is not taken.
+        compare_with("--vocab 270 --lr 2", &text, &out).unwrap_err();
+        compare(&text, &out).unwrap();
+        let kept = tokenizer(&out);
+        compare(&text, &out).unwrap();
+        assert_eq!(tokenizer(&out), kept);
+
+        let error = compare_with("--vocab 270", &text, &out).unwrap_err();
+        assert!(error.to_string().contains("--vocab 280"), "{error}");
+        compare_with("--vocab 270", &text, &other).unwrap();
+        let path = other.join("tokenizer.json");
+        let error = compare_with(&format!("--tokenizer {}", path.display()), &text, &out);
+        let error = error.unwrap_err();
+        let refused = matches!(error.downcast_ref(), Some(TrainError::OtherRun { .. }));
+        assert!(refused, "{error}");
+        assert_eq!(tokenizer(&out), kept);
+
+        // A text that gives fewer tokens than are asked for.
+        let short = directory.path().join("short.txt");
+        fs::write(&short, "a b\n".repeat(200)).unwrap();
+        let out = directory.path().join("short");
+        for _ in 0..2 {
+            compare_with("--vocab 1000", &short, &out).unwrap();
+        }
     }
 
     #[test]

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::Path;
 
 use fusedkv::tokenizer::Tokenizer;
-use fusedkv::train::{TokenFile, TokenWindows};
+use fusedkv::train::compare::Comparison;
+use fusedkv::train::{Corpus, TokenFile, TokenWindows};
 
 use super::{Args, corpus};
 
@@ -32,14 +33,17 @@ impl Text {
         }
         let corpus = corpus::open(args.data.as_deref(), args.valid)?;
         corpus::make_directory(&args.out)?;
-        // The one given, the one an interrupted comparison has learned, or a new one.
-        let kept = args.out.join("tokenizer.json");
+        // That of a comparison stays as it is; what a command left that failed before is of no use.
+        let path = args.out.join("tokenizer.json");
+        let is_kept = Comparison::exists(&args.out) && path.exists();
         let tokenizer = match &args.tokenizer {
             Some(path) => Tokenizer::load(path)?,
-            None if kept.exists() => Tokenizer::load(&kept)?,
+            None if is_kept => kept(&path, &corpus, args.vocab)?,
             None => corpus.train_tokenizer(args.vocab)?,
         };
-        tokenizer.save(&kept)?;
+        if !is_kept {
+            tokenizer.save(&path)?;
+        }
         let (train, valid) = corpus::windows(&corpus, &tokenizer, args.context, &args.out)?;
         Ok(Self {
             vocab_size: tokenizer.vocab_size(),
@@ -48,6 +52,21 @@ impl Text {
             valid,
         })
     }
+}
+
+/// The tokenizer that a comparison has learned, if it was asked for as many tokens as this command is.
+fn kept(path: &Path, corpus: &Corpus, vocab: usize) -> Result<Tokenizer, Box<dyn Error>> {
+    let tokenizer = Tokenizer::load(path)?;
+    let size = tokenizer.vocab_size();
+    // A short text gives fewer than are asked for.
+    if size == vocab || size < vocab && corpus.train_tokenizer(vocab)?.vocab_size() == size {
+        return Ok(tokenizer);
+    }
+    Err(format!(
+        "{} has {size} tokens, expected --vocab {size} or another --out",
+        path.display(),
+    )
+    .into())
 }
 
 /// A file, with its path where it cannot be read.

@@ -7,7 +7,7 @@ use super::error::TextError;
 use super::generation::{Completion, TextFinish, TextGeneration, TextPiece};
 use super::generator::TextGenerator;
 use super::prompt::Prompt;
-use crate::cache::FusedKvCache;
+use crate::cache::{CacheDtype, CacheError, FusedKvCache};
 use crate::generate::{GenerateError, generate_from};
 
 /// One text after the other through the same cache. Of each prompt only what the cache does not
@@ -38,6 +38,7 @@ pub struct Conversation<'g, B: Backend> {
     generator: &'g TextGenerator<B>,
     /// None while it is being written with.
     cache: Option<FusedKvCache<B>>,
+    dtype: CacheDtype,
     capacity: usize,
     /// What the cache holds.
     tokens: Vec<u32>,
@@ -45,14 +46,21 @@ pub struct Conversation<'g, B: Backend> {
 }
 
 impl<'g, B: Backend> Conversation<'g, B> {
-    pub(super) fn new(generator: &'g TextGenerator<B>, cache: FusedKvCache<B>) -> Self {
-        Self {
+    /// An empty one, whose cache holds such numbers.
+    pub(super) fn new(
+        generator: &'g TextGenerator<B>,
+        dtype: CacheDtype,
+        capacity: usize,
+    ) -> Result<Self, CacheError> {
+        let cache = generator.model().new_cache_of(dtype, 1, capacity)?;
+        Ok(Self {
             generator,
-            capacity: cache.capacity(),
+            dtype,
+            capacity,
             cache: Some(cache),
             tokens: Vec::new(),
             reused: 0,
-        }
+        })
     }
 
     /// Tokens of the last prompt that were in the cache already.
@@ -150,7 +158,7 @@ impl<'g, B: Backend> Conversation<'g, B> {
             // Lost to a panic.
             None => generator
                 .model()
-                .new_cache_of(config.cache_dtype, 1, self.capacity)?,
+                .new_cache_of(self.dtype, 1, self.capacity)?,
         };
         let common = self.tokens.iter().zip(&tokens).take_while(|(a, b)| a == b);
         // The last token is read again, for its logits.

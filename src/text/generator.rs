@@ -207,8 +207,7 @@ impl<B: Backend> TextGenerator<B> {
         capacity: usize,
         dtype: CacheDtype,
     ) -> Result<Conversation<'_, B>, TextError> {
-        let cache = self.model.new_cache_of(dtype, 1, capacity)?;
-        Ok(Conversation::new(self, cache))
+        Ok(Conversation::new(self, dtype, capacity)?)
     }
 
     /// Text behind a prompt. An answer is a text of its own.

@@ -1,7 +1,7 @@
 //! The directory of a run: its configuration, losses so far, and checkpoints to resume from.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
@@ -21,6 +21,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::config::TrainingConfig;
+use super::data::HASH;
 use super::error::TrainError;
 use super::gradients::GradientNorms;
 use super::log;
@@ -28,6 +29,7 @@ use super::number;
 use crate::file;
 
 const CONFIG: &str = "training.json";
+const DATA: &str = "data.json";
 const LOSSES: &str = "losses.json";
 const CHECKPOINTS: &str = "checkpoint";
 const LOG: &str = "metrics.jsonl";
@@ -57,15 +59,49 @@ pub struct EpochLosses {
 /// Losses shared between the run and the thread that checkpoints.
 pub(super) type History = Arc<Mutex<Vec<EpochLosses>>>;
 
+/// Fingerprints of what a run learns from.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct DataMark {
+    hash: &'static str,
+    training_data: u64,
+    validation_data: u64,
+    teacher: Option<u64>,
+}
+
+impl DataMark {
+    pub fn new(training_data: u64, validation_data: u64, teacher: Option<u64>) -> Self {
+        Self {
+            hash: HASH,
+            training_data,
+            validation_data,
+            teacher,
+        }
+    }
+}
+
 /// The directory of a run.
 #[derive(Clone, Debug)]
-pub(super) struct RunDirectory(PathBuf);
+pub(super) struct RunDirectory {
+    path: PathBuf,
+    /// Of those who write.
+    _lock: Option<Arc<File>>,
+}
 
 impl RunDirectory {
+    fn locked(path: &Path) -> Result<Self, TrainError> {
+        Ok(Self {
+            path: path.to_owned(),
+            _lock: Some(Arc::new(lock(path)?)),
+        })
+    }
+
     /// Makes `path` the directory of a new run. What an earlier run left there is deleted, and
     /// nothing else ever is.
-    pub fn start(path: &Path, config: &TrainingConfig) -> Result<Self, TrainError> {
-        let run = Self(path.to_owned());
+    pub fn start(
+        path: &Path,
+        config: &TrainingConfig,
+        data: &DataMark,
+    ) -> Result<Self, TrainError> {
         let write = |path: &Path| {
             let path = path.to_owned();
             move |source| TrainError::Write { path, source }
@@ -73,11 +109,14 @@ impl RunDirectory {
         fs::create_dir_all(path).map_err(write(path))?;
         let config_path = path.join(CONFIG);
         if !config_path.exists() {
-            let mut entries = fs::read_dir(path).map_err(write(path))?;
-            if entries.next().is_some() {
-                return Err(TrainError::NotARun(path.to_owned()));
+            for entry in fs::read_dir(path).map_err(write(path))? {
+                // A run that died at once left its lock alone.
+                if entry.map_err(write(path))?.file_name() != file::LOCK {
+                    return Err(TrainError::NotARun(path.to_owned()));
+                }
             }
         }
+        let run = Self::locked(path)?;
         let checkpoints = path.join(CHECKPOINTS);
         if checkpoints.exists() {
             fs::remove_dir_all(&checkpoints).map_err(write(&checkpoints))?;
@@ -85,36 +124,30 @@ impl RunDirectory {
         if run.log().exists() {
             fs::remove_file(run.log()).map_err(write(&run.log()))?;
         }
-        run.save_losses(&[]).map_err(write(&path.join(LOSSES)))?;
+        // First of all what tells the directory from others. Nothing is resumed without a checkpoint.
         file::write(&config_path, config_to_json(config)).map_err(write(&config_path))?;
+        write_json(&path.join(DATA), data)?;
+        run.save_losses(&[])?;
         Ok(run)
     }
 
-    /// Opens the directory of a run with this configuration: it, its last complete checkpoint's
-    /// epoch, and the losses until then.
+    /// Opens the directory of a run with this configuration and data: it, its last complete
+    /// checkpoint's epoch, and the losses until then.
     pub fn resume(
         path: &Path,
         config: &TrainingConfig,
+        data: &DataMark,
     ) -> Result<(Self, usize, Vec<EpochLosses>), TrainError> {
-        let run = Self(path.to_owned());
         let config_path = path.join(CONFIG);
         if !config_path.exists() {
             return Err(TrainError::NoCheckpoint(path.to_owned()));
         }
-        let found: serde_json::Value = read(&config_path)?;
-        // Through text as well: numbers of less precision are written shorter.
-        let expected = serde_json::to_string(config).and_then(|json| serde_json::from_str(&json));
-        let expected: serde_json::Value = expected.map_err(|error| TrainError::Unreadable {
-            path: config_path,
-            reason: error.to_string(),
-        })?;
-        if let Some((field, found, expected)) = difference(&found, &expected) {
-            return Err(TrainError::OtherRun {
-                directory: path.to_owned(),
-                field,
-                found,
-                expected,
-            });
+        let run = Self::locked(path)?;
+        check_same(path, &read::<serde_json::Value>(&config_path)?, config)?;
+        let data_path = path.join(DATA);
+        // Runs of older versions do not say what they read.
+        if data_path.exists() {
+            check_same(path, &read::<serde_json::Value>(&data_path)?, data)?;
         }
         let epoch = run.last_checkpoint();
         let epoch = epoch.ok_or_else(|| TrainError::NoCheckpoint(path.to_owned()))?;
@@ -128,7 +161,10 @@ impl RunDirectory {
     /// Opens the directory of any run: it, its configuration, and the losses of the epochs that have
     /// a complete checkpoint, in order.
     pub fn saved(path: &Path) -> Result<(Self, TrainingConfig, Vec<EpochLosses>), TrainError> {
-        let run = Self(path.to_owned());
+        let run = Self {
+            path: path.to_owned(),
+            _lock: None,
+        };
         if !path.join(CONFIG).exists() || !path.join(LOSSES).exists() {
             return Err(TrainError::NoCheckpoint(path.to_owned()));
         }
@@ -144,22 +180,22 @@ impl RunDirectory {
     }
 
     pub fn path(&self) -> &Path {
-        &self.0
+        &self.path
     }
 
     /// Where steps and validations are logged.
     pub fn log(&self) -> PathBuf {
-        self.0.join(LOG)
+        self.path.join(LOG)
     }
 
     /// A part of a checkpoint, without extension, as recorders take it.
     pub fn part(&self, part: &str, epoch: usize) -> PathBuf {
-        self.0.join(CHECKPOINTS).join(format!("{part}-{epoch}"))
+        self.path.join(CHECKPOINTS).join(format!("{part}-{epoch}"))
     }
 
     /// The epochs that have a complete checkpoint.
     fn checkpoints(&self) -> BTreeSet<usize> {
-        let entries = fs::read_dir(self.0.join(CHECKPOINTS));
+        let entries = fs::read_dir(self.path.join(CHECKPOINTS));
         entries
             .into_iter()
             .flatten()
@@ -184,10 +220,30 @@ impl RunDirectory {
         self.checkpoints().last().copied()
     }
 
-    fn save_losses(&self, losses: &[EpochLosses]) -> io::Result<()> {
-        let json = serde_json::to_vec_pretty(losses)?;
-        file::write(&self.0.join(LOSSES), json)
+    fn save_losses(&self, losses: &[EpochLosses]) -> Result<(), TrainError> {
+        write_json(&self.path.join(LOSSES), losses)
     }
+}
+
+/// Makes the caller the only one that writes to a directory, as [`file::lock`] does.
+pub(super) fn lock(directory: &Path) -> Result<File, TrainError> {
+    file::lock(directory).map_err(|error| match error {
+        TryLockError::WouldBlock => TrainError::InUse(directory.to_owned()),
+        TryLockError::Error(source) => TrainError::Write {
+            path: directory.join(file::LOCK),
+            source,
+        },
+    })
+}
+
+pub(super) fn write_json(path: &Path, value: &(impl Serialize + ?Sized)) -> Result<(), TrainError> {
+    serde_json::to_vec_pretty(value)
+        .map_err(Into::into)
+        .and_then(|json| file::write(path, json))
+        .map_err(|source| TrainError::Write {
+            path: path.to_owned(),
+            source,
+        })
 }
 
 pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<T, TrainError> {
@@ -199,8 +255,36 @@ pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<T, TrainError> {
     serde_json::from_slice(&json).map_err(|error| unreadable(error.to_string()))
 }
 
+/// Checks that what a directory is of is what it is to be.
+pub(super) fn check_same(
+    directory: &Path,
+    found: &impl Serialize,
+    expected: &impl Serialize,
+) -> Result<(), TrainError> {
+    // Through text: numbers of less precision are written shorter.
+    let json = |value: &dyn Fn() -> serde_json::Result<String>| -> Result<serde_json::Value, _> {
+        value()
+            .and_then(|json| serde_json::from_str(&json))
+            .map_err(|error: serde_json::Error| TrainError::Unreadable {
+                path: directory.to_owned(),
+                reason: error.to_string(),
+            })
+    };
+    let found = json(&|| serde_json::to_string(found))?;
+    let expected = json(&|| serde_json::to_string(expected))?;
+    match difference(&found, &expected) {
+        Some((field, found, expected)) => Err(TrainError::OtherRun {
+            directory: directory.to_owned(),
+            field,
+            found,
+            expected,
+        }),
+        None => Ok(()),
+    }
+}
+
 /// The first setting that differs: its name and both values.
-pub(super) fn difference(
+fn difference(
     found: &serde_json::Value,
     expected: &serde_json::Value,
 ) -> Option<(String, String, String)> {
@@ -479,7 +563,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let model = FusedKvDecoderConfig::tiny(16, KvPlan::Standard);
         let config = TrainingConfig::new(model, 8, 4, 10);
-        let run = RunDirectory::start(directory.path(), &config).unwrap();
+        let run =
+            RunDirectory::start(directory.path(), &config, &DataMark::new(1, 2, None)).unwrap();
         let (train, valid, norms) = (channel(), channel(), channel());
         let (history, interrupter) = (History::default(), Interrupter::new());
         let mut strategy = KeepLastAndBest::new(

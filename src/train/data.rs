@@ -55,6 +55,9 @@ pub struct Answer {
     pub distance: usize,
 }
 
+/// What [fingerprints](Windows::fingerprint) are made by.
+pub(super) const HASH: &str = "xxh3";
+
 /// Windows to train on or to validate with, all of one length.
 pub trait Windows: Dataset<TokenWindow> {
     /// Tokens per window.

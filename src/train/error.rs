@@ -194,10 +194,14 @@ pub enum TrainError {
     /// The directory has files, and not those of a run: starting over would delete them.
     #[error("{} is not empty and holds no earlier run, expected a new, empty or run directory", .0.display())]
     NotARun(PathBuf),
+    /// Another process, or thread, writes there.
+    #[error("{} is in use by another training, expected one that has ended or another directory", .0.display())]
+    InUse(PathBuf),
     /// There is nothing to resume from.
     #[error("no complete checkpoint in {}, expected one to resume from", .0.display())]
     NoCheckpoint(PathBuf),
-    /// The checkpoints are of a run with another configuration.
+    /// The checkpoints are of a run with another configuration, or of other data, which are told apart
+    /// by [fingerprints](super::Windows::fingerprint).
     #[error("{} holds a run with {field} {found}, expected {expected}, to resume it", directory.display())]
     OtherRun {
         /// The run's directory.

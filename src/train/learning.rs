@@ -15,8 +15,8 @@ use burn_train::{
 };
 
 use super::checkpoint::{
-    CompleteFileRecorder, EpochEnd, History, KeepLastAndBest, Patience, Reports, RunDirectory,
-    Unwritten,
+    CompleteFileRecorder, DataMark, EpochEnd, History, KeepLastAndBest, Patience, Reports,
+    RunDirectory, Unwritten,
 };
 use super::config::TrainingConfig;
 use super::data::{Windows, read_window};
@@ -36,7 +36,7 @@ use super::progress::{PlainRenderer, Progress};
 use super::run::{Run, Trained, TrainedPlan};
 use super::saved::load_checked;
 use super::trainable::choose;
-use super::trainee::Trainee;
+use super::trainee::{Trainee, fingerprint};
 use crate::decoder::FusedKvDecoder;
 
 /// How often plain progress is printed.
@@ -120,12 +120,18 @@ pub(super) fn run_training<B: AutodiffBackend>(
     let optimizer = optimizer::<B, Trainee<B>>(config, devices.len(), squares);
     let scheduler = WarmupCosine::new(config);
 
+    let data = DataMark::new(
+        train_windows.fingerprint(),
+        valid_windows.fingerprint(),
+        taught.as_ref().map(|(teacher, _)| fingerprint(teacher)),
+    );
     let (directory, done, losses) = if run.resume {
-        let (directory, epoch, losses) = RunDirectory::resume(&run.directory, config)?;
+        let (directory, epoch, losses) = RunDirectory::resume(&run.directory, config, &data)?;
         model = load_checked(&directory, epoch, model, &optimizer, &scheduler, device)?;
         (directory, epoch, losses)
     } else {
-        (RunDirectory::start(&run.directory, config)?, 0, Vec::new())
+        let directory = RunDirectory::start(&run.directory, config, &data)?;
+        (directory, 0, Vec::new())
     };
 
     let teacher =

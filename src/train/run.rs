@@ -43,11 +43,11 @@ impl Run {
         }
     }
 
-    /// Goes on from the last checkpoint in the directory, if `resume` is set.
+    /// Goes on from the last checkpoint in the directory, if `resume` is set; one of the same
+    /// configuration, data and teacher.
     ///
     /// The run ends as it would have without the interruption: the windows read, the optimizer's
-    /// moments and the learning rate are those of the step, given the same tokens. The one
-    /// exception is dropout, whose randomness starts over.
+    /// moments and the learning rate are those of the step. The one exception is dropout, whose randomness starts over.
     #[must_use]
     pub fn with_resume(self, resume: bool) -> Self {
         Self { resume, ..self }
@@ -246,8 +246,8 @@ impl<B: Backend> Trained<B> {
 /// arithmetic does and nothing else draws from its random numbers meanwhile.
 ///
 /// # Errors
-/// [`TrainError`] for a configuration, tokens or a directory that do not fit, before anything is
-/// trained, and for a training that is stopped, loses its files or diverges.
+/// [`TrainError`] for a configuration, tokens or a directory that do not fit or that another training
+/// uses, before anything is trained, and for a training that is stopped, loses its files or diverges.
 pub fn train<B: AutodiffBackend>(
     config: &TrainingConfig,
     tokens: impl Into<Arc<[u32]>>,

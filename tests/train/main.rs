@@ -478,6 +478,74 @@ fn a_run_is_resumed_only_by_its_own_configuration() {
 }
 
 #[test]
+fn a_run_is_resumed_only_with_its_own_data() {
+    let directory = tempdir().unwrap();
+    let directory = directory.path();
+    let config = short();
+    let go = |tokens: Vec<u32>| {
+        let run = Run::new(directory)
+            .with_resume(true)
+            .with_progress(Progress::Quiet);
+        in_turn(|| train::<Autodiff<Flex>>(&config, tokens, &run, &FlexDevice))
+    };
+    run(&config, directory, false).unwrap();
+    fs::remove_file(directory.join("checkpoint/optim-4.mpk")).unwrap();
+    let losses = fs::read(directory.join("losses.json")).unwrap();
+    for (place, expected) in [(0, "training_data"), (990, "validation_data")] {
+        let mut other = tokens();
+        other[place] ^= 1;
+        let error = go(other).unwrap_err();
+        let refused = matches!(&error, TrainError::OtherRun { field, .. } if field == expected);
+        assert!(refused, "{error}");
+        assert_eq!(fs::read(directory.join("losses.json")).unwrap(), losses);
+    }
+    go(tokens()).unwrap();
+
+    // A run of a version that did not write down what it read.
+    fs::remove_file(directory.join("data.json")).unwrap();
+    go(tokens()).unwrap();
+}
+
+#[test]
+fn a_directory_belongs_to_one_training_at_a_time() {
+    let directory = tempdir().unwrap();
+    let path = directory.path().to_owned();
+    let config = short();
+    let found = Arc::new(Mutex::new(Vec::new()));
+    let observed = {
+        let (path, config, found) = (path.clone(), config.clone(), found.clone());
+        move |_| {
+            for resume in [false, true] {
+                let run = Run::new(&path)
+                    .with_resume(resume)
+                    .with_progress(Progress::Quiet);
+                let error = train::<Autodiff<Flex>>(&config, tokens(), &run, &FlexDevice);
+                found.lock().unwrap().push(error.unwrap_err());
+            }
+        }
+    };
+    let watched = Run::new(&path)
+        .with_progress(Progress::Quiet)
+        .with_observer(observed);
+    in_turn(|| train::<Autodiff<Flex>>(&config, tokens(), &watched, &FlexDevice)).unwrap();
+    let found = found.lock().unwrap();
+    assert_eq!(found.len(), 2 * config.steps);
+    for error in found.iter() {
+        assert!(
+            matches!(error, TrainError::InUse(of) if *of == path),
+            "{error}"
+        );
+    }
+    // It has ended.
+    run(&config, &path, true).unwrap();
+
+    // What a run leaves that dies at once is no hindrance.
+    let died = tempdir().unwrap();
+    fs::copy(path.join("writer.lock"), died.path().join("writer.lock")).unwrap();
+    run(&config, died.path(), false).unwrap();
+}
+
+#[test]
 fn settings_out_of_range_are_named() {
     let directory = tempdir().unwrap();
     let base = config;

@@ -1,6 +1,6 @@
 //! Running a comparison: every method with every seed, each finished run kept.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -13,11 +13,10 @@ use super::method::Method;
 use crate::cache::CacheDtype;
 use crate::checkpoint::{SaveOptions, check_vocabulary, save_checkpoint};
 use crate::decoder::FusedKvDecoder;
-use crate::file;
 use crate::tokenizer::Tokenizer;
-use crate::train::checkpoint::{EpochLosses, RunDirectory, difference, read};
+use crate::train::checkpoint::{EpochLosses, RunDirectory, check_same, lock, read, write_json};
 use crate::train::config::TrainingConfig;
-use crate::train::data::Windows;
+use crate::train::data::{HASH, Windows};
 use crate::train::error::TrainError;
 use crate::train::evaluate::{Evaluation, evaluate};
 use crate::train::metrics::perplexity;
@@ -30,8 +29,6 @@ use crate::train::run::{Run, train_on};
 const RESULT: &str = "result.json";
 const COMPARISON: &str = "comparison.json";
 const MODEL: &str = "model";
-/// What fingerprints of the data are made by.
-const HASH: &str = "xxh3";
 
 /// Several methods to be trained alike, several seeds each.
 #[derive(Clone, Debug)]
@@ -141,7 +138,8 @@ impl Comparison {
     ///
     /// # Errors
     /// [`TrainError::OtherRun`] if the directory holds a comparison of other data or settings,
-    /// [`TrainError::OlderComparison`] if one of an older version, [`TrainError::Checkpoint`] if the
+    /// [`TrainError::OlderComparison`] if one of an older version, [`TrainError::InUse`] while another
+    /// process, or thread, runs it, [`TrainError::Checkpoint`] if the
     /// tokenizer has more tokens than a decoder, added ones aside, or a model cannot be saved,
     /// [`TrainError::Cache`] if the backend cannot keep a cache of `cache_dtypes`, and whatever
     /// [`train_on`] returns, but for [`TrainError::Diverged`].
@@ -167,7 +165,7 @@ impl Comparison {
                 dtype.check::<B::InnerBackend>(B::FloatElem::dtype(), device)?;
             }
         }
-        self.claim_directory(&[train.fingerprint(), valid.fingerprint()])?;
+        let _lock = self.claim_directory(&[train.fingerprint(), valid.fingerprint()])?;
         let watch = Arc::new(watch);
         let mut results = Vec::new();
         for (method, config) in self.configs() {
@@ -354,6 +352,11 @@ impl Comparison {
         })
     }
 
+    /// Whether a directory holds a comparison, finished or not.
+    pub fn exists(directory: impl AsRef<Path>) -> bool {
+        directory.as_ref().join(COMPARISON).exists()
+    }
+
     /// Where the model of a run is saved when it is trained.
     pub fn model_directory(&self, method: &Method, seed: u64) -> PathBuf {
         self.run_directory(method, seed).join(MODEL)
@@ -364,10 +367,15 @@ impl Comparison {
         self.directory.join("runs").join(name)
     }
 
-    /// Marks the directory with what is compared, or checks that it is marked so.
+    /// Locks the directory and marks it with what is compared, or checks that it is marked so.
     ///
     /// Methods and seeds may be added to a comparison; data and training stay.
-    fn claim_directory(&self, data: &[u64; 2]) -> Result<(), TrainError> {
+    fn claim_directory(&self, data: &[u64; 2]) -> Result<File, TrainError> {
+        fs::create_dir_all(&self.directory).map_err(|source| TrainError::Write {
+            path: self.directory.clone(),
+            source,
+        })?;
+        let lock = lock(&self.directory)?;
         let training = TrainingConfig {
             model: self.training.model.clone(),
             seed: 0,
@@ -380,13 +388,11 @@ impl Comparison {
             if found["hash"] != HASH {
                 return Err(TrainError::OlderComparison(self.directory.clone()));
             }
-            return check_same(&self.directory, &found, &mark);
+            check_same(&self.directory, &found, &mark)?;
+            return Ok(lock);
         }
-        fs::create_dir_all(&self.directory).map_err(|source| TrainError::Write {
-            path: self.directory.clone(),
-            source,
-        })?;
-        write_json(&path, &mark)
+        write_json(&path, &mark)?;
+        Ok(lock)
     }
 }
 
@@ -402,43 +408,6 @@ impl<B: Backend> Finished<B> {
         }
         Ok(self.model.as_ref())
     }
-}
-
-fn check_same(
-    directory: &Path,
-    found: &impl Serialize,
-    expected: &impl Serialize,
-) -> Result<(), TrainError> {
-    // Through text: numbers of less precision are written shorter.
-    let json = |value: &dyn Fn() -> serde_json::Result<String>| -> Result<serde_json::Value, _> {
-        value()
-            .and_then(|json| serde_json::from_str(&json))
-            .map_err(|error: serde_json::Error| TrainError::Unreadable {
-                path: directory.to_owned(),
-                reason: error.to_string(),
-            })
-    };
-    let found = json(&|| serde_json::to_string(found))?;
-    let expected = json(&|| serde_json::to_string(expected))?;
-    match difference(&found, &expected) {
-        Some((field, found, expected)) => Err(TrainError::OtherRun {
-            directory: directory.to_owned(),
-            field,
-            found,
-            expected,
-        }),
-        None => Ok(()),
-    }
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
-    serde_json::to_vec_pretty(value)
-        .map_err(Into::into)
-        .and_then(|json| file::write(path, json))
-        .map_err(|source| TrainError::Write {
-            path: path.to_owned(),
-            source,
-        })
 }
 
 /// Tokens per second of the median step: validations between steps do not count.

@@ -252,7 +252,7 @@ pub(super) enum OtherRecord {
 
 /// A number that the parameters of other decoders most likely do not have, adapters left out: that of
 /// their numbers in f32.
-fn fingerprint<B: Backend>(model: &FusedKvDecoder<B>) -> u64 {
+pub(super) fn fingerprint<B: Backend>(model: &FusedKvDecoder<B>) -> u64 {
     struct Hash(ModulePath, Xxh3Default);
 
     impl<B: Backend> ModuleVisitor<B> for Hash {

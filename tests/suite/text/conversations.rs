@@ -1,7 +1,10 @@
 //! Answers through a cache that is kept.
 
-use fusedkv::text::{ChatMessage, ChatTemplate, Prompt, TextConfig, TextError};
-use fusedkv::{CacheDtype, GenerateError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use fusedkv::backend::Flex;
+use fusedkv::text::{ChatMessage, ChatTemplate, Conversation, Prompt, TextConfig, TextError};
+use fusedkv::{CacheDtype, FusedKvCache, GenerateError};
 use proptest::prelude::*;
 
 use super::generator;
@@ -118,4 +121,25 @@ fn a_conversation_goes_on_after_an_error() {
     assert_eq!(pieces, 3);
     assert_eq!(conversation.write("to be", &config).unwrap(), expected);
     assert!(conversation.reused() > 0);
+}
+
+#[test]
+fn a_conversation_keeps_its_numbers_after_a_panic() {
+    let generator = generator::<Flex>(2);
+    let config = drawn(3, 6);
+    for dtype in [CacheDtype::F16, CacheDtype::Int8] {
+        let mut conversation = generator.conversation(24, dtype).unwrap();
+        let expected = conversation.write("to be", &config).unwrap();
+        let bytes = |of: &Conversation<'_, _>| of.cache().map(FusedKvCache::bytes_allocated);
+        let before = bytes(&conversation);
+        let panic = AssertUnwindSafe(|| {
+            conversation.write_with("to be", &config, |_| -> Result<(), TextError> {
+                panic!("in the middle")
+            })
+        });
+        catch_unwind(panic).unwrap_err();
+        assert_eq!(bytes(&conversation), None);
+        assert_eq!(conversation.write("to be", &config).unwrap(), expected);
+        assert_eq!(bytes(&conversation), before);
+    }
 }
