@@ -172,11 +172,17 @@ impl Program for Args {
         };
         let calibration = read(&self.text, self.tokens)?;
         let held_out = read(&self.held_out, self.held_out_tokens)?;
+        let bos = match &loaded.tokenizer {
+            Some(tokenizer) => tokenizer.bos()?,
+            None => None,
+        };
+        let longest = standard.config().max_positions;
         let context = self
             .context
-            .unwrap_or(standard.config().max_positions.min(512));
+            .unwrap_or((longest - usize::from(bos.is_some())).min(512));
         let fits = |fit| self.text.is_some() && self.stages.contains(&fit);
         let mut config = ConversionConfig::new(context)
+            .with_bos(bos)
             .with_blends(fits(Fit::Blends))
             .with_layers(fits(Fit::Layers));
         config.ridge = self.ridge.unwrap_or(config.ridge);

@@ -270,7 +270,7 @@ impl Args {
         tokens.truncate(self.test_tokens);
         let file = self.out.join("test.bin");
         let file = TokenFile::write(file, tokenizer.vocab_size(), [Ok(tokens)])?;
-        Ok(TokenWindows::of_file(file, self.context)?)
+        Ok(TokenWindows::of_file(file, self.context)?.with_bos(tokenizer.bos()?))
     }
 }
 

@@ -53,6 +53,10 @@ struct Args {
     /// Tokens from one window's start to the next [default: the context]
     #[arg(long)]
     stride: Option<usize>,
+    /// Read the text without the beginning of a text that the model's tokenizer has prompts begin with;
+    /// otherwise every window is read behind one
+    #[arg(long, conflicts_with = "ids")]
+    no_bos: bool,
     /// Write the logits after each token, a tensor `logits` [tokens, vocab] in f32
     #[arg(long, value_name = "FILE")]
     logits: Option<PathBuf>,
@@ -90,11 +94,16 @@ impl Program for Args {
             None => &loaded.model,
         };
         let (tokens, words) = self.tokens(loaded.tokenizer.as_ref())?;
+        let bos = match &loaded.tokenizer {
+            Some(tokenizer) if self.text.is_some() && !self.no_bos => tokenizer.bos()?,
+            _ => None,
+        };
 
-        let longest = model.config().max_positions;
+        let longest = model.config().max_positions - usize::from(bos.is_some());
         let context = self.context.unwrap_or(CONTEXT.min(longest));
         let config = ScoreConfig::new(context)
             .with_stride(self.stride)
+            .with_bos(bos)
             .with_chunk(self.cached.then_some(self.chunk.unwrap_or(128)))
             .with_cache_dtype(self.cache_dtype);
         let shape = [tokens.len(), model.config().vocab_size];

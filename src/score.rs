@@ -23,8 +23,8 @@ pub enum ScoreError {
         /// The most it may be.
         largest: usize,
     },
-    /// The first token has nothing to be predicted from.
-    #[error("{0} tokens to score, expected at least 2")]
+    /// The first token has nothing to be predicted from, unless there is a [`bos`](ScoreConfig::bos).
+    #[error("{0} tokens to score, expected at least 2, or 1 behind a beginning of text")]
     TooFewTokens(usize),
     /// The decoder cannot read the text.
     #[error(transparent)]
@@ -46,11 +46,15 @@ impl From<TokensError> for ScoreError {
 /// How a text longer than the decoder's positions is read.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub struct ScoreConfig {
-    /// Tokens per window.
+    /// Tokens of the text per window.
     pub context: usize,
     /// Tokens from one window's start to the next; `context` if none, so that no token is read
     /// twice. Smaller ones predict with more context and take longer.
     pub stride: Option<usize>,
+    /// A token that every window is read behind, beside its own: the beginning of a text, for models that
+    /// were trained to find one ([`Tokenizer::bos`](crate::tokenizer::Tokenizer::bos)). The text's first
+    /// token is then predicted as well.
+    pub bos: Option<u32>,
     /// Read through the cache, this many tokens at a time.
     pub chunk: Option<usize>,
     /// What numbers that cache keeps.
@@ -63,7 +67,7 @@ pub struct ScoreConfig {
 pub struct Score {
     /// Negative log-likelihood of all tokens together, in nats.
     pub nll: f64,
-    /// Tokens predicted: all but the first.
+    /// Tokens predicted: all but the first, or all behind a [`bos`](ScoreConfig::bos).
     pub tokens: usize,
 }
 
@@ -85,8 +89,8 @@ impl Score {
 }
 
 /// Scores a text: every token but the first is predicted once, from at most `context` tokens before
-/// it. Each window begins `stride` after the one before; what both read is context only in the
-/// second.
+/// it; behind a [`bos`](ScoreConfig::bos) the first one as well. Each window begins `stride` after the
+/// one before; what both read is context only in the second.
 ///
 /// ```
 /// use fusedkv::backend::{Flex, FlexDevice};
@@ -103,8 +107,8 @@ impl Score {
 /// ```
 ///
 /// # Errors
-/// [`ScoreError`] for fewer than two tokens, tokens the decoder does not know, or settings out of
-/// range.
+/// [`ScoreError`] for fewer than two tokens, without a `bos`, tokens the decoder does not know, or
+/// settings out of range.
 pub fn score<B: Backend>(
     model: &FusedKvDecoder<B>,
     tokens: &[u32],
@@ -113,8 +117,8 @@ pub fn score<B: Backend>(
     score_with(model, tokens, config, |_| Ok(()))
 }
 
-/// [`score`], calling `logits` with those after each token: some rows of `vocab_size` at a time, in
-/// order, in the end as many as tokens.
+/// [`score`], calling `logits` with those after each token of the text: some rows of `vocab_size` at a
+/// time, in order, in the end as many as tokens.
 ///
 /// # Errors
 /// As [`score`], and the first error of `logits`.
@@ -130,34 +134,44 @@ pub fn score_with<B: Backend, E: From<ScoreError>>(
         nll: 0.0,
         tokens: 0,
     };
-    let mut take = |start: usize, rows: Vec<f32>| -> Result<(), E> {
-        for (row, target) in rows.chunks(vocab_size).zip(&tokens[start + 1..]) {
+    // Row i is what follows the text's first i tokens.
+    let mut take = |first: usize, rows: Vec<f32>| -> Result<(), E> {
+        for (row, target) in rows.chunks(vocab_size).zip(&tokens[first..]) {
             score.nll += nll(row, *target as usize);
             score.tokens += 1;
         }
-        logits(&rows)
+        let beginning = if first == 0 { vocab_size } else { 0 };
+        match &rows[beginning..] {
+            [] => Ok(()),
+            rows => logits(rows),
+        }
     };
+    let lead = usize::from(config.bos.is_some());
     let (mut start, mut done) = (0, 0);
     while done < tokens.len() {
-        let window = &tokens[start..tokens.len().min(start + config.context)];
-        let old = done - start;
+        let end = tokens.len().min(start + config.context);
+        let window = config.bos.iter().chain(&tokens[start..end]);
+        let window: Vec<u32> = window.copied().collect();
+        // What the window before has predicted; the first one's beginning predicts the first token.
+        let old = if done == 0 { 0 } else { done - start + lead };
+        let row = |place: usize| start + place + 1 - lead;
         match config.chunk {
             None => {
                 let all = model
-                    .forward(batch(model, window)?)
+                    .forward(batch(model, &window)?)
                     .map_err(ScoreError::from)?;
-                take(done, rows_from(all, old))?;
+                take(row(old), rows_from(all, old))?;
             }
             Some(chunk) => {
                 let cache = model
                     .new_cache_of(config.cache_dtype, 1, window.len())
                     .map_err(ScoreError::from)?;
-                cached(model, cache, window, chunk, old, |from, rows| {
-                    take(start + from, rows)
+                cached(model, cache, &window, chunk, old, |place, rows| {
+                    take(row(place), rows)
                 })?;
             }
         }
-        done = start + window.len();
+        done = end;
         start += stride;
     }
     Ok(score)
@@ -170,8 +184,9 @@ fn check<B: Backend>(
 ) -> Result<usize, ScoreError> {
     let max_positions = model.config().max_positions;
     let stride = config.stride.unwrap_or(config.context);
+    let lead = usize::from(config.bos.is_some());
     for (field, value, largest) in [
-        ("context", config.context, max_positions),
+        ("context", config.context, max_positions - lead),
         ("stride", stride, config.context),
         ("chunk", config.chunk.unwrap_or(1), usize::MAX),
     ] {
@@ -183,15 +198,16 @@ fn check<B: Backend>(
             });
         }
     }
-    if tokens.len() < 2 {
+    if tokens.len() + lead < 2 {
         return Err(ScoreError::TooFewTokens(tokens.len()));
     }
     let vocab_size = model.config().vocab_size;
-    if let Some(position) = tokens.iter().position(|&t| t as usize >= vocab_size) {
+    let all = config.bos.iter().chain(tokens);
+    if let Some((position, &token)) = all.enumerate().find(|(_, t)| **t as usize >= vocab_size) {
         return Err(ScoreError::from(TokensError::OutOfVocabulary {
             row: 0,
             position,
-            token: tokens[position],
+            token,
             vocab_size,
         }));
     }
@@ -207,8 +223,8 @@ fn batch<B: Backend>(
     Ok(TokenBatch::from_rows(&[tokens], vocab_size, &device)?)
 }
 
-/// Reads a window through an empty cache and gives `take` the logits after all tokens but the first
-/// `old`, with the position of the first.
+/// Reads a window through an empty cache and gives `take` the logits after all its tokens but the first
+/// `old`, with the place of the first.
 fn cached<B: Backend, E: From<ScoreError>>(
     model: &FusedKvDecoder<B>,
     mut cache: FusedKvCache<B>,

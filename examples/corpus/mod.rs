@@ -32,7 +32,8 @@ pub fn windows(
     Ok((train, valid))
 }
 
-/// Windows of one part, whose tokens are kept in a file of a directory.
+/// Windows of one part, whose tokens are kept in a file of a directory. They begin as the tokenizer has
+/// prompts begin.
 pub fn windows_of(
     part: Part,
     corpus: &Corpus,
@@ -51,7 +52,7 @@ pub fn windows_of(
         corpus.bytes(part),
         tokens.len(),
     );
-    TokenWindows::of_file(tokens, context)
+    Ok(TokenWindows::of_file(tokens, context)?.with_bos(tokenizer.bos()?))
 }
 
 /// Makes the directory that an example writes to, if need be.

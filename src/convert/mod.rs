@@ -88,7 +88,20 @@ pub fn convert_fitted<B: Backend>(
     context: usize,
 ) -> Result<(FusedKvDecoder<B>, Vec<LayerFit>), ConvertError> {
     let mut converted = convert(model, plan)?;
-    let batches = windows(model, tokens, context)?;
+    let layers = fit_blends(
+        model,
+        &mut converted,
+        windows(model, tokens, context, None)?,
+    )?;
+    Ok((converted, layers))
+}
+
+/// Fits the fusion weights of a decoder that a standard one was converted to.
+fn fit_blends<B: Backend>(
+    model: &FusedKvDecoder<B>,
+    converted: &mut FusedKvDecoder<B>,
+    batches: Vec<TokenBatch<B>>,
+) -> Result<Vec<LayerFit>, ConvertError> {
     let n_layers = model.config().n_layers;
     let reuses = |&layer: &usize| {
         let kv = converted.layout().layer(layer);
@@ -96,7 +109,7 @@ pub fn convert_fitted<B: Backend>(
     };
     let fits = (0..n_layers).filter(reuses);
     let mut fits: Vec<_> = fits
-        .map(|layer| Regressions::new(&converted, layer))
+        .map(|layer| Regressions::new(converted, layer))
         .collect();
     for batch in batches {
         let mut stream = model.stream(batch)?;
@@ -107,22 +120,23 @@ pub fn convert_fitted<B: Backend>(
             fit.add(&stream, &stream);
         }
     }
-    let layers = fits.iter().map(|fit| fit.solve(&mut converted)).collect();
-    Ok((converted, layers))
+    Ok(fits.iter().map(|fit| fit.solve(converted)).collect())
 }
 
-/// A text in windows of `context` tokens, as many in a batch as a pass takes; a last, shorter one by
-/// itself.
+/// A text in windows of `context` tokens, each behind `bos` if there is one, as many in a batch as a pass
+/// takes; a last, shorter one by itself.
 fn windows<B: Backend>(
     model: &FusedKvDecoder<B>,
     tokens: &[u32],
     context: usize,
+    bos: Option<u32>,
 ) -> Result<Vec<TokenBatch<B>>, ConvertError> {
     let config = model.config();
-    if context == 0 || context > config.max_positions {
+    let max_positions = config.max_positions - usize::from(bos.is_some());
+    if context == 0 || context > max_positions {
         return Err(ConvertError::Context {
             context,
-            max_positions: config.max_positions,
+            max_positions,
         });
     }
     let device = model.device();
@@ -132,7 +146,9 @@ fn windows<B: Backend>(
     let alone = !rest.is_empty() || full.is_empty();
     let batches = full.chunks(pass).chain(alone.then_some(rest));
     let batch = |tokens: &[u32]| {
-        let rows: Vec<_> = tokens.chunks(context).collect();
+        let rows = tokens.chunks(context);
+        let rows = rows.map(|row| bos.iter().chain(row).copied().collect());
+        let rows: Vec<Vec<u32>> = rows.collect();
         Ok(TokenBatch::from_rows(&rows, config.vocab_size, &device)?)
     };
     batches.map(batch).collect()

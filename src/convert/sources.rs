@@ -115,7 +115,7 @@ fn errors<B: Backend>(
     let n_layers = kinds.len();
     let few = &tokens[..tokens.len().min(TOKENS_PER_PASS)];
     let mut pairs = Vec::new();
-    for batch in windows(model, few, config.context)? {
+    for batch in windows(model, few, config.context, config.bos)? {
         let standard = model.stream(batch)?;
         let converted = standard.clone();
         pairs.push(Pair {

@@ -6,7 +6,7 @@ use burn::config::Config;
 use burn::tensor::backend::Backend;
 
 use super::report::{ConversionReport, LayerFit, Stage, StageReport};
-use super::{ConvertError, convert, convert_fitted, layerwise, windows};
+use super::{ConvertError, convert, fit_blends, layerwise, windows};
 use crate::decoder::FusedKvDecoder;
 use crate::plan::{KvLayout, KvPart, KvPlan};
 use crate::score::{ScoreConfig, score};
@@ -16,6 +16,9 @@ use crate::score::{ScoreConfig, score};
 pub struct ConversionConfig {
     /// Tokens per window of both texts.
     pub context: usize,
+    /// A token that every window begins with beside them, the beginning of a text: for models that were
+    /// trained to find one ([`Tokenizer::bos`](crate::tokenizer::Tokenizer::bos)).
+    pub bos: Option<u32>,
     /// Whether fusion weights are fitted by themselves ([`Stage::Blends`]). [`Stage::Layers`] fits them
     /// as well, to what its layers then read.
     #[config(default = true)]
@@ -87,13 +90,14 @@ pub fn convert_in_stages<B: Backend>(
     let seconds = start.elapsed().as_secs_f64();
     // Before any work is lost on it.
     let batches = match config.blends || config.layers {
-        true => windows(model, calibration, context)?,
+        true => windows(model, calibration, context, config.bos)?,
         false => Vec::new(),
     };
     let perplexity = |model: &FusedKvDecoder<B>| match held_out {
         [] => Ok(None),
         text => {
-            score(model, text, &ScoreConfig::new(context)).map(|score| Some(score.perplexity()))
+            let score = score(model, text, &ScoreConfig::new(context).with_bos(config.bos));
+            score.map(|score| Some(score.perplexity()))
         }
     };
     let mut report = ConversionReport {
@@ -120,8 +124,7 @@ pub fn convert_in_stages<B: Backend>(
     done(Stage::Weights, &converted, seconds, Vec::new(), Vec::new())?;
     if config.blends {
         let start = Instant::now();
-        let (fitted, fits) = convert_fitted(model, plan, calibration, context)?;
-        converted = fitted;
+        let fits = fit_blends(model, &mut converted, batches.clone())?;
         let seconds = start.elapsed().as_secs_f64();
         done(Stage::Blends, &converted, seconds, fits, Vec::new())?;
     }

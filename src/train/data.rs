@@ -1,6 +1,7 @@
 //! Windows of tokens to train on: what they are, and a text cut into them.
 
 use std::borrow::Cow;
+use std::iter;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -131,6 +132,7 @@ pub struct TokenWindows {
     tokens: Tokens,
     context: usize,
     windows: Range<usize>,
+    bos: Option<u32>,
 }
 
 #[derive(Clone, Debug)]
@@ -159,6 +161,7 @@ impl TokenWindows {
             tokens: tokens.clone(),
             context,
             windows,
+            bos: None,
         };
         Ok((part(0..windows - valid), part(windows - valid..windows)))
     }
@@ -174,7 +177,16 @@ impl TokenWindows {
             tokens: Tokens::File(file),
             context,
             windows,
+            bos: None,
         })
+    }
+
+    /// Windows of the same targets whose first input is this token, the beginning of a text, in place of
+    /// the one before the first target: for models that were trained to find one
+    /// ([`Tokenizer::bos`](crate::tokenizer::Tokenizer::bos)).
+    #[must_use]
+    pub fn with_bos(self, bos: Option<u32>) -> Self {
+        Self { bos, ..self }
     }
 
     /// Where the tokens of these windows are.
@@ -235,8 +247,10 @@ impl Dataset<TokenWindow> for TokenWindows {
         let window = self.windows.clone().nth(index)?;
         let start = window * self.context;
         let tokens = self.tokens.read(start..start + self.context + 1);
+        let first = self.bos.unwrap_or(tokens[0]);
+        let others = &tokens[1..self.context];
         Some(TokenWindow {
-            inputs: tokens[..self.context].to_vec(),
+            inputs: iter::once(first).chain(others.iter().copied()).collect(),
             targets: tokens[1..].to_vec(),
             answers: None,
         })
@@ -253,6 +267,7 @@ impl Windows for TokenWindows {
     }
 
     fn check_vocabulary(&self, vocab_size: usize) -> Result<(), TrainError> {
+        check_vocabulary(self.bos.as_slice(), vocab_size)?;
         match &self.tokens {
             Tokens::Memory(tokens) => check_vocabulary(&tokens[self.range()], vocab_size),
             Tokens::File(file) => file.check_vocabulary(vocab_size),
@@ -260,7 +275,7 @@ impl Windows for TokenWindows {
     }
 
     fn fingerprint(&self) -> u64 {
-        match &self.tokens {
+        let of_tokens = match &self.tokens {
             Tokens::Memory(tokens) => {
                 let mut hash = Xxh3Default::new();
                 for token in &tokens[self.range()] {
@@ -269,6 +284,15 @@ impl Windows for TokenWindows {
                 hash.digest()
             }
             Tokens::File(file) => file.fingerprint(),
+        };
+        match self.bos {
+            None => of_tokens,
+            Some(bos) => {
+                let mut hash = Xxh3Default::new();
+                hash.update(&of_tokens.to_le_bytes());
+                hash.update(&bos.to_le_bytes());
+                hash.digest()
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Conversion: what is kept, that fits are least squares, and that streams come closer.
 
+use std::iter;
+
 use burn::tensor::Tensor;
 use fusedkv::convert::{
     ConversionConfig, ConversionReport, ConvertError, SourceError, Stage, choose_plan, convert,
@@ -194,6 +196,33 @@ proptest! {
         let batch = || TokenBatch::from_rows(&case.tokens, VOCAB, &Default::default()).unwrap();
         let [a, b] = [&converted, &other].map(|model| model.forward(batch()).unwrap());
         prop_assert!(difference(&a, &b) < 1e-3, "{}", difference(&a, &b));
+    }
+
+    /// A beginning of every window is as if the text had it there.
+    #[test]
+    fn windows_begin_as_they_are_told(
+        (case, plan) in any_conversion(),
+        context in 1usize..9,
+        bos in 0..VOCAB as u32,
+    ) {
+        let standard = case.model::<F64>();
+        let text: Vec<u32> = (case.tokens.iter().flatten().cycle()).take(20 * context).copied().collect();
+        let spelled: Vec<u32> = (text.chunks(context))
+            .flat_map(|window| iter::once(bos).chain(window.iter().copied()))
+            .collect();
+        let held_out = &case.tokens[0];
+        let settings = ConversionConfig::new(context).with_bos(Some(bos));
+        let (told, report) =
+            convert_in_stages(&standard, &plan, &text, held_out, &settings, |_| ()).unwrap();
+        let settings = ConversionConfig::new(context + 1);
+        let (other, _) =
+            convert_in_stages(&standard, &plan, &spelled, &[], &settings, |_| ()).unwrap();
+        let batch = || TokenBatch::from_rows(&case.tokens, VOCAB, &Default::default()).unwrap();
+        let [a, b] = [&told, &other].map(|model| model.forward(batch()).unwrap());
+        prop_assert!(difference(&a, &b) < 1e-6, "{}", difference(&a, &b));
+        let config = ScoreConfig::new(context).with_bos(Some(bos));
+        let scored = score(&told, held_out, &config).unwrap().perplexity();
+        prop_assert_eq!(report.stages[2].perplexity, Some(scored));
     }
 
     /// Of any model a plan is chosen that stores what was asked for, the best of those tried.

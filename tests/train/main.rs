@@ -19,7 +19,7 @@ use burn_dataset::Dataset;
 use fusedkv::backend::{Autodiff, Flex, FlexDevice};
 use fusedkv::checkpoint::{SaveOptions, WeightDtype, load_checkpoint, save_checkpoint};
 use fusedkv::train::{
-    LogLine, Progress, Run, TokenWindows, TrainError, Trained, TrainingConfig, evaluate,
+    LogLine, Progress, Run, TokenWindows, TrainError, Trained, TrainingConfig, Windows, evaluate,
     perplexity, train, train_from, train_on,
 };
 use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, FusionInit, KvPlan, TokenBatch};
@@ -700,6 +700,21 @@ proptest! {
                 prop_assert!(window.inputs.iter().all(|&t| t as usize >= first));
                 prop_assert!(window.inputs.iter().zip(&window.targets).all(|(i, t)| i + 1 == *t));
                 targets.extend(window.targets);
+            }
+        }
+        // Behind a beginning they have the same targets.
+        let bos = len as u32;
+        for windows in [&train, &valid] {
+            let behind = windows.clone().with_bos(Some(bos));
+            prop_assert_eq!(behind.len(), windows.len());
+            prop_assert_ne!(behind.fingerprint(), windows.fingerprint());
+            prop_assert!(windows.check_vocabulary(len).is_ok());
+            let unknown = behind.check_vocabulary(len);
+            let refused = matches!(unknown, Err(TrainError::OutOfVocabulary { token, .. }) if token == bos);
+            prop_assert!(refused);
+            for (window, mut of) in behind.iter().zip(windows.iter()) {
+                of.inputs[0] = bos;
+                prop_assert_eq!(window, of);
             }
         }
         // One after the other without gap or overlap, and less than a window left over.

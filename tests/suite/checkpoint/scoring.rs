@@ -6,15 +6,20 @@ use proptest::prelude::*;
 
 use crate::models::{Case, F64, VOCAB, any_case, values};
 
-/// Σ −log p of every token but the first, window by window, each from a pass of its own.
-fn plain(case: &Case, tokens: &[u32], context: usize, stride: usize) -> f64 {
+/// Σ −log p of every token but the first, or all behind one that every window begins with, window by
+/// window, each from a pass of its own.
+fn plain(case: &Case, tokens: &[u32], context: usize, stride: usize, bos: Option<u32>) -> f64 {
     let model = case.model::<F64>();
     let mut nll = 0.0;
-    for target in 1..tokens.len() {
+    let first = if bos.is_some() { 0 } else { 1 };
+    for target in first..tokens.len() {
         // The first window that has the token before the target.
         let window = (0..).find(|w| w * stride + context >= target).unwrap();
-        let read = &tokens[window * stride..target];
-        let batch = fusedkv::TokenBatch::from_rows(&[read], VOCAB, &Default::default()).unwrap();
+        let read = bos
+            .into_iter()
+            .chain(tokens[window * stride..target].to_vec());
+        let read: Vec<u32> = read.collect();
+        let batch = fusedkv::TokenBatch::from_rows(&[&read], VOCAB, &Default::default()).unwrap();
         let logits = model.forward(batch).unwrap();
         let last = logits.narrow(1, read.len() - 1, 1);
         nll -= values(&log_softmax(last, 2))[tokens[target] as usize];
@@ -31,19 +36,24 @@ proptest! {
         context in 1usize..12,
         stride in 1usize..12,
         chunk in 1usize..8,
+        bos in prop::option::of(0..VOCAB as u32),
     ) {
         let stride = stride.min(context);
         let tokens = &case.tokens[0];
-        let expected = plain(&case, tokens, context, stride);
+        let expected = plain(&case, tokens, context, stride, bos);
         let model = case.model::<F64>();
         for chunk in [None, Some(chunk)] {
-            let config = ScoreConfig::new(context).with_stride(Some(stride)).with_chunk(chunk);
+            let config = ScoreConfig::new(context)
+                .with_stride(Some(stride))
+                .with_bos(bos)
+                .with_chunk(chunk);
             let mut rows = 0;
             let score = score_with::<_, ScoreError>(&model, tokens, &config, |logits| {
                 rows += logits.len() / VOCAB;
                 Ok(())
             }).unwrap();
-            prop_assert_eq!((score.tokens, rows), (tokens.len() - 1, tokens.len()));
+            let predicted = tokens.len() - usize::from(bos.is_none());
+            prop_assert_eq!((score.tokens, rows), (predicted, tokens.len()));
             prop_assert!((score.nll - expected).abs() < 1e-5 * expected, "{} {}", score.nll, expected);
             prop_assert_eq!(score.perplexity(), (score.nll / score.tokens as f64).exp());
             prop_assert_eq!(score.perplexity_per_word(2), (score.nll / 2.0).exp());
@@ -80,6 +90,12 @@ fn what_cannot_be_scored_is_said() {
         fails(&[1, 2], ScoreConfig::new(65)),
         setting("context", 65, 64)
     );
+    let behind = |bos| whole.with_bos(Some(bos));
+    assert_eq!(fails(&[], behind(1)), ScoreError::TooFewTokens(0));
+    assert_eq!(
+        fails(&[1, 2], ScoreConfig::new(64).with_bos(Some(1))),
+        setting("context", 64, 63)
+    );
     assert_eq!(
         fails(&[1, 2], ScoreConfig::new(usize::MAX)),
         setting("context", usize::MAX, 64)
@@ -95,14 +111,15 @@ fn what_cannot_be_scored_is_said() {
     // Beyond the first window, where it is a target before it is read.
     let mut tokens = vec![1; 12];
     tokens[8] = 11;
-    let unknown = TokensError::OutOfVocabulary {
-        row: 0,
-        position: 8,
-        token: 11,
-        vocab_size: 11,
+    let unknown = |position| {
+        ScoreError::Forward(ForwardError::Tokens(TokensError::OutOfVocabulary {
+            row: 0,
+            position,
+            token: 11,
+            vocab_size: 11,
+        }))
     };
-    assert_eq!(
-        fails(&tokens, whole),
-        ScoreError::Forward(ForwardError::Tokens(unknown))
-    );
+    assert_eq!(fails(&tokens, whole), unknown(8));
+    assert_eq!(fails(&tokens, behind(1)), unknown(9));
+    assert_eq!(fails(&[1], behind(11)), unknown(0));
 }

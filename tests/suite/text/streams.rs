@@ -201,6 +201,8 @@ fn prompts_begin_as_the_tokenizer_says_and_are_not_cut() {
     assert!(text.len() > 4, "{text:?}");
     let prompt = tokenizer.encode_prompt("t.t.t").unwrap();
     assert_eq!((prompt[0], &prompt[1..]), (1, &text[..]));
+    assert_eq!(tokenizer.bos().unwrap(), Some(1));
+    assert_eq!(super::tokenizer().bos().unwrap(), None);
     assert_eq!(tokenizer.token_id("</s>"), Some(2));
     assert_eq!(tokenizer.token_id("nothing"), None);
     assert!(tokenizer.is_special(2) && !tokenizer.is_special(3) && !tokenizer.is_special(1000));
