@@ -79,11 +79,10 @@ pub(crate) fn lock(directory: &Path) -> Result<File, TryLockError> {
     let file = options.open(directory.join(LOCK));
     let file = file.map_err(TryLockError::Error)?;
     match file.try_lock() {
-        // Some file systems have no locks.
-        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
-        locked => locked?,
+        // Some file systems have no locks, and say so in more ways than one.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+        taken => taken.map(|()| file),
     }
-    Ok(file)
 }
 
 /// Makes what was renamed in a directory outlast a loss of power, where directories can be synced.
@@ -94,13 +93,24 @@ pub(crate) fn sync_directory(directory: &Path) -> io::Result<()> {
     }
 }
 
+/// What names begin with of files that are not yet, or were never, finished.
+fn partial_prefix(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    format!(".{name}.partial-")
+}
+
+/// Whether a file beside `path` is what a process that was killed has left of it.
+#[cfg(feature = "train")]
+pub(crate) fn is_partial(name: &std::ffi::OsStr, path: &Path) -> bool {
+    name.to_string_lossy().starts_with(&partial_prefix(path))
+}
+
 /// A file beside `path` with its extension, by which some writers choose a format, and hidden from
 /// those who read the directory. What a process that was killed has left of the same file is
 /// deleted.
 fn partial(path: &Path) -> io::Result<NamedTempFile> {
     let directory = directory_of(path);
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let prefix = format!(".{name}.partial-");
+    let prefix = partial_prefix(path);
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
         if entry.file_name().to_string_lossy().starts_with(&prefix) {

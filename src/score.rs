@@ -14,7 +14,7 @@ use crate::tokens::{TokenBatch, TokensError};
 #[non_exhaustive]
 pub enum ScoreError {
     /// A setting outside its range.
-    #[error("{field} is {value}, expected 1 to {largest}")]
+    #[error("{field} is {value}, expected {} to {largest}", usize::from(*field != "bos"))]
     Setting {
         /// The setting's name.
         field: &'static str,
@@ -52,8 +52,8 @@ pub struct ScoreConfig {
     /// twice. Smaller ones predict with more context and take longer.
     pub stride: Option<usize>,
     /// A token that every window is read behind, beside its own: the beginning of a text, for models that
-    /// were trained to find one ([`Tokenizer::bos`](crate::tokenizer::Tokenizer::bos)). The text's first
-    /// token is then predicted as well.
+    /// were trained to find one (`Tokenizer::bos`). The text's first token is then predicted as well. It
+    /// takes one of the decoder's positions.
     pub bos: Option<u32>,
     /// Read through the cache, this many tokens at a time.
     pub chunk: Option<usize>,
@@ -107,7 +107,7 @@ impl Score {
 /// ```
 ///
 /// # Errors
-/// [`ScoreError`] for fewer than two tokens, without a `bos`, tokens the decoder does not know, or
+/// [`ScoreError`] for fewer than two tokens, or none behind a `bos`, tokens the decoder does not know, or
 /// settings out of range.
 pub fn score<B: Backend>(
     model: &FusedKvDecoder<B>,
@@ -202,12 +202,18 @@ fn check<B: Backend>(
         return Err(ScoreError::TooFewTokens(tokens.len()));
     }
     let vocab_size = model.config().vocab_size;
-    let all = config.bos.iter().chain(tokens);
-    if let Some((position, &token)) = all.enumerate().find(|(_, t)| **t as usize >= vocab_size) {
+    if let Some(bos) = config.bos.filter(|&bos| bos as usize >= vocab_size) {
+        return Err(ScoreError::Setting {
+            field: "bos",
+            value: bos as usize,
+            largest: vocab_size - 1,
+        });
+    }
+    if let Some(position) = tokens.iter().position(|&t| t as usize >= vocab_size) {
         return Err(ScoreError::from(TokensError::OutOfVocabulary {
             row: 0,
             position,
-            token,
+            token: tokens[position],
             vocab_size,
         }));
     }

@@ -179,17 +179,19 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The token with which the tokenizer has a prompt begin, if it has: the beginning of a text.
+    /// The one token with which the tokenizer has a prompt begin, if it has: the beginning of a text.
     ///
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn bos(&self) -> Result<Option<u32>, TokenizerError> {
         let [with, without] = [self.encode_prompt("a")?, self.encode("a")?];
-        // Some put an end behind it as well, or instead.
-        Ok(with
-            .first()
-            .copied()
-            .filter(|first| without.first() != Some(first)))
+        // Some put an end behind it as well, or instead; some put more in front.
+        Ok(match &with[..] {
+            [bos, rest @ ..] if rest.starts_with(&without) && !with.starts_with(&without) => {
+                Some(*bos)
+            }
+            _ => None,
+        })
     }
 
     /// The id of a token by its spelling in the vocabulary, if it is one.

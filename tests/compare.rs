@@ -87,7 +87,7 @@ fn an_interrupted_comparison_ends_bit_by_bit_like_one_that_was_not() {
     let killed = cut.path().join("runs/fused-kv-seed-0");
     let done = whole.path().join("runs/fused-kv-seed-0");
     fs::create_dir_all(killed.join("checkpoint")).unwrap();
-    for file in ["training.json", "losses.json"] {
+    for file in ["training.json", "data.json", "losses.json"] {
         fs::copy(done.join(file), killed.join(file)).unwrap();
     }
     for part in ["model", "optim", "scheduler"] {

@@ -29,7 +29,7 @@ pub enum ConvertError {
     Context {
         /// Tokens per window.
         context: usize,
-        /// What the decoder is configured for.
+        /// What the decoder is configured for, less the one of a [`bos`](super::ConversionConfig::bos).
         max_positions: usize,
     },
     /// The decoder cannot read the calibration text.

@@ -17,7 +17,7 @@ pub struct ConversionConfig {
     /// Tokens per window of both texts.
     pub context: usize,
     /// A token that every window begins with beside them, the beginning of a text: for models that were
-    /// trained to find one ([`Tokenizer::bos`](crate::tokenizer::Tokenizer::bos)).
+    /// trained to find one (`Tokenizer::bos`). It takes one of the decoder's positions.
     pub bos: Option<u32>,
     /// Whether fusion weights are fitted by themselves ([`Stage::Blends`]). [`Stage::Layers`] fits them
     /// as well, to what its layers then read.

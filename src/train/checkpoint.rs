@@ -63,18 +63,18 @@ pub(super) type History = Arc<Mutex<Vec<EpochLosses>>>;
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct DataMark {
     hash: &'static str,
-    training_data: u64,
-    validation_data: u64,
-    teacher: Option<u64>,
+    training_data_hash: u64,
+    validation_data_hash: u64,
+    teacher_hash: Option<u64>,
 }
 
 impl DataMark {
     pub fn new(training_data: u64, validation_data: u64, teacher: Option<u64>) -> Self {
         Self {
             hash: HASH,
-            training_data,
-            validation_data,
-            teacher,
+            training_data_hash: training_data,
+            validation_data_hash: validation_data,
+            teacher_hash: teacher,
         }
     }
 }
@@ -110,8 +110,9 @@ impl RunDirectory {
         let config_path = path.join(CONFIG);
         if !config_path.exists() {
             for entry in fs::read_dir(path).map_err(write(path))? {
-                // A run that died at once left its lock alone.
-                if entry.map_err(write(path))?.file_name() != file::LOCK {
+                // What a run leaves that dies at once.
+                let name = entry.map_err(write(path))?.file_name();
+                if name != file::LOCK && !file::is_partial(&name, &config_path) {
                     return Err(TrainError::NotARun(path.to_owned()));
                 }
             }
@@ -145,9 +146,10 @@ impl RunDirectory {
         let run = Self::locked(path)?;
         check_same(path, &read::<serde_json::Value>(&config_path)?, config)?;
         let data_path = path.join(DATA);
-        // Runs of older versions do not say what they read.
-        if data_path.exists() {
-            check_same(path, &read::<serde_json::Value>(&data_path)?, data)?;
+        match data_path.exists() {
+            true => check_same(path, &read::<serde_json::Value>(&data_path)?, data)?,
+            // One of an older version. From here on it reads this.
+            false => write_json(&data_path, data)?,
         }
         let epoch = run.last_checkpoint();
         let epoch = epoch.ok_or_else(|| TrainError::NoCheckpoint(path.to_owned()))?;

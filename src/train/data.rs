@@ -70,7 +70,9 @@ pub trait Windows: Dataset<TokenWindow> {
     /// [`TrainError::OutOfVocabulary`] for one that is not.
     fn check_vocabulary(&self, vocab_size: usize) -> Result<(), TrainError>;
 
-    /// A number that other data most likely do not have.
+    /// A number that other data most likely do not have, and these have in every process: a run is resumed
+    /// only with data of its number. That of [`TokenWindows`] depends on whether the tokens are in memory or
+    /// in a file.
     fn fingerprint(&self) -> u64;
 
     /// Whether any window may have [`answers`](TokenWindow::answers): what the first one says,
@@ -267,7 +269,13 @@ impl Windows for TokenWindows {
     }
 
     fn check_vocabulary(&self, vocab_size: usize) -> Result<(), TrainError> {
-        check_vocabulary(self.bos.as_slice(), vocab_size)?;
+        if let Some(bos) = self.bos.filter(|&bos| bos as usize >= vocab_size) {
+            return Err(TrainError::Setting {
+                field: "bos",
+                value: bos.into(),
+                expected: "a token of the vocabulary",
+            });
+        }
         match &self.tokens {
             Tokens::Memory(tokens) => check_vocabulary(&tokens[self.range()], vocab_size),
             Tokens::File(file) => file.check_vocabulary(vocab_size),

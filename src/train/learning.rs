@@ -123,7 +123,9 @@ pub(super) fn run_training<B: AutodiffBackend>(
     let data = DataMark::new(
         train_windows.fingerprint(),
         valid_windows.fingerprint(),
-        taught.as_ref().map(|(teacher, _)| fingerprint(teacher)),
+        taught
+            .as_ref()
+            .map(|(teacher, _)| fingerprint(teacher, true)),
     );
     let (directory, done, losses) = if run.resume {
         let (directory, epoch, losses) = RunDirectory::resume(&run.directory, config, &data)?;

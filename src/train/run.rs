@@ -47,7 +47,8 @@ impl Run {
     /// configuration, data and teacher.
     ///
     /// The run ends as it would have without the interruption: the windows read, the optimizer's
-    /// moments and the learning rate are those of the step. The one exception is dropout, whose randomness starts over.
+    /// moments and the learning rate are those of the step. The one exception is dropout, whose
+    /// randomness starts over.
     #[must_use]
     pub fn with_resume(self, resume: bool) -> Self {
         Self { resume, ..self }

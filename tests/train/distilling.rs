@@ -170,7 +170,8 @@ fn a_resumed_distillation_ends_like_one_that_was_not_interrupted() {
         // One with another teacher is not that run.
         let models = (student.valid(), student.clone());
         let error = run(&config, models, directory.path(), true, 1).unwrap_err();
-        let refused = matches!(&error, TrainError::OtherRun { field, .. } if field == "teacher");
+        let refused =
+            matches!(&error, TrainError::OtherRun { field, .. } if field == "teacher_hash");
         assert!(refused, "{error}");
         // Several devices do what one does, but for rounding.
         let both = go(false, 2);

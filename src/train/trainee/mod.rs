@@ -166,7 +166,7 @@ impl<B: Backend> Trainee<B> {
 
     /// A decoder whose adapters train alone.
     pub fn adapted(model: FusedKvDecoder<B>) -> Self {
-        let base = fingerprint(&model);
+        let base = fingerprint(&model, false);
         Self {
             kind: Kind::Adapters { base },
             model,
@@ -250,33 +250,41 @@ pub(super) enum OtherRecord {
     Plans,
 }
 
-/// A number that the parameters of other decoders most likely do not have, adapters left out: that of
-/// their numbers in f32.
-pub(super) fn fingerprint<B: Backend>(model: &FusedKvDecoder<B>) -> u64 {
-    struct Hash(ModulePath, Xxh3Default);
+/// A number that the parameters of other decoders most likely do not have, with or without those of
+/// adapters: that of their numbers in f32.
+pub(super) fn fingerprint<B: Backend>(model: &FusedKvDecoder<B>, adapters: bool) -> u64 {
+    struct Hash {
+        path: ModulePath,
+        adapters: bool,
+        hash: Xxh3Default,
+    }
 
     impl<B: Backend> ModuleVisitor<B> for Hash {
         fn enter_module(&mut self, name: &str, container: &str) {
-            self.0.enter(name, container);
+            self.path.enter(name, container);
         }
 
         fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.0.exit();
+            self.path.exit();
         }
 
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            let name = self.0.tensor();
-            if !is_adapter(&name) {
-                self.1.update(name.as_bytes());
-                self.1
+            let name = self.path.tensor();
+            if self.adapters || !is_adapter(&name) {
+                self.hash.update(name.as_bytes());
+                self.hash
                     .update(param.val().into_data().convert::<f32>().as_bytes());
             }
         }
     }
 
-    let mut hash = Hash(ModulePath::default(), Xxh3Default::new());
-    model.visit(&mut hash);
-    hash.1.digest()
+    let mut visitor = Hash {
+        path: ModulePath::default(),
+        adapters,
+        hash: Xxh3Default::new(),
+    };
+    model.visit(&mut visitor);
+    visitor.hash.digest()
 }
 
 impl<B: Backend> Module<B> for Trainee<B> {

@@ -7,12 +7,18 @@ use proptest::prelude::*;
 use crate::models::{Case, F64, VOCAB, any_case, values};
 
 /// Σ −log p of every token but the first, or all behind one that every window begins with, window by
-/// window, each from a pass of its own.
-fn plain(case: &Case, tokens: &[u32], context: usize, stride: usize, bos: Option<u32>) -> f64 {
+/// window, each from a pass of its own; and the logits after each token.
+fn plain(
+    case: &Case,
+    tokens: &[u32],
+    context: usize,
+    stride: usize,
+    bos: Option<u32>,
+) -> (f64, Vec<f64>) {
     let model = case.model::<F64>();
-    let mut nll = 0.0;
+    let (mut nll, mut rows) = (0.0, Vec::new());
     let first = if bos.is_some() { 0 } else { 1 };
-    for target in first..tokens.len() {
+    for target in first..=tokens.len() {
         // The first window that has the token before the target.
         let window = (0..).find(|w| w * stride + context >= target).unwrap();
         let read = bos
@@ -22,9 +28,14 @@ fn plain(case: &Case, tokens: &[u32], context: usize, stride: usize, bos: Option
         let batch = fusedkv::TokenBatch::from_rows(&[&read], VOCAB, &Default::default()).unwrap();
         let logits = model.forward(batch).unwrap();
         let last = logits.narrow(1, read.len() - 1, 1);
-        nll -= values(&log_softmax(last, 2))[tokens[target] as usize];
+        if target > 0 {
+            rows.extend(values(&last));
+        }
+        if let Some(&token) = tokens.get(target) {
+            nll -= values(&log_softmax(last, 2))[token as usize];
+        }
     }
-    nll
+    (nll, rows)
 }
 
 proptest! {
@@ -40,20 +51,23 @@ proptest! {
     ) {
         let stride = stride.min(context);
         let tokens = &case.tokens[0];
-        let expected = plain(&case, tokens, context, stride, bos);
+        let (expected, logits) = plain(&case, tokens, context, stride, bos);
         let model = case.model::<F64>();
         for chunk in [None, Some(chunk)] {
             let config = ScoreConfig::new(context)
                 .with_stride(Some(stride))
                 .with_bos(bos)
                 .with_chunk(chunk);
-            let mut rows = 0;
+            let mut rows = Vec::new();
             let score = score_with::<_, ScoreError>(&model, tokens, &config, |logits| {
-                rows += logits.len() / VOCAB;
+                rows.extend_from_slice(logits);
                 Ok(())
             }).unwrap();
             let predicted = tokens.len() - usize::from(bos.is_none());
-            prop_assert_eq!((score.tokens, rows), (predicted, tokens.len()));
+            prop_assert_eq!((score.tokens, rows.len()), (predicted, tokens.len() * VOCAB));
+            for (row, expected) in rows.iter().zip(&logits) {
+                prop_assert!((f64::from(*row) - expected).abs() < 1e-5, "{row} {expected}");
+            }
             prop_assert!((score.nll - expected).abs() < 1e-5 * expected, "{} {}", score.nll, expected);
             prop_assert_eq!(score.perplexity(), (score.nll / score.tokens as f64).exp());
             prop_assert_eq!(score.perplexity_per_word(2), (score.nll / 2.0).exp());
@@ -120,6 +134,8 @@ fn what_cannot_be_scored_is_said() {
         }))
     };
     assert_eq!(fails(&tokens, whole), unknown(8));
-    assert_eq!(fails(&tokens, behind(1)), unknown(9));
-    assert_eq!(fails(&[1], behind(11)), unknown(0));
+    assert_eq!(fails(&tokens, behind(1)), unknown(8));
+    let error = fails(&[1], behind(11));
+    assert_eq!(error, setting("bos", 11, 10));
+    assert_eq!(error.to_string(), "bos is 11, expected 0 to 10");
 }

@@ -23,11 +23,18 @@ const PIECES: [&str; 14] = [
 
 /// As SentencePiece's: spaces are `▁`, one is put in front, and what no piece has is bytes.
 fn sentencepiece() -> Tokenizer {
-    static READ: LazyLock<Tokenizer> = LazyLock::new(read_sentencepiece);
+    static READ: LazyLock<Tokenizer> = LazyLock::new(|| read_sentencepiece(&["<s>", "A"]));
     READ.clone()
 }
 
-fn read_sentencepiece() -> Tokenizer {
+/// With these tokens around the text of a prompt, `A`.
+fn read_sentencepiece(prompt: &[&str]) -> Tokenizer {
+    let part = |name: &&str| match *name {
+        "A" => json!({"Sequence": {"id": "A", "type_id": 0}}),
+        name => json!({"SpecialToken": {"id": name, "type_id": 0}}),
+    };
+    let single: Vec<_> = prompt.iter().map(part).collect();
+    let token = |id: usize| json!({"id": PIECES[id], "ids": [id], "tokens": [PIECES[id]]});
     let bytes = (0..256).map(|byte| format!("<0x{byte:02X}>"));
     let pieces = PIECES.iter().map(|&piece| piece.to_owned()).chain(bytes);
     let vocab: Map<_, _> = pieces
@@ -46,9 +53,9 @@ fn read_sentencepiece() -> Tokenizer {
             {"type": "Prepend", "prepend": "▁"},
             {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
         "post_processor": {"type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "single": single,
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+            "special_tokens": {"<s>": token(1), "</s>": token(2)}},
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
             {"type": "ByteFallback"}, {"type": "Fuse"},
@@ -201,8 +208,18 @@ fn prompts_begin_as_the_tokenizer_says_and_are_not_cut() {
     assert!(text.len() > 4, "{text:?}");
     let prompt = tokenizer.encode_prompt("t.t.t").unwrap();
     assert_eq!((prompt[0], &prompt[1..]), (1, &text[..]));
-    assert_eq!(tokenizer.bos().unwrap(), Some(1));
     assert_eq!(super::tokenizer().bos().unwrap(), None);
+    let around: [(&[&str], _); 5] = [
+        (&["<s>", "A"], Some(1)),
+        (&["<s>", "A", "</s>"], Some(1)),
+        (&["A"], None),
+        (&["A", "</s>"], None),
+        (&["<s>", "</s>", "A"], None),
+    ];
+    for (prompt, bos) in around {
+        let tokenizer = read_sentencepiece(prompt);
+        assert_eq!(tokenizer.bos().unwrap(), bos, "{prompt:?}");
+    }
     assert_eq!(tokenizer.token_id("</s>"), Some(2));
     assert_eq!(tokenizer.token_id("nothing"), None);
     assert!(tokenizer.is_special(2) && !tokenizer.is_special(3) && !tokenizer.is_special(1000));
