@@ -507,9 +507,9 @@ def rates_figure(runs):
     )
 
 
-def documents_of(task):
+def documents_of(task, name="documents"):
     """Losses by held-out document, as documents.py found them; None if it has not been run."""
-    path = RUNS / task / "documents.json"
+    path = RUNS / task / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -527,13 +527,17 @@ def made():
         "prose": comparison(prose, MAIN, documents_of("prose")),
         "prose-repeats": repeats_table(prose, MAIN),
         "against": against_table({"first corpus": runs, "second corpus": prose}),
-        "long": comparison(longer, MAIN, None),
+        "long": comparison(longer, MAIN, documents_of("kernel", "documents-long")),
+        "long-rates": rates_table(longer),
+        "long-repeats": repeats_table(longer, MAIN),
+        "long-against": against_table({"ten times as long": longer}),
     }
     blocks = {name: text or NOTHING for name, text in tables.items()}
     figures = {}
     for block, title, name, svg in [
         ("rates", "validation loss by learning rate", "rates", rates_figure(runs)),
         ("main", "validation loss over training", "loss", loss_figure(runs)),
+        ("long", "validation loss over longer training", "loss-long", loss_figure(longer)),
     ]:
         if svg:
             figures[name] = svg

@@ -30,10 +30,10 @@ train() {
     python3 docs/results/make.py --add "$name" "$out/$name"
 }
 
-# CORPUS: the losses of its held-out documents.
+# CORPUS NAME FILE: the losses of its held-out documents.
 documents() {
     python3 docs/results/documents.py target/release/examples/score "$out/$1/tokens/valid.bin" \
-        "docs/results/runs/$1/documents.json" "$out/$1"/lr-*/runs/*
+        "docs/results/runs/$1/$3.json" "$out/$1/$2"-*/runs/*
 }
 
 tokens kernel "$kernel" 0.01
@@ -65,7 +65,7 @@ at 48e-3 5 --methods standard gqa
 at 24e-3 5 --methods standard gqa cla yoco
 at 12e-3 5 --methods standard
 
-documents kernel
+documents kernel lr documents
 
 # The second corpus, every method at the rate that was its best on the first.
 tokens prose "$prose" 0.03
@@ -74,9 +74,16 @@ for seeds in 1 3 5; do
     train prose lr 300 6 3e-3 "$seeds" --methods fused-kv fused-kv-lite
     train prose lr 300 6 24e-3 "$seeds" --methods cla yoco
 done
-documents prose
+documents prose lr documents
 
 # Ten times as long.
 train kernel long 3000 10 6e-3 1 --methods standard fused-kv gqa
 for rate in 12e-3 24e-3; do train kernel long 3000 10 "$rate" 1 --methods standard gqa; done
-train kernel long 3000 10 3e-3 1 --methods fused-kv
+for rate in 3e-3 1.5e-3; do train kernel long 3000 10 "$rate" 1 --methods fused-kv; done
+# More seeds at the better of the rates.
+for seeds in 2 3; do
+    train kernel long 3000 10 12e-3 "$seeds" --methods standard
+    train kernel long 3000 10 3e-3 "$seeds" --methods fused-kv
+    train kernel long 3000 10 12e-3 "$seeds" --methods gqa
+done
+documents kernel long documents-long
