@@ -7,7 +7,7 @@ use super::error::TextError;
 use super::generation::{Completion, TextFinish, TextGeneration, TextPiece};
 use super::generator::TextGenerator;
 use super::prompt::Prompt;
-use crate::cache::{CacheDtype, CacheError, FusedKvCache};
+use crate::cache::{CacheDtype, FusedKvCache};
 use crate::generate::{GenerateError, generate_from};
 
 /// One text after the other through the same cache. Of each prompt only what the cache does not
@@ -45,16 +45,20 @@ pub struct Conversation<'g, B: Backend> {
     reused: usize,
 }
 
-impl<'g, B: Backend> Conversation<'g, B> {
-    /// An empty one, whose cache holds such numbers.
-    pub(super) fn new(
-        generator: &'g TextGenerator<B>,
-        dtype: CacheDtype,
+impl<B: Backend> TextGenerator<B> {
+    /// An empty conversation of up to `capacity` tokens, whose cache is kept from one answer to the
+    /// next and holds such numbers.
+    ///
+    /// # Errors
+    /// [`CacheError`](crate::CacheError) as [`FusedKvDecoder::new_cache_of`](crate::FusedKvDecoder::new_cache_of).
+    pub fn conversation(
+        &self,
         capacity: usize,
-    ) -> Result<Self, CacheError> {
-        let cache = generator.model().new_cache_of(dtype, 1, capacity)?;
-        Ok(Self {
-            generator,
+        dtype: CacheDtype,
+    ) -> Result<Conversation<'_, B>, TextError> {
+        let cache = self.model().new_cache_of(dtype, 1, capacity)?;
+        Ok(Conversation {
+            generator: self,
             dtype,
             capacity,
             cache: Some(cache),
@@ -62,7 +66,9 @@ impl<'g, B: Backend> Conversation<'g, B> {
             reused: 0,
         })
     }
+}
 
+impl<'g, B: Backend> Conversation<'g, B> {
     /// Tokens of the last prompt that were in the cache already.
     pub fn reused(&self) -> usize {
         self.reused

@@ -6,7 +6,6 @@ use burn::tensor::backend::Backend;
 
 use super::chat_error::ChatError;
 use super::config::TextConfig;
-use super::conversation::Conversation;
 use super::directory;
 use super::error::TextError;
 use super::generation::TextGeneration;
@@ -14,7 +13,6 @@ use super::message::ChatMessage;
 use super::prompt::Prompt;
 use super::stop::StopStrings;
 use super::template::{ChatOptions, ChatTemplate};
-use crate::cache::CacheDtype;
 use crate::checkpoint::{LoadOptions, load_adapter, load_checkpoint};
 use crate::decoder::FusedKvDecoder;
 use crate::generate::{GenerationConfig, generate};
@@ -195,19 +193,6 @@ impl<B: Backend> TextGenerator<B> {
             rows.collect(),
             stops.clone(),
         ))
-    }
-
-    /// An empty conversation of up to `capacity` tokens, whose cache is kept from one answer to the
-    /// next and holds such numbers.
-    ///
-    /// # Errors
-    /// [`CacheError`](crate::CacheError) as [`FusedKvDecoder::new_cache_of`].
-    pub fn conversation(
-        &self,
-        capacity: usize,
-        dtype: CacheDtype,
-    ) -> Result<Conversation<'_, B>, TextError> {
-        Ok(Conversation::new(self, dtype, capacity)?)
     }
 
     /// Text behind a prompt. An answer is a text of its own.

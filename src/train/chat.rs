@@ -8,12 +8,12 @@ use std::sync::Arc;
 
 use burn_dataset::Dataset;
 use serde::Deserialize;
-use thiserror::Error;
 use xxhash_rust::xxh3::Xxh3Default;
 
+use super::chat_error::ChatDataError;
 use super::data::{Answer, TokenWindow, Windows, check_fraction, check_vocabulary};
 use super::error::TrainError;
-use crate::text::{ChatAnswer, ChatError, ChatMessage, ChatOptions, ChatTemplate};
+use crate::text::{ChatAnswer, ChatMessage, ChatOptions, ChatTemplate};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// Chats as windows, one behind the other in none: a window begins with its chat, as the model's own
@@ -41,34 +41,6 @@ struct Chat {
     tokens: Vec<u32>,
     /// Those that the model is to write.
     answers: Vec<Range<usize>>,
-}
-
-/// A line of a file of chats that is none to learn from.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum ChatDataError {
-    /// Not an object as expected.
-    #[error(
-        "{0}, expected a JSON object {{\"messages\": [{{\"role\": \"user\", \"content\": …}}, …]}}"
-    )]
-    Json(String),
-    /// What the template cannot write, or has no answer: without messages, of a role it does not know.
-    #[error(transparent)]
-    Chat(#[from] ChatError),
-    /// More than a window.
-    #[error(
-        "the chat has {tokens} tokens, expected at most {}: the context, {context}, and one more",
-        context + 1
-    )]
-    TooLong {
-        /// Tokens up to the end of its last answer.
-        tokens: usize,
-        /// Tokens per window.
-        context: usize,
-    },
-    /// The tokenizer refuses the text.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
 }
 
 /// A line of a file.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn_dataset::Dataset;
-use xxhash_rust::xxh3::Xxh3Default;
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_64_with_seed};
 
 use super::error::TrainError;
 use super::token_file::TokenFile;
@@ -295,12 +295,7 @@ impl Windows for TokenWindows {
         };
         match self.bos {
             None => of_tokens,
-            Some(bos) => {
-                let mut hash = Xxh3Default::new();
-                hash.update(&of_tokens.to_le_bytes());
-                hash.update(&bos.to_le_bytes());
-                hash.digest()
-            }
+            Some(bos) => xxh3_64_with_seed(&bos.to_le_bytes(), of_tokens),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use super::chat::ChatDataError;
+use super::chat_error::ChatDataError;
 use super::routing::RoutingError;
 use crate::cache::CacheError;
 use crate::checkpoint::CheckpointError;

@@ -15,11 +15,11 @@ use burn_train::{
 };
 
 use super::checkpoint::{
-    CompleteFileRecorder, DataMark, EpochEnd, History, KeepLastAndBest, Patience, Reports,
-    RunDirectory, Unwritten,
+    CompleteFileRecorder, EpochEnd, History, KeepLastAndBest, Patience, Reports, Unwritten,
 };
 use super::config::TrainingConfig;
 use super::data::{Windows, read_window};
+use super::directory::{DataMark, RunDirectory};
 use super::error::TrainError;
 use super::learning_rate::WarmupCosine;
 use super::loader::{Failure, Schedule, TrainLoader, ValidLoader};
@@ -125,7 +125,7 @@ pub(super) fn run_training<B: AutodiffBackend>(
         valid_windows.fingerprint(),
         taught
             .as_ref()
-            .map(|(teacher, _)| fingerprint(teacher, true)),
+            .map(|(teacher, _)| fingerprint(teacher, |_| true)),
     );
     let (directory, done, losses) = if run.resume {
         let (directory, epoch, losses) = RunDirectory::resume(&run.directory, config, &data)?;

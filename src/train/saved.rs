@@ -6,7 +6,8 @@ use burn::optim::Optimizer;
 use burn::record::{Record, Recorder};
 use burn::tensor::backend::{AutodiffBackend, Backend};
 
-use super::checkpoint::{CompleteFileRecorder, RunDirectory};
+use super::checkpoint::CompleteFileRecorder;
+use super::directory::RunDirectory;
 use super::error::TrainError;
 use super::trainee::{OtherRecord, Trainee, TraineeRecord};
 

@@ -479,6 +479,13 @@ fn what_cannot_be_converted_is_said() {
         staged(&[], &[], &settings),
         ConvertError::Forward(_)
     ));
+    // A beginning takes a position.
+    let whole = ConversionConfig::new(64).with_bos(Some(1));
+    let too_long = ConvertError::Context {
+        context: 64,
+        max_positions: 63,
+    };
+    assert_eq!(staged(&[1, 2], &[], &whole), too_long);
     for cache in [0.2, 1.0, -1.0, f64::INFINITY] {
         let expected = ConvertError::Setting {
             field: "cache",

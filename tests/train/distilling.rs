@@ -13,7 +13,7 @@ use fusedkv::train::{
     Distillation, LogLine, Progress, Run, TokenWindows, TrainError, Trainable, Trained,
     TrainingConfig, distill, train_from,
 };
-use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan};
+use fusedkv::{FusedKvDecoder, FusedKvDecoderConfig, KvPlan, LoraConfig};
 use tempfile::{TempDir, tempdir};
 
 use super::{VOCAB, config, decoder, in_turn, tokens};
@@ -167,12 +167,16 @@ fn a_resumed_distillation_ends_like_one_that_was_not_interrupted() {
         assert_eq!(resumed.epochs, whole.epochs);
         assert_eq!(numbers(&resumed.model), numbers(&whole.model));
         assert_eq!(divergences(&directory), steps);
-        // One with another teacher is not that run.
-        let models = (student.valid(), student.clone());
-        let error = run(&config, models, directory.path(), true, 1).unwrap_err();
-        let refused =
-            matches!(&error, TrainError::OtherRun { field, .. } if field == "teacher_hash");
-        assert!(refused, "{error}");
+        // One with another teacher is not that run, were it other adapters alone.
+        let lora = LoraConfig::new(2, 4.0);
+        let adapted = in_turn(|| teacher.clone().with_lora(&lora)).unwrap();
+        for other in [student.valid(), adapted] {
+            let models = (other, student.clone());
+            let error = run(&config, models, directory.path(), true, 1).unwrap_err();
+            let refused =
+                matches!(&error, TrainError::OtherRun { field, .. } if field == "teacher_hash");
+            assert!(refused, "{error}");
+        }
         // Several devices do what one does, but for rounding.
         let both = go(false, 2);
         assert!(

@@ -166,7 +166,7 @@ impl<B: Backend> Trainee<B> {
 
     /// A decoder whose adapters train alone.
     pub fn adapted(model: FusedKvDecoder<B>) -> Self {
-        let base = fingerprint(&model, false);
+        let base = fingerprint(&model, |name| !is_adapter(name));
         Self {
             kind: Kind::Adapters { base },
             model,
@@ -250,12 +250,12 @@ pub(super) enum OtherRecord {
     Plans,
 }
 
-/// A number that the parameters of other decoders most likely do not have, with or without those of
-/// adapters: that of their numbers in f32.
-pub(super) fn fingerprint<B: Backend>(model: &FusedKvDecoder<B>, adapters: bool) -> u64 {
+/// A number that the parameters of other decoders most likely do not have, of those whose names count:
+/// that of their numbers in f32.
+pub(super) fn fingerprint<B: Backend>(model: &FusedKvDecoder<B>, counts: fn(&str) -> bool) -> u64 {
     struct Hash {
         path: ModulePath,
-        adapters: bool,
+        counts: fn(&str) -> bool,
         hash: Xxh3Default,
     }
 
@@ -270,7 +270,7 @@ pub(super) fn fingerprint<B: Backend>(model: &FusedKvDecoder<B>, adapters: bool)
 
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
             let name = self.path.tensor();
-            if self.adapters || !is_adapter(&name) {
+            if (self.counts)(&name) {
                 self.hash.update(name.as_bytes());
                 self.hash
                     .update(param.val().into_data().convert::<f32>().as_bytes());
@@ -280,7 +280,7 @@ pub(super) fn fingerprint<B: Backend>(model: &FusedKvDecoder<B>, adapters: bool)
 
     let mut visitor = Hash {
         path: ModulePath::default(),
-        adapters,
+        counts,
         hash: Xxh3Default::new(),
     };
     model.visit(&mut visitor);
