@@ -7,12 +7,13 @@ use std::slice::ChunksExact;
 
 use burn::tensor::{DType, Tensor, backend::Backend};
 use burn_flex::FlexTensor;
+use half::f16;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::narrow::{AHEAD, AT_ONCE, Rows, floats_at_once, of_floats, side_by_side};
+use super::narrow::{AHEAD, AT_ONCE, Rows, SideBySide, floats_at_once, of_floats};
 use super::rows::{GroupStorage, Groups, floats};
-use super::widen::{Coded, Int4, Int8, MOST_LANES, widened};
+use super::widen::{Coded, Int4, Int8, MOST_LANES, Number};
 use super::{ARCH, PARALLEL, float_tensor, simd};
 use crate::kernels::packed::{Codes, GROUP, Packed};
 #[cfg(test)]
@@ -418,6 +419,7 @@ impl GroupProducts<'_> {
         let (width, per_row) = (self.outputs.len(), self.weight.per_row());
         let Self { x, weight, .. } = self;
         let at_once = (SCALES / per_row).clamp(1, width);
+        let groups = SideBySide::new::<S>(&x.groups, per_row);
         let mut buffers = [(); 2].map(|()| vec![0.0; at_once * per_row]);
         let [scales, offsets] = &mut buffers;
         for first in (0..width).step_by(at_once) {
@@ -425,21 +427,20 @@ impl GroupProducts<'_> {
             let outputs = self.outputs.start + first..self.outputs.start + last;
             // Of several rows in one go, which has hardly an end that fills no vector.
             let scales = &mut scales[..(last - first) * per_row];
-            widened(simd, weight.scales(outputs.clone()), 1.0, scales);
+            f16::widened(simd, weight.scales(outputs.clone()), 1.0, scales);
             let offsets = match weight.offsets(outputs.clone()) {
                 None => None,
                 Some(numbers) => {
                     let offsets = &mut offsets[..numbers.len()];
-                    widened(simd, numbers, 1.0, offsets);
+                    f16::widened(simd, numbers, 1.0, offsets);
                     Some(&*offsets)
                 }
             };
             let bytes = weight.bytes(outputs);
             let bytes = bytes.chunks_exact(per_row * C::CODES.bytes());
-            let rows = floats_at_once::<S>();
-            for (i, x) in x.groups.chunks(rows * per_row).enumerate() {
-                let products = &mut self.products[i * rows * width + first..];
-                let (rows, bytes) = (x.len() / per_row, bytes.clone());
+            let products = self.products.chunks_mut(floats_at_once::<S>() * width);
+            for ((rows, x), products) in groups.groups().zip(products) {
+                let (bytes, products) = (bytes.clone(), &mut products[first..]);
                 of_floats!(
                     rows,
                     products_of::<S, C>(simd, x, bytes, scales, products, width)
@@ -456,7 +457,7 @@ impl GroupProducts<'_> {
     }
 }
 
-/// Rows of codes with their scales, times R rows x: the products `[rows, pitch]`.
+/// Rows of codes with their scales, times R rows x side by side: the products `[rows, pitch]`.
 #[inline(always)]
 fn products_of<S: Simd, C: Coded, const R: usize>(
     simd: S,
@@ -466,7 +467,7 @@ fn products_of<S: Simd, C: Coded, const R: usize>(
     products: &mut [f32],
     pitch: usize,
 ) {
-    let x = &*side_by_side::<_, R>(x, x.len() / R);
+    let (x, _) = x.as_chunks::<R>();
     for (j, (bytes, scales)) in bytes.zip(scales.chunks(x.len())).enumerate() {
         let found = dot_codes::<S, C, R>(simd, bytes, x, scales);
         for (r, found) in found.into_iter().enumerate() {

@@ -39,7 +39,7 @@ impl Matrix for Rows<'_> {
 
     #[inline(always)]
     fn widen<S: Simd>(&self, simd: S, row: usize, to: &mut [f32]) {
-        Rows::widen(self, simd, row, to);
+        Rows::widen(self, simd, row..row + 1, to);
     }
 }
 

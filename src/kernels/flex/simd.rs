@@ -51,10 +51,19 @@ pub(super) fn axpy<S: Simd>(simd: S, a: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
-/// Asks for the line of memory that lies `bytes` after a number, whether anything is there or not: what is read
-/// while much is computed of every line then comes in time. Does nothing without AVX2 or AVX-512.
+/// Asks for the line of memory that lies `bytes` after a number, as of [`fetch`].
 #[inline(always)]
 pub(super) fn fetch_ahead<S: Simd, T>(simd: S, of: &T, bytes: usize) {
+    fetch(
+        simd,
+        std::ptr::from_ref(of).cast::<i8>().wrapping_add(bytes),
+    );
+}
+
+/// Asks for the line of memory at a place, whether anything is there or not: what is read
+/// while much is computed of every line then comes in time. Does nothing without AVX2 or AVX-512.
+#[inline(always)]
+pub(super) fn fetch<S: Simd>(simd: S, place: *const i8) {
     #[cfg(target_arch = "x86_64")]
     {
         let avx2 = match is::<S, V4>(simd) {
@@ -62,11 +71,10 @@ pub(super) fn fetch_ahead<S: Simd, T>(simd: S, of: &T, bytes: usize) {
             None => is::<S, V3>(simd),
         };
         if let Some(simd) = avx2 {
-            let place = std::ptr::from_ref(of).cast::<i8>().wrapping_add(bytes);
             simd.sse._mm_prefetch::<_MM_HINT_T0>(place);
         }
     }
-    let _ = (simd, of, bytes);
+    let _ = (simd, place);
 }
 
 /// The sums of the numbers of four vectors each: together they take a third of what each by itself does.

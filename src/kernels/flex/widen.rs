@@ -10,6 +10,8 @@ use pulp::bytemuck::cast;
 use pulp::bytemuck::{cast_slice, cast_slice_mut};
 #[cfg(target_arch = "x86_64")]
 use pulp::x86::{V3, V4};
+use rten_simd::ops::{BitOps, Extend};
+use rten_simd::{Isa, Simd as _, SimdOp};
 
 use crate::kernels::packed::{Codes, GROUP};
 
@@ -18,6 +20,18 @@ pub(super) const MOST_LANES: usize = 16;
 
 /// Stored numbers, a vector of which becomes floats in a register.
 pub(super) trait Number: Copy + Default {
+    /// Whether [`Self::widened`] takes fewer instructions than [`Self::vector`], and not the same.
+    #[inline(always)]
+    fn in_slices<S: Simd>(_: S) -> bool {
+        false
+    }
+
+    /// Numbers times a scale as f32; as many of both.
+    #[inline(always)]
+    fn widened<S: Simd>(simd: S, numbers: &[Self], scale: f32, to: &mut [f32]) {
+        by_vectors(simd, numbers, scale, to);
+    }
+
     /// As many numbers as a vector has.
     fn vector<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s;
 
@@ -41,6 +55,28 @@ impl Number for f32 {
 }
 
 impl Number for f16 {
+    /// With AVX2 alone: `pulp` has the processor's own conversion for AVX-512 only, `rten-simd` for slices.
+    #[inline(always)]
+    fn in_slices<S: Simd>(simd: S) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return is::<S, V3>(simd).is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    #[inline(always)]
+    fn widened<S: Simd>(simd: S, numbers: &[Self], scale: f32, to: &mut [f32]) {
+        if !Self::in_slices(simd) {
+            return by_vectors(simd, numbers, scale, to);
+        }
+        let rest = Halves(numbers.reinterpret_cast(), to).dispatch();
+        let done = numbers.len() - rest;
+        by_vectors(simd, &numbers[done..], 1.0, &mut to[done..]);
+        if scale != 1.0 {
+            to.iter_mut().for_each(|x| *x *= scale);
+        }
+    }
+
     #[inline(always)]
     fn vector<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
         #[cfg(target_arch = "x86_64")]
@@ -74,6 +110,44 @@ impl Number for i8 {
     #[inline(always)]
     fn vector<S: Simd>(simd: S, numbers: &[Self]) -> S::f32s {
         signed(simd, numbers)
+    }
+}
+
+/// [`Number::widened`] in registers, a vector at a time.
+#[inline(always)]
+fn by_vectors<S: Simd, N: Number>(simd: S, numbers: &[N], scale: f32, to: &mut [f32]) {
+    let scale = simd.splat_f32s(scale);
+    let (to, to_tail) = S::as_mut_simd_f32s(to);
+    let numbers = numbers.chunks_exact(S::F32_LANES);
+    let tail = numbers.remainder();
+    for (to, numbers) in to.iter_mut().zip(numbers) {
+        *to = simd.mul_f32s(N::vector(simd, numbers), scale);
+    }
+    if !tail.is_empty() {
+        let tail = [simd.mul_f32s(N::padded(simd, tail), scale)];
+        to_tail.copy_from_slice(&cast_slice(&tail)[..to_tail.len()]);
+    }
+}
+
+/// The bits of f16 and the f32 that they become. What fills no vector is left: how many that are is returned.
+struct Halves<'a>(&'a [u16], &'a mut [f32]);
+
+impl SimdOp for Halves<'_> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn eval<I: Isa>(self, isa: I) -> usize {
+        let Self(bits, to) = self;
+        let lanes = isa.f32().len();
+        let bits = bits.chunks_exact(2 * lanes);
+        let rest = bits.remainder().len();
+        for (bits, to) in bits.zip(to.chunks_exact_mut(2 * lanes)) {
+            let halves: I::F16 = isa.u16().load(bits).reinterpret_cast();
+            let (low, high) = to.split_at_mut(lanes);
+            isa.f32().store(isa.f16().extend_low(halves), low);
+            isa.f32().store(isa.f16().extend_high(halves), high);
+        }
+        rest
     }
 }
 
@@ -143,22 +217,6 @@ impl Coded for Int4 {
         const BASE: f32 = 8_388_608.0;
         let above = simd.or_u32s(codes, simd.splat_u32s(BASE.to_bits()));
         simd.sub_f32s(simd.transmute_f32s_u32s(above), simd.splat_f32s(BASE))
-    }
-}
-
-/// Numbers times a scale as f32; as many of both.
-#[inline(always)]
-pub(super) fn widened<S: Simd, N: Number>(simd: S, numbers: &[N], scale: f32, to: &mut [f32]) {
-    let scale = simd.splat_f32s(scale);
-    let (to, to_tail) = S::as_mut_simd_f32s(to);
-    let numbers = numbers.chunks_exact(S::F32_LANES);
-    let tail = numbers.remainder();
-    for (to, numbers) in to.iter_mut().zip(numbers) {
-        *to = simd.mul_f32s(N::vector(simd, numbers), scale);
-    }
-    if !tail.is_empty() {
-        let tail = [simd.mul_f32s(N::padded(simd, tail), scale)];
-        to_tail.copy_from_slice(&cast_slice(&tail)[..to_tail.len()]);
     }
 }
 
@@ -269,12 +327,12 @@ mod tests {
             // Every half there is, in a length that fills no vector; what is no number stays none.
             let halves: Vec<f16> = (1..=u16::MAX).map(f16::from_bits).collect();
             let mut wide = vec![0.0; halves.len()];
-            widened(simd, &halves, 1.0, &mut wide);
+            f16::widened(simd, &halves, 1.0, &mut wide);
             for (wide, x) in wide.iter().zip(&halves) {
                 assert!(wide.to_bits() == x.to_f32().to_bits() || wide.is_nan() && x.is_nan());
             }
             let halves: Vec<bf16> = (1..=u16::MAX).map(bf16::from_bits).collect();
-            widened(simd, &halves, 1.0, &mut wide);
+            bf16::widened(simd, &halves, 1.0, &mut wide);
             for (wide, x) in wide.iter().zip(&halves) {
                 assert!(wide.to_bits() == x.to_f32().to_bits() || wide.is_nan() && x.is_nan());
             }

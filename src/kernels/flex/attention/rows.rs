@@ -85,9 +85,7 @@ fn tile<'t, S: Simd>(
         return tile;
     }
     let scratch = grown(scratch, range.len() * rows.width());
-    for (to, row) in scratch.chunks_exact_mut(rows.width()).zip(range) {
-        rows.widen(simd, row, to);
-    }
+    rows.widen(simd, range, scratch);
     scratch
 }
 

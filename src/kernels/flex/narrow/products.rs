@@ -1,80 +1,117 @@
 //! Products of rows of floats with stored rows.
 
-use std::ops::Range;
+use std::array::from_fn;
 
-use pulp::Simd;
+use pulp::bytemuck::cast_slice;
+use pulp::{Simd, WithSimd};
 
 use super::super::simd::{fetch_ahead, sums_of_each};
 use super::super::widen::Number;
-use super::{AHEAD, AT_ONCE, Lines, side_by_side};
+use super::{AHEAD, AT_ONCE, LINE, LONG, Tile};
 
-/// Bytes that memory is fetched by.
-const LINE: usize = 64;
-
-/// Width from which one stored row is read after another, and not four side by side: pieces of memory
-/// that are longer are read faster, and their products take longer than adding each up.
-const LONG: usize = 256;
-
-/// What `Rows::add_products` adds, of R rows of floats.
+/// What `Rows::add_products` adds, of the vectors of R rows of floats side by side.
 #[inline(always)]
 pub(super) fn products_of<S: Simd, N: Number, const R: usize>(
     simd: S,
-    lines: Lines<N>,
-    x: &[f32],
-    range: Range<usize>,
+    tile: Tile<N>,
+    x: &[S::f32s],
     products: &mut [f32],
     pitch: usize,
 ) {
-    let x = vectors(simd, x, lines.width);
-    let x = side_by_side::<_, R>(&x, lines.width.div_ceil(S::F32_LANES));
-    let (end, last) = (range.end, range.end.saturating_sub(1));
-    for (block, first) in range.step_by(AT_ONCE).enumerate() {
-        // Behind the last row comes the last again.
-        let mut rows = [lines.line(first); AT_ONCE];
-        for (k, row) in rows.iter_mut().enumerate().skip(1) {
-            *row = lines.line((first + k).min(last));
+    simd.vectorize(Products::<N, R> {
+        tile,
+        x: cast_slice(x),
+        products,
+        pitch,
+    });
+}
+
+/// A function by itself: its loops have the processor's registers for themselves.
+struct Products<'a, N, const R: usize> {
+    tile: Tile<'a, N>,
+    /// Whole vectors.
+    x: &'a [f32],
+    products: &'a mut [f32],
+    pitch: usize,
+}
+
+impl<N: Number, const R: usize> WithSimd for Products<'_, N, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (x, _) = S::as_simd_f32s(self.x);
+        let (x, _) = x.as_chunks::<R>();
+        add_dots(simd, self.tile, x, self.products, self.pitch);
+    }
+}
+
+#[inline(always)]
+fn add_dots<S: Simd, N: Number, const R: usize>(
+    simd: S,
+    tile: Tile<N>,
+    x: &[[S::f32s; R]],
+    products: &mut [f32],
+    pitch: usize,
+) {
+    let Tile {
+        numbers,
+        width,
+        scales,
+        ahead,
+    } = tile;
+    let blocks = numbers.chunks_exact(AT_ONCE * width);
+    let rest = blocks.remainder();
+    let whole = blocks.len() * AT_ONCE;
+    let mut of_rows = products.chunks_mut(pitch);
+    let mut of_rows: [_; R] = from_fn(|_| {
+        let row = of_rows.next().expect("R rows of products");
+        row.split_at_mut(whole)
+    });
+    for (block, rows) in blocks.enumerate() {
+        ahead.fetch(simd, block);
+        let found = dots_of_four(simd, x, rows, width);
+        let first = block * AT_ONCE;
+        let mut of_block = [1.0; AT_ONCE];
+        if let Some(scales) = scales {
+            of_block.copy_from_slice(&scales[first..][..AT_ONCE]);
         }
-        let mut scales = [1.0; AT_ONCE];
-        if let Some(all) = lines.scales {
-            for (k, scale) in scales.iter_mut().enumerate() {
-                *scale = all[(first + k).min(last)];
+        for ((products, _), found) in of_rows.iter_mut().zip(&found) {
+            let products = products[first..].first_chunk_mut::<AT_ONCE>();
+            let products = products.expect("a product of each row");
+            for ((product, found), scale) in products.iter_mut().zip(found).zip(of_block) {
+                *product += found * scale;
             }
         }
-        let found = match lines.width < LONG {
-            true => dots(simd, &x, rows),
-            false => dots_of_long(simd, &x, rows),
-        };
-        for (r, found) in found.iter().enumerate() {
-            // Four at once wherever there are as many: their number is then known to the compiler.
-            let products = &mut products[r * pitch + block * AT_ONCE..];
-            match products.first_chunk_mut::<AT_ONCE>() {
-                Some(products) if first + AT_ONCE <= end => {
-                    for ((product, found), scale) in products.iter_mut().zip(found).zip(scales) {
-                        *product += found * scale;
-                    }
-                }
-                _ => {
-                    let terms = products.iter_mut().zip(found).zip(scales);
-                    for ((product, found), scale) in terms.take(end - first) {
-                        *product += found * scale;
-                    }
-                }
+    }
+    if !rest.is_empty() {
+        // Behind the last row come zeros.
+        let mut rows = vec![N::default(); AT_ONCE * width];
+        rows[..rest.len()].copy_from_slice(rest);
+        let found = dots_of_four(simd, x, &rows, width);
+        for ((_, products), found) in of_rows.iter_mut().zip(&found) {
+            let products = products.iter_mut().zip(found).take(rest.len() / width);
+            for (i, (product, found)) in products.enumerate() {
+                *product += found * scales.map_or(1.0, |scales| scales[whole + i]);
             }
         }
     }
 }
 
-/// The vectors of rows; each row's last ends with zeros.
+/// x[i] · row j.
 #[inline(always)]
-fn vectors<S: Simd>(simd: S, x: &[f32], width: usize) -> Vec<S::f32s> {
-    let per_row = width.div_ceil(S::F32_LANES);
-    let mut vectors = vec![simd.splat_f32s(0.0); x.len() / width * per_row];
-    for (to, row) in vectors.chunks_exact_mut(per_row).zip(x.chunks_exact(width)) {
-        for (to, numbers) in to.iter_mut().zip(row.chunks(S::F32_LANES)) {
-            *to = f32::padded(simd, numbers);
-        }
+fn dots_of_four<S: Simd, N: Number, const R: usize>(
+    simd: S,
+    x: &[[S::f32s; R]],
+    rows: &[N],
+    width: usize,
+) -> [[f32; AT_ONCE]; R] {
+    let (first, last) = rows.split_at(2 * width);
+    let ((a, b), (c, d)) = (first.split_at(width), last.split_at(width));
+    match width < LONG {
+        true => dots(simd, x, [a, b, c, d]),
+        false => dots_of_long(simd, x, [a, b, c, d]),
     }
-    vectors
 }
 
 /// x[i] · row j.

@@ -1,62 +1,141 @@
 //! Sums of stored rows, each times a number.
 
-use std::ops::Range;
-
-use pulp::Simd;
+use pulp::bytemuck::cast_slice_mut;
+use pulp::{Simd, WithSimd};
 
 use super::super::widen::Number;
-use super::Lines;
+use super::{AT_ONCE, Ahead, Tile};
 
-/// What `Rows::add_sums` adds, of R rows of floats.
+/// What `Rows::add_sums` adds, of R rows of floats; `factors` are side by side.
 #[inline(always)]
 pub(super) fn sums_of<S: Simd, N: Number, const R: usize>(
     simd: S,
-    lines: Lines<N>,
-    x: &[f32],
-    pitch: usize,
-    range: Range<usize>,
+    tile: Tile<N>,
+    factors: &[f32],
     sums: &mut [S::f32s],
 ) {
-    let mut factors = vec![[0.0; R]; range.len()];
+    let (factors, _) = factors.as_chunks();
+    simd.vectorize(Sums::<N, R> {
+        tile,
+        factors,
+        sums: cast_slice_mut(sums),
+    });
+}
+
+/// R rows of `x`, `pitch` from one to the next, times `scales`: of a row of each side by side, as many as fit.
+#[inline(always)]
+pub(super) fn scaled<S: Simd, const R: usize>(
+    x: &[f32],
+    pitch: usize,
+    scales: Option<&[f32]>,
+    to: &mut [f32],
+) {
+    let (to, _) = to.as_chunks_mut::<R>();
     for (r, x) in x.chunks(pitch).enumerate() {
-        for (factors, x) in factors.iter_mut().zip(x) {
-            factors[r] = *x;
-        }
-    }
-    if let Some(scales) = lines.scales {
-        for (factors, scale) in factors.iter_mut().zip(&scales[range.clone()]) {
-            for factor in factors {
-                *factor *= scale;
+        match scales {
+            Some(scales) => {
+                for ((to, x), scale) in to.iter_mut().zip(x).zip(scales) {
+                    to[r] = x * scale;
+                }
+            }
+            None => {
+                for (to, x) in to.iter_mut().zip(x) {
+                    to[r] = *x;
+                }
             }
         }
     }
-    let (lanes, width) = (S::F32_LANES, lines.width);
-    let vectors = sums.len() / R;
-    let whole = width / lanes;
-    let mut first = 0;
-    while first + 4 <= whole {
-        let columns = first * lanes..(first + 4) * lanes;
-        let mut block = [[simd.splat_f32s(0.0); 4]; R];
-        for (row, factors) in range.clone().zip(&factors) {
-            let mut values = [simd.splat_f32s(0.0); 4];
-            let row = lines.line(row)[columns.clone()].chunks_exact(lanes);
-            for (value, row) in values.iter_mut().zip(row) {
-                *value = N::vector(simd, row);
-            }
-            add_scaled(simd, factors, values, &mut block);
+}
+
+/// A function by itself: its loops have the processor's registers for themselves.
+struct Sums<'a, N, const R: usize> {
+    tile: Tile<'a, N>,
+    factors: &'a [[f32; R]],
+    /// Whole vectors.
+    sums: &'a mut [f32],
+}
+
+impl<N: Number, const R: usize> WithSimd for Sums<'_, N, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self {
+            mut tile,
+            factors,
+            sums,
+        } = self;
+        let (sums, _) = S::as_mut_simd_f32s(sums);
+        let vectors = sums.len() / R;
+        let whole = tile.width / S::F32_LANES;
+        // Of one row the sums of eight vectors have registers.
+        let eights = if R == 1 { whole / 8 * 8 } else { 0 };
+        for first in (0..eights).step_by(8) {
+            columns_of::<S, N, R, 8>(simd, tile, factors, sums, first);
+            tile.ahead = Ahead::NOTHING;
         }
-        add_block(simd, block, sums, vectors, first);
-        first += 4;
-    }
-    for first in first..vectors {
-        let columns = first * lanes..((first + 1) * lanes).min(width);
-        let mut block = [[simd.splat_f32s(0.0); 1]; R];
-        for (row, factors) in range.clone().zip(&factors) {
-            let value = N::padded(simd, &lines.line(row)[columns.clone()]);
-            add_scaled(simd, factors, [value], &mut block);
+        for first in (eights..whole / 4 * 4).step_by(4) {
+            columns_of::<S, N, R, 4>(simd, tile, factors, sums, first);
+            tile.ahead = Ahead::NOTHING;
         }
-        add_block(simd, block, sums, vectors, first);
+        for first in whole / 4 * 4..vectors {
+            columns_of::<S, N, R, 1>(simd, tile, factors, sums, first);
+            tile.ahead = Ahead::NOTHING;
+        }
     }
+}
+
+/// Those of the columns of V vectors from vector `first`; the last one of a row may be filled up.
+#[inline(always)]
+fn columns_of<S: Simd, N: Number, const R: usize, const V: usize>(
+    simd: S,
+    tile: Tile<N>,
+    factors: &[[f32; R]],
+    sums: &mut [S::f32s],
+    first: usize,
+) {
+    let lanes = S::F32_LANES;
+    let per_row = sums.len() / R;
+    let mut added = [[simd.splat_f32s(0.0); V]; R];
+    for (added, sums) in added.iter_mut().zip(sums.chunks_exact(per_row)) {
+        added.copy_from_slice(&sums[first..][..V]);
+    }
+    let width = tile.width;
+    let columns = first * lanes..((first + V) * lanes).min(width);
+    let (blocks, last) = factors.as_chunks::<AT_ONCE>();
+    let rows = tile.numbers.chunks_exact(AT_ONCE * width);
+    let rest = rows.remainder();
+    for (block, (rows, factors)) in rows.zip(blocks).enumerate() {
+        tile.ahead.fetch(simd, block);
+        for (k, factors) in factors.iter().enumerate() {
+            let values = values_of::<S, N, V>(simd, &rows[k * width..][columns.clone()]);
+            add_scaled(simd, factors, values, &mut added);
+        }
+    }
+    for (row, factors) in rest.chunks_exact(width).zip(last) {
+        let values = values_of::<S, N, V>(simd, &row[columns.clone()]);
+        add_scaled(simd, factors, values, &mut added);
+    }
+    for (added, sums) in added.iter().zip(sums.chunks_exact_mut(per_row)) {
+        sums[first..][..V].copy_from_slice(added);
+    }
+}
+
+/// V vectors; a single one may have to be filled up.
+#[inline(always)]
+fn values_of<S: Simd, N: Number, const V: usize>(simd: S, numbers: &[N]) -> [S::f32s; V] {
+    let lanes = S::F32_LANES;
+    let mut values = [simd.splat_f32s(0.0); V];
+    if V == 1 {
+        values[0] = N::padded(simd, numbers);
+    } else {
+        // Of a length that the compiler knows.
+        let numbers = numbers[..V * lanes].chunks_exact(lanes);
+        for (value, numbers) in values.iter_mut().zip(numbers) {
+            *value = N::vector(simd, numbers);
+        }
+    }
+    values
 }
 
 /// `sums[r] += factors[r] · values`.
@@ -71,22 +150,6 @@ fn add_scaled<S: Simd, const R: usize, const V: usize>(
         let factor = simd.splat_f32s(factor);
         for (sum, value) in sums.iter_mut().zip(values) {
             *sum = simd.mul_add_f32s(factor, value, *sum);
-        }
-    }
-}
-
-/// Adds the sums of some columns, from vector `first`, to those of R rows of `vectors` vectors.
-#[inline(always)]
-fn add_block<S: Simd, const R: usize, const V: usize>(
-    simd: S,
-    block: [[S::f32s; V]; R],
-    sums: &mut [S::f32s],
-    vectors: usize,
-    first: usize,
-) {
-    for (block, sums) in block.iter().zip(sums.chunks_exact_mut(vectors)) {
-        for (sum, &x) in sums[first..][..V].iter_mut().zip(block) {
-            *sum = simd.add_f32s(*sum, x);
         }
     }
 }

@@ -81,9 +81,9 @@ impl Case {
             }
         }
 
-        let mut wide = vec![0.0; width];
-        for row in range {
-            rows.widen(simd, row, &mut wide);
+        let mut wide = vec![0.0; range.len() * width];
+        rows.widen(simd, range.clone(), &mut wide);
+        for (row, wide) in range.zip(wide.chunks(width)) {
             let numbers = wide.iter().enumerate();
             numbers.for_each(|(c, x)| assert_eq!(*x, self.number(row, c) * scales[row]));
         }
