@@ -7,7 +7,8 @@ use pulp::{Simd, WithSimd};
 
 use super::super::simd::{fetch_ahead, sums_of_each};
 use super::super::widen::Number;
-use super::{AHEAD, AT_ONCE, LINE, LONG, Tile};
+use super::tiles::Tile;
+use super::{AHEAD, AT_ONCE, LINE, LONG};
 
 /// What `Rows::add_products` adds, of the vectors of R rows of floats side by side.
 #[inline(always)]

@@ -4,7 +4,8 @@ use pulp::bytemuck::cast_slice_mut;
 use pulp::{Simd, WithSimd};
 
 use super::super::widen::Number;
-use super::{AT_ONCE, Ahead, Tile};
+use super::AT_ONCE;
+use super::tiles::{Ahead, Tile};
 
 /// What `Rows::add_sums` adds, of R rows of floats; `factors` are side by side.
 #[inline(always)]
@@ -25,6 +26,7 @@ pub(super) fn sums_of<S: Simd, N: Number, const R: usize>(
 /// R rows of `x`, `pitch` from one to the next, times `scales`: of a row of each side by side, as many as fit.
 #[inline(always)]
 pub(super) fn scaled<S: Simd, const R: usize>(
+    _: S,
     x: &[f32],
     pitch: usize,
     scales: Option<&[f32]>,

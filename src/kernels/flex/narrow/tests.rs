@@ -26,7 +26,8 @@ prop_compose! {
         // Rows may overlap, or be one and the same.
         stride in prop_oneof![Just(0usize), 1usize..80, Just(usize::MAX)],
         first in 0usize..7,
-        n_rows in 1usize..11,
+        // Of one tile and of several.
+        n_rows in prop_oneof![1usize..11, 100usize..180],
         n_floats in 1usize..19,
     )(
         numbers in prop::collection::vec(-9i8..10, (first + n_rows) * stride.min(width + 1) + width),
