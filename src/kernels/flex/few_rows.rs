@@ -427,12 +427,12 @@ impl GroupProducts<'_> {
             let outputs = self.outputs.start + first..self.outputs.start + last;
             // Of several rows in one go, which has hardly an end that fills no vector.
             let scales = &mut scales[..(last - first) * per_row];
-            f16::widened(simd, weight.scales(outputs.clone()), 1.0, scales);
+            f16::widened(simd, weight.scales(outputs.clone()), scales);
             let offsets = match weight.offsets(outputs.clone()) {
                 None => None,
                 Some(numbers) => {
                     let offsets = &mut offsets[..numbers.len()];
-                    f16::widened(simd, numbers, 1.0, offsets);
+                    f16::widened(simd, numbers, offsets);
                     Some(&*offsets)
                 }
             };

@@ -20,16 +20,16 @@ pub(super) const MOST_LANES: usize = 16;
 
 /// Stored numbers, a vector of which becomes floats in a register.
 pub(super) trait Number: Copy + Default {
-    /// Whether [`Self::widened`] takes fewer instructions than [`Self::vector`], and not the same.
+    /// Whether [`Self::widened`] takes fewer instructions for a vector than [`Self::vector`].
     #[inline(always)]
-    fn in_slices<S: Simd>(_: S) -> bool {
+    fn widens_slices_faster<S: Simd>(_: S) -> bool {
         false
     }
 
-    /// Numbers times a scale as f32; as many of both.
+    /// Numbers as f32; as many of both.
     #[inline(always)]
-    fn widened<S: Simd>(simd: S, numbers: &[Self], scale: f32, to: &mut [f32]) {
-        by_vectors(simd, numbers, scale, to);
+    fn widened<S: Simd>(simd: S, numbers: &[Self], to: &mut [f32]) {
+        scaled(simd, numbers, 1.0, to);
     }
 
     /// As many numbers as a vector has.
@@ -55,26 +55,21 @@ impl Number for f32 {
 }
 
 impl Number for f16 {
-    /// With AVX2 alone: `pulp` has the processor's own conversion for AVX-512 only, `rten-simd` for slices.
+    /// With AVX2 alone: of the processor's own conversion `pulp` has AVX-512's for vectors, and `rten-simd` both
+    /// for slices.
     #[inline(always)]
-    fn in_slices<S: Simd>(simd: S) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return is::<S, V3>(simd).is_some();
-        #[cfg(not(target_arch = "x86_64"))]
-        false
+    fn widens_slices_faster<S: Simd>(simd: S) -> bool {
+        has_avx2_alone(simd)
     }
 
     #[inline(always)]
-    fn widened<S: Simd>(simd: S, numbers: &[Self], scale: f32, to: &mut [f32]) {
-        if !Self::in_slices(simd) {
-            return by_vectors(simd, numbers, scale, to);
+    fn widened<S: Simd>(simd: S, numbers: &[Self], to: &mut [f32]) {
+        if !Self::widens_slices_faster(simd) {
+            return scaled(simd, numbers, 1.0, to);
         }
         let rest = Halves(numbers.reinterpret_cast(), to).dispatch();
         let done = numbers.len() - rest;
-        by_vectors(simd, &numbers[done..], 1.0, &mut to[done..]);
-        if scale != 1.0 {
-            to.iter_mut().for_each(|x| *x *= scale);
-        }
+        scaled(simd, &numbers[done..], 1.0, &mut to[done..]);
     }
 
     #[inline(always)]
@@ -113,9 +108,9 @@ impl Number for i8 {
     }
 }
 
-/// [`Number::widened`] in registers, a vector at a time.
+/// Numbers times a scale as f32, in registers; as many of both.
 #[inline(always)]
-fn by_vectors<S: Simd, N: Number>(simd: S, numbers: &[N], scale: f32, to: &mut [f32]) {
+pub(super) fn scaled<S: Simd, N: Number>(simd: S, numbers: &[N], scale: f32, to: &mut [f32]) {
     let scale = simd.splat_f32s(scale);
     let (to, to_tail) = S::as_mut_simd_f32s(to);
     let numbers = numbers.chunks_exact(S::F32_LANES);
@@ -269,6 +264,18 @@ fn first<const N: usize>(bytes: &[i8]) -> [i8; 16] {
     all
 }
 
+/// Whether the instruction set is AVX2 and no more, which the compiler knows.
+#[inline(always)]
+pub(super) fn has_avx2_alone<S: Simd>(simd: S) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is::<S, V3>(simd).is_some();
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = simd;
+        false
+    }
+}
+
 /// The instruction set as what it is, which the compiler knows.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
@@ -327,12 +334,12 @@ mod tests {
             // Every half there is, in a length that fills no vector; what is no number stays none.
             let halves: Vec<f16> = (1..=u16::MAX).map(f16::from_bits).collect();
             let mut wide = vec![0.0; halves.len()];
-            f16::widened(simd, &halves, 1.0, &mut wide);
+            f16::widened(simd, &halves, &mut wide);
             for (wide, x) in wide.iter().zip(&halves) {
                 assert!(wide.to_bits() == x.to_f32().to_bits() || wide.is_nan() && x.is_nan());
             }
             let halves: Vec<bf16> = (1..=u16::MAX).map(bf16::from_bits).collect();
-            bf16::widened(simd, &halves, 1.0, &mut wide);
+            bf16::widened(simd, &halves, &mut wide);
             for (wide, x) in wide.iter().zip(&halves) {
                 assert!(wide.to_bits() == x.to_f32().to_bits() || wide.is_nan() && x.is_nan());
             }

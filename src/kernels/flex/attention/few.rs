@@ -1,6 +1,6 @@
 //! Few queries over many keys: every query of a kv head's group with every key by a dot product.
 //! The limit is how fast keys and values come from memory, so each is read from it once for all of them,
-//! and widened in registers where it is no f32.
+//! and widened on the way where it is no f32 ([`narrow`](super::super::narrow)).
 
 use std::ops::Range;
 

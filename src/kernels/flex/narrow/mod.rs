@@ -1,6 +1,6 @@
-//! Rows of stored numbers, multiplied where they lie: a vector of them becomes floats in registers, once
-//! for several rows of floats that it is multiplied with. [`products`] are theirs with each stored row,
-//! [`sums`] are those of all stored rows, each times a number. Both go through [`tiles`] of rows.
+//! Rows of stored numbers, multiplied where they lie, once for several rows of floats. [`products`] are theirs
+//! with each stored row, [`sums`] are those of all stored rows, each times a number. Both go through [`tiles`] of
+//! rows, a vector of which becomes floats in a register, or all of which do in memory that is near.
 
 mod products;
 mod sums;

@@ -7,7 +7,7 @@ use pulp::{Simd, WithSimd};
 
 use super::super::simd::{fetch_ahead, sums_of_each};
 use super::super::widen::Number;
-use super::tiles::Tile;
+use super::tiles::{Ahead, Tile};
 use super::{AHEAD, AT_ONCE, LINE, LONG};
 
 /// What `Rows::add_products` adds, of the vectors of R rows of floats side by side.
@@ -27,7 +27,7 @@ pub(super) fn products_of<S: Simd, N: Number, const R: usize>(
     });
 }
 
-/// A function by itself: its loops have the processor's registers for themselves.
+/// By itself, so that the compiler has all registers for its loops.
 struct Products<'a, N, const R: usize> {
     tile: Tile<'a, N>,
     /// Whole vectors.
@@ -71,31 +71,48 @@ fn add_dots<S: Simd, N: Number, const R: usize>(
     });
     for (block, rows) in blocks.enumerate() {
         ahead.fetch(simd, block);
-        let found = dots_of_four(simd, x, rows, width);
+        let (first, last) = rows.split_at(2 * width);
+        let ((a, b), (c, d)) = (first.split_at(width), last.split_at(width));
+        let found = dots_of_four(simd, x, [a, b, c, d], ahead);
         let first = block * AT_ONCE;
-        let mut of_block = [1.0; AT_ONCE];
-        if let Some(scales) = scales {
-            of_block.copy_from_slice(&scales[first..][..AT_ONCE]);
-        }
+        let scales = scales_of(scales, first);
         for ((products, _), found) in of_rows.iter_mut().zip(&found) {
             let products = products[first..].first_chunk_mut::<AT_ONCE>();
-            let products = products.expect("a product of each row");
-            for ((product, found), scale) in products.iter_mut().zip(found).zip(of_block) {
-                *product += found * scale;
-            }
+            add_scaled(products.expect("a product of each row"), found, scales);
         }
     }
     if !rest.is_empty() {
-        // Behind the last row come zeros.
-        let mut rows = vec![N::default(); AT_ONCE * width];
-        rows[..rest.len()].copy_from_slice(rest);
-        let found = dots_of_four(simd, x, &rows, width);
-        for ((_, products), found) in of_rows.iter_mut().zip(&found) {
-            let products = products.iter_mut().zip(found).take(rest.len() / width);
-            for (i, (product, found)) in products.enumerate() {
-                *product += found * scales.map_or(1.0, |scales| scales[whole + i]);
-            }
+        // Behind the last row comes the last again.
+        let last = rest.len() / width - 1;
+        let mut rows = [&rest[..width]; AT_ONCE];
+        for (k, row) in rows.iter_mut().enumerate() {
+            *row = &rest[k.min(last) * width..][..width];
         }
+        let found = dots_of_four(simd, x, rows, ahead);
+        let scales = scales_of(scales, whole);
+        for ((_, products), found) in of_rows.iter_mut().zip(&found) {
+            add_scaled(&mut products[..=last], found, scales);
+        }
+    }
+}
+
+/// What the products of a block's rows are times, from row `first` on.
+#[inline(always)]
+fn scales_of(scales: Option<&[f32]>, first: usize) -> [f32; AT_ONCE] {
+    let mut of_block = [1.0; AT_ONCE];
+    if let Some(scales) = scales {
+        for (to, scale) in of_block.iter_mut().zip(&scales[first..]) {
+            *to = *scale;
+        }
+    }
+    of_block
+}
+
+/// Of as many rows as there are products.
+#[inline(always)]
+fn add_scaled(products: &mut [f32], found: &[f32; AT_ONCE], scales: [f32; AT_ONCE]) {
+    for ((product, found), scale) in products.iter_mut().zip(found).zip(scales) {
+        *product += found * scale;
     }
 }
 
@@ -104,14 +121,12 @@ fn add_dots<S: Simd, N: Number, const R: usize>(
 fn dots_of_four<S: Simd, N: Number, const R: usize>(
     simd: S,
     x: &[[S::f32s; R]],
-    rows: &[N],
-    width: usize,
+    rows: [&[N]; AT_ONCE],
+    ahead: Ahead,
 ) -> [[f32; AT_ONCE]; R] {
-    let (first, last) = rows.split_at(2 * width);
-    let ((a, b), (c, d)) = (first.split_at(width), last.split_at(width));
-    match width < LONG {
-        true => dots(simd, x, [a, b, c, d]),
-        false => dots_of_long(simd, x, [a, b, c, d]),
+    match rows[0].len() < LONG {
+        true => dots(simd, x, rows),
+        false => dots_of_long(simd, x, rows, matches!(ahead, Ahead::Lines)),
     }
 }
 
@@ -153,6 +168,7 @@ fn dots_of_long<S: Simd, N: Number, const R: usize>(
     simd: S,
     x: &[[S::f32s; R]],
     rows: [&[N]; AT_ONCE],
+    fetches: bool,
 ) -> [[f32; AT_ONCE]; R] {
     let lanes = S::F32_LANES;
     let zero = simd.splat_f32s(0.0);
@@ -169,8 +185,10 @@ fn dots_of_long<S: Simd, N: Number, const R: usize>(
             false => x_rest,
         };
         for (x4, row) in x4.iter().zip(row4) {
-            for line in row.chunks(LINE / size_of::<N>()) {
-                fetch_ahead(simd, &line[0], AHEAD);
+            if fetches {
+                for line in row.chunks(LINE / size_of::<N>()) {
+                    fetch_ahead(simd, &line[0], AHEAD);
+                }
             }
             let mut vectors = [zero; 4];
             for (vector, row) in vectors.iter_mut().zip(row.chunks_exact(lanes)) {

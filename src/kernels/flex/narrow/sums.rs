@@ -25,7 +25,7 @@ pub(super) fn sums_of<S: Simd, N: Number, const R: usize>(
 
 /// R rows of `x`, `pitch` from one to the next, times `scales`: of a row of each side by side, as many as fit.
 #[inline(always)]
-pub(super) fn scaled<S: Simd, const R: usize>(
+pub(super) fn factors_of<S: Simd, const R: usize>(
     _: S,
     x: &[f32],
     pitch: usize,
@@ -49,7 +49,7 @@ pub(super) fn scaled<S: Simd, const R: usize>(
     }
 }
 
-/// A function by itself: its loops have the processor's registers for themselves.
+/// By itself, so that the compiler has all registers for its loops.
 struct Sums<'a, N, const R: usize> {
     tile: Tile<'a, N>,
     factors: &'a [[f32; R]],
@@ -74,15 +74,15 @@ impl<N: Number, const R: usize> WithSimd for Sums<'_, N, R> {
         let eights = if R == 1 { whole / 8 * 8 } else { 0 };
         for first in (0..eights).step_by(8) {
             columns_of::<S, N, R, 8>(simd, tile, factors, sums, first);
-            tile.ahead = Ahead::NOTHING;
+            tile.ahead = Ahead::Nothing;
         }
         for first in (eights..whole / 4 * 4).step_by(4) {
             columns_of::<S, N, R, 4>(simd, tile, factors, sums, first);
-            tile.ahead = Ahead::NOTHING;
+            tile.ahead = Ahead::Nothing;
         }
         for first in whole / 4 * 4..vectors {
             columns_of::<S, N, R, 1>(simd, tile, factors, sums, first);
-            tile.ahead = Ahead::NOTHING;
+            tile.ahead = Ahead::Nothing;
         }
     }
 }

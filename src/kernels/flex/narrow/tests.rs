@@ -4,6 +4,8 @@ use proptest::prelude::*;
 #[cfg(target_arch = "x86_64")]
 use pulp::x86::{V3, V4};
 use pulp::{Scalar, WithSimd, bytemuck::cast_slice};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 
 use super::*;
 use crate::kernels::flex::simd::maximum;
@@ -22,22 +24,27 @@ struct Case {
 
 prop_compose! {
     fn any_case()(
-        width in prop_oneof![1usize..70, 250usize..340],
-        // Rows may overlap, or be one and the same.
-        stride in prop_oneof![Just(0usize), 1usize..80, Just(usize::MAX)],
+        width in prop_oneof![1usize..140, 250usize..340],
+        // One behind the other as in a cache, or overlapping, one and the same, or apart.
+        stride in prop_oneof![
+            4 => Just(None),
+            1 => Just(Some(0)),
+            1 => (1usize..80).prop_map(Some),
+            1 => Just(Some(usize::MAX)),
+        ],
         first in 0usize..7,
         // Of one tile and of several.
-        n_rows in prop_oneof![1usize..11, 100usize..180],
+        n_rows in prop_oneof![8 => 1usize..11, 1 => 100usize..180, 1 => 300usize..330],
         n_floats in 1usize..19,
-    )(
-        numbers in prop::collection::vec(-9i8..10, (first + n_rows) * stride.min(width + 1) + width),
-        floats in prop::collection::vec(-9i8..10, n_floats * width.max(n_rows)),
-        width in Just(width),
-        stride in Just(stride.min(width + 1)),
-        rows in Just(first..first + n_rows),
-        n_floats in Just(n_floats),
+        seed in any::<u64>(),
     ) -> Case {
-        Case { width, stride, rows, n_floats, numbers, floats }
+        let stride = stride.map_or(width, |stride| stride.min(width + 1));
+        let mut rng = StdRng::seed_from_u64(seed);
+        // The last row ends where the numbers do.
+        let len = (first + n_rows - 1) * stride + width;
+        let numbers = (0..len).map(|_| rng.random_range(-9..10)).collect();
+        let floats = (0..n_floats * width.max(n_rows)).map(|_| rng.random_range(-9..10)).collect();
+        Case { width, stride, rows: first..first + n_rows, n_floats, numbers, floats }
     }
 }
 
@@ -70,8 +77,12 @@ impl Case {
 
         let vectors = width.div_ceil(S::F32_LANES);
         let mut sums = vec![simd.splat_f32s(1.0); self.n_floats * vectors];
-        let factors = &x[..self.n_floats * range.len()];
-        rows.add_sums(simd, factors, range.len(), range.clone(), &mut sums);
+        let mut factors = vec![7.0; self.n_floats * pitch];
+        for (to, x) in factors.chunks_mut(pitch).zip(x.chunks(range.len())) {
+            to[..range.len()].copy_from_slice(x);
+        }
+        rows.add_sums(simd, &factors, pitch, range.clone(), &mut sums);
+        rows.add_sums(simd, &factors, pitch, range.start..range.start, &mut sums);
         for (i, sums) in sums.chunks(vectors).enumerate() {
             let sums: &[f32] = cast_slice(sums);
             for (column, found) in sums[..width].iter().enumerate() {
@@ -87,6 +98,61 @@ impl Case {
         for (row, wide) in range.zip(wide.chunks(width)) {
             let numbers = wide.iter().enumerate();
             numbers.for_each(|(c, x)| assert_eq!(*x, self.number(row, c) * scales[row]));
+        }
+    }
+}
+
+/// A case whose numbers are of no order: sums in another order are others.
+struct OneByOne<'a>(&'a Case);
+
+impl OneByOne<'_> {
+    /// Of all rows of floats, and of each by itself, to the bit.
+    fn check<S: Simd>(&self, simd: S, rows: Rows) {
+        let Self(case) = self;
+        let (range, width) = (case.rows.clone(), case.width);
+        let x: Vec<f32> = (case.floats.iter().enumerate())
+            .map(|(i, &x)| (f32::from(x) + i as f32).sin())
+            .collect();
+        let floats = &x[..case.n_floats * width];
+        let mut products = vec![0.0; case.n_floats * range.len()];
+        rows.add_products(simd, floats, range.clone(), &mut products, range.len());
+        let factors = &x[..case.n_floats * range.len()];
+        let vectors = width.div_ceil(S::F32_LANES);
+        let mut sums = vec![simd.splat_f32s(0.0); case.n_floats * vectors];
+        rows.add_sums(simd, factors, range.len(), range.clone(), &mut sums);
+        for i in 0..case.n_floats {
+            let mut alone = vec![0.0; range.len()];
+            let floats = &floats[i * width..][..width];
+            rows.add_products(simd, floats, range.clone(), &mut alone, range.len());
+            assert_eq!(alone, products[i * range.len()..][..range.len()]);
+            let mut alone = vec![simd.splat_f32s(0.0); vectors];
+            let factors = &factors[i * range.len()..][..range.len()];
+            rows.add_sums(simd, factors, range.len(), range.clone(), &mut alone);
+            let sums: &[f32] = cast_slice(&sums[i * vectors..][..vectors]);
+            assert_eq!(cast_slice::<_, f32>(&alone)[..width], sums[..width]);
+        }
+    }
+}
+
+impl WithSimd for &OneByOne<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let case = self.0;
+        let wide: Vec<f32> = (case.numbers.iter().enumerate())
+            .map(|(i, &x)| (f32::from(x) + i as f32).cos())
+            .collect();
+        let f16s: Vec<f16> = wide.iter().map(|x| f16::from_f32(*x)).collect();
+        let bf16s: Vec<bf16> = wide.iter().map(|x| bf16::from_f32(*x)).collect();
+        let scales: Vec<f32> = (0..case.rows.end).map(|row| (row as f32).cos()).collect();
+        for numbers in [
+            Numbers::F32(&wide),
+            Numbers::F16(&f16s),
+            Numbers::Bf16(&bf16s),
+            Numbers::Int8(&case.numbers, &scales),
+        ] {
+            self.check(simd, Rows::new(numbers, case.stride, case.width));
         }
     }
 }
@@ -118,19 +184,28 @@ impl WithSimd for &Case {
     }
 }
 
+/// By each of the processor's instruction sets, not only the one that is taken.
+fn by_all(of: impl WithSimd<Output = ()> + Copy) {
+    Simd::vectorize(Scalar::new(), of);
+    #[cfg(target_arch = "x86_64")]
+    {
+        if let Some(simd) = V3::try_new() {
+            Simd::vectorize(simd, of);
+        }
+        if let Some(simd) = V4::try_new() {
+            Simd::vectorize(simd, of);
+        }
+    }
+}
+
 proptest! {
-    /// By each of the processor's instruction sets, not only the one that is taken.
     #[test]
     fn rows_are_multiplied_as_what_they_are(case in any_case()) {
-        Simd::vectorize(Scalar::new(), &case);
-        #[cfg(target_arch = "x86_64")]
-        {
-            if let Some(simd) = V3::try_new() {
-                Simd::vectorize(simd, &case);
-            }
-            if let Some(simd) = V4::try_new() {
-                Simd::vectorize(simd, &case);
-            }
-        }
+        by_all(&case);
+    }
+
+    #[test]
+    fn what_a_row_of_floats_gives_is_its_own(case in any_case()) {
+        by_all(&OneByOne(&case));
     }
 }

@@ -6,13 +6,13 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::super::simd::fetch;
-use super::super::widen::Number;
+use super::super::widen::{Number, has_avx2_alone, scaled};
 use super::products::products_of;
-use super::sums::{scaled, sums_of};
+use super::sums::{factors_of, sums_of};
 use super::{AHEAD, AT_ONCE, LINE, LONG, SideBySide, floats_at_once, of_floats};
 
-/// Bytes of stored rows that are multiplied with some rows of floats before the next are, where there are registers
-/// for four: they stay in the second-level cache.
+/// Bytes of stored rows that are multiplied with some rows of floats before the next are: they stay in the
+/// second-level cache.
 const BLOCK: usize = 1 << 18;
 
 /// [`Rows`] of one type of numbers.
@@ -30,31 +30,43 @@ pub(super) struct Lines<'a, N> {
 pub(super) struct Tile<'a, N> {
     pub numbers: &'a [N],
     pub width: usize,
-    /// What each row is times.
+    /// What each row's product is times. In sums the factors have it.
     pub scales: Option<&'a [f32]>,
     pub ahead: Ahead,
 }
 
-/// Memory that is fetched while a tile is gone through, some for every [`AT_ONCE`] of its rows. It may end behind
-/// all there is.
+/// Memory that is fetched while a tile is gone through.
 #[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    start: *const i8,
-    bytes: usize,
+pub(super) enum Ahead {
+    Nothing,
+    /// Some bytes for every [`AT_ONCE`] rows, one piece behind the other from a place that may be behind all there
+    /// is.
+    Tile {
+        start: *const i8,
+        bytes: usize,
+    },
+    /// What lies [`AHEAD`] of each line of a row.
+    Lines,
 }
 
 impl Ahead {
-    pub const NOTHING: Self = Self {
-        start: std::ptr::null(),
-        bytes: 0,
-    };
-
     /// What is due with the tile's `block` of rows.
     #[inline(always)]
     pub fn fetch<S: Simd>(self, simd: S, block: usize) {
-        let start = self.start.wrapping_add(block * self.bytes);
-        for byte in (0..self.bytes).step_by(LINE) {
-            fetch(simd, start.wrapping_add(byte));
+        if let Self::Tile { start, bytes } = self {
+            let start = start.wrapping_add(block * bytes);
+            for byte in (0..bytes).step_by(LINE) {
+                fetch(simd, start.wrapping_add(byte));
+            }
+        }
+    }
+
+    /// What is left to fetch when a tile was gone through.
+    #[inline(always)]
+    fn once(self) -> Self {
+        match self {
+            Self::Tile { .. } => Self::Nothing,
+            Self::Nothing | Self::Lines => self,
         }
     }
 }
@@ -71,17 +83,20 @@ impl<'a, N: Number> Lines<'a, N> {
 
     #[inline(always)]
     pub fn widen<S: Simd>(&self, simd: S, rows: Range<usize>, to: &mut [f32]) {
-        if self.stride == self.width && self.scales.is_none() {
-            return N::widened(simd, self.numbers_of(&rows), 1.0, to);
+        if self.is_in_one_piece() && self.scales.is_none() {
+            return N::widened(simd, self.numbers_of(&rows), to);
         }
         for (to, row) in to.chunks_exact_mut(self.width).zip(rows) {
-            let scale = match self.scales {
-                Some(scales) => scales[row],
-                None => 1.0,
-            };
-            let row = &self.numbers[row * self.stride..][..self.width];
-            N::widened(simd, row, scale, to);
+            let numbers = &self.numbers[row * self.stride..][..self.width];
+            match self.scales {
+                Some(scales) => scaled(simd, numbers, scales[row], to),
+                None => N::widened(simd, numbers, to),
+            }
         }
+    }
+
+    fn is_in_one_piece(&self) -> bool {
+        self.stride == self.width
     }
 
     /// Of rows one behind the other.
@@ -101,17 +116,22 @@ impl<'a, N: Number> Lines<'a, N> {
         let x = vectors(simd, x, self.width);
         let x = SideBySide::new::<S>(&x, self.width.div_ceil(S::F32_LANES));
         let is_widened = self.is_widened(simd, x.n_rows());
-        let is_fetched = is_widened || gains_by_fetching::<S>(self.width);
+        let is_tiled = is_widened || gains_by_tiles(simd, self.width);
         let mut scratch = Vec::new();
-        for rows in self.tiles::<S>(is_fetched, x.n_rows(), range.clone()) {
+        for rows in self.tiles::<S>(is_tiled, x.n_rows(), range.clone()) {
             let products = &mut products[rows.start - range.start..];
+            let ahead = match self.width < LONG {
+                _ if is_tiled => self.behind(&rows),
+                true => Ahead::Nothing,
+                false => Ahead::Lines,
+            };
             match is_widened {
                 true => {
-                    let tile = self.widened(simd, rows, &mut scratch);
+                    let tile = self.widened(simd, rows, ahead, &mut scratch);
                     tile.add_products(simd, &x, products, pitch);
                 }
                 false => {
-                    let tile = self.tile(rows, is_fetched);
+                    let tile = self.tile(rows, ahead);
                     tile.add_products(simd, &x, products, pitch);
                 }
             }
@@ -127,21 +147,28 @@ impl<'a, N: Number> Lines<'a, N> {
         range: Range<usize>,
         sums: &mut [S::f32s],
     ) {
+        if range.is_empty() {
+            return;
+        }
         let factors = self.factors(simd, x, pitch, range.clone());
         let is_widened = self.is_widened(simd, factors.n_rows());
         // f32 gained nothing, and lost in wide rows.
         let is_narrow = size_of::<N>() < size_of::<f32>();
-        let is_fetched = is_widened || is_narrow && gains_by_fetching::<S>(self.width);
+        let is_tiled = is_widened || is_narrow && gains_by_tiles(simd, self.width);
         let mut scratch = Vec::new();
-        for rows in self.tiles::<S>(is_fetched, factors.n_rows(), range.clone()) {
+        for rows in self.tiles::<S>(is_tiled, factors.n_rows(), range.clone()) {
             let first = rows.start - range.start;
+            let ahead = match is_tiled {
+                true => self.behind(&rows),
+                false => Ahead::Nothing,
+            };
             match is_widened {
                 true => {
-                    let tile = self.widened(simd, rows, &mut scratch);
+                    let tile = self.widened(simd, rows, ahead, &mut scratch);
                     tile.add_sums(simd, &factors, first, sums);
                 }
                 false => {
-                    let tile = self.tile(rows, is_fetched);
+                    let tile = self.tile(rows, ahead);
                     tile.add_sums(simd, &factors, first, sums);
                 }
             }
@@ -158,12 +185,12 @@ impl<'a, N: Number> Lines<'a, N> {
         range: Range<usize>,
     ) -> SideBySide<'static, f32> {
         let (per_row, at_once) = (range.len(), floats_at_once::<S>());
-        let mut factors = vec![0.0; x.len().div_ceil(pitch) * per_row];
+        let mut factors = vec![0.0; x.len() / pitch * per_row];
         let groups = factors.chunks_mut(at_once * per_row);
         for (group, x) in groups.zip(x.chunks(at_once * pitch)) {
             let scales = self.scales.map(|scales| &scales[range.clone()]);
             let rows = group.len() / per_row;
-            of_floats!(rows, scaled::<S>(simd, x, pitch, scales, group));
+            of_floats!(rows, factors_of::<S>(simd, x, pitch, scales, group));
         }
         SideBySide {
             numbers: Cow::Owned(factors),
@@ -177,20 +204,20 @@ impl<'a, N: Number> Lines<'a, N> {
     #[inline(always)]
     fn is_widened<S: Simd>(&self, simd: S, n_rows: usize) -> bool {
         let again = n_rows > floats_at_once::<S>();
-        self.stride != self.width || N::in_slices(simd) && (self.width < LONG || again)
+        !self.is_in_one_piece() || N::widens_slices_faster(simd) && (self.width < LONG || again)
     }
 
     /// The rows of each tile.
     #[inline(always)]
     fn tiles<S: Simd>(
         &self,
-        is_fetched: bool,
+        is_tiled: bool,
         n_rows: usize,
         range: Range<usize>,
     ) -> impl Iterator<Item = Range<usize>> {
         let (at_once, bytes) = (floats_at_once::<S>(), self.width * size_of::<N>());
         let rows = match n_rows > at_once {
-            _ if is_fetched => AHEAD / bytes,
+            _ if is_tiled => AHEAD / bytes,
             true => BLOCK / bytes,
             false => range.len(),
         };
@@ -200,15 +227,12 @@ impl<'a, N: Number> Lines<'a, N> {
     }
 
     /// Rows one behind the other as they lie.
-    fn tile(&self, rows: Range<usize>, is_fetched: bool) -> Tile<'a, N> {
+    fn tile(&self, rows: Range<usize>, ahead: Ahead) -> Tile<'a, N> {
         Tile {
             numbers: self.numbers_of(&rows),
             width: self.width,
-            ahead: match is_fetched {
-                true => self.behind(&rows),
-                false => Ahead::NOTHING,
-            },
             scales: self.scales.map(|scales| &scales[rows]),
+            ahead,
         }
     }
 
@@ -218,6 +242,7 @@ impl<'a, N: Number> Lines<'a, N> {
         &self,
         simd: S,
         rows: Range<usize>,
+        ahead: Ahead,
         scratch: &'t mut Vec<f32>,
     ) -> Tile<'t, f32>
     where
@@ -232,17 +257,20 @@ impl<'a, N: Number> Lines<'a, N> {
         Tile {
             numbers: scratch,
             width: self.width,
-            ahead: self.behind(&rows),
             scales: self.scales.map(|scales| &scales[rows]),
+            ahead,
         }
     }
 
-    /// The memory behind a tile, as much as is in it.
+    /// The memory behind a tile, as much as is in it, if rows lie one behind the other.
     #[inline(always)]
     fn behind(&self, rows: &Range<usize>) -> Ahead {
-        let bytes = AT_ONCE * self.stride * size_of::<N>();
-        let start = self.numbers[rows.start * self.stride..].as_ptr();
-        Ahead {
+        if !self.is_in_one_piece() {
+            return Ahead::Nothing;
+        }
+        let bytes = AT_ONCE * self.width * size_of::<N>();
+        let start = self.numbers[rows.start * self.width..].as_ptr();
+        Ahead::Tile {
             start: start
                 .cast::<i8>()
                 .wrapping_add(rows.len().div_ceil(AT_ONCE) * bytes),
@@ -251,11 +279,11 @@ impl<'a, N: Number> Lines<'a, N> {
     }
 }
 
-/// Whether rows that are read where they lie are fetched a tile before: short ones, on processors where it was
-/// measured to gain. [`products_of`] long ones fetches for itself.
+/// Whether short rows are gone through by tiles, each fetched while the one before is: on processors where that was
+/// measured to gain.
 #[inline(always)]
-fn gains_by_fetching<S: Simd>(width: usize) -> bool {
-    floats_at_once::<S>() < 4 && width < LONG
+fn gains_by_tiles<S: Simd>(simd: S, width: usize) -> bool {
+    width < LONG && has_avx2_alone(simd)
 }
 
 impl<N: Number> Tile<'_, N> {
@@ -270,7 +298,7 @@ impl<N: Number> Tile<'_, N> {
         let products = products.chunks_mut(floats_at_once::<S>() * pitch);
         for ((rows, x), products) in x.groups().zip(products) {
             of_floats!(rows, products_of::<S, N>(simd, self, x, products, pitch));
-            self.ahead = Ahead::NOTHING;
+            self.ahead = self.ahead.once();
         }
     }
 
@@ -289,7 +317,7 @@ impl<N: Number> Tile<'_, N> {
         for ((rows, factors), sums) in factors.groups().zip(sums) {
             let factors = &factors[first * rows..][..n_rows * rows];
             of_floats!(rows, sums_of::<S, N>(simd, self, factors, sums));
-            self.ahead = Ahead::NOTHING;
+            self.ahead = self.ahead.once();
         }
     }
 }
