@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn::nn::RmsNormConfig;
 use burn::tensor::activation::silu;
-use burn::tensor::{DType, Distribution, Tolerance};
+use burn::tensor::{BasicOps, DType, Distribution, Tolerance};
 use burn_flex::FlexDevice;
 use proptest::prelude::*;
 
@@ -47,10 +47,24 @@ fn stored(numbers: u8, dims: [usize; 4]) -> Stored<Flex> {
     // A view into a larger capacity, as a cache has it.
     let [batch, heads, keys, width] = dims;
     let x = random([batch, heads, keys + 3, width]);
-    let dtype = [DType::F32, DType::F16, DType::BF16, DType::I8][usize::from(numbers)];
-    Stored::zeros(x.dims(), dtype, &FlexDevice)
+    let dtype = [DType::F32, DType::F16, DType::BF16, DType::I8][usize::from(numbers % 4)];
+    let stored = Stored::zeros(x.dims(), dtype, &FlexDevice)
         .assign(0, x)
-        .narrow(2, keys)
+        .narrow(2, keys);
+    match (numbers < 4, stored) {
+        (true, stored) => stored,
+        (false, Stored::Float(x)) => Stored::Float(apart(x)),
+        (false, Stored::Int8 { codes, scales }) => Stored::Int8 {
+            codes: apart(codes),
+            scales: apart(scales),
+        },
+    }
+}
+
+/// The same numbers as a view of rows of twice the width.
+fn apart<K: BasicOps<Flex>>(x: Tensor<Flex, 4, K>) -> Tensor<Flex, 4, K> {
+    let width = x.dims()[3];
+    Tensor::cat(vec![x.clone(), x], 3).narrow(3, 0, width)
 }
 
 prop_compose! {
@@ -63,7 +77,8 @@ prop_compose! {
         width in prop_oneof![1usize..5, 8usize..12, 15usize..18, 31usize..34, 40usize..41],
         n_keys in 1usize..4,
         n_values in 1usize..4,
-        numbers in 0u8..4,
+        // Of each type one behind the other, and apart.
+        numbers in 0u8..8,
         weighted in any::<bool>(),
         hidden in 0..2,
         window in prop_oneof![Just(0usize), 1usize..20],

@@ -27,14 +27,18 @@ impl Storage {
             (numbers.dtype(), scales.as_ref().map(FlexTensor::dtype)),
             (DType::F32 | DType::F16 | DType::BF16, None) | (DType::I8, Some(DType::F32))
         );
-        // Everything but transposed rows is read where it lies.
+        // Everything but transposed rows is read where it lies, and scales if a head's are one behind the other.
         let in_rows = |tensor: FlexTensor| match tensor.layout().strides() {
             [batch, head, row, 1] if [*batch, *head, *row].iter().all(|s| *s >= 0) => tensor,
             _ => tensor.to_contiguous(),
         };
+        let in_a_row = |tensor: FlexTensor| match tensor.layout().strides() {
+            [batch, head, 1, _] if [*batch, *head].iter().all(|s| *s >= 0) => tensor,
+            _ => tensor.to_contiguous(),
+        };
         readable.then(|| Self {
             numbers: in_rows(numbers),
-            scales: scales.map(in_rows),
+            scales: scales.map(in_a_row),
         })
     }
 
