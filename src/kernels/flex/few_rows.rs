@@ -439,7 +439,7 @@ impl GroupProducts<'_> {
             let bytes = weight.bytes(outputs);
             let bytes = bytes.chunks_exact(per_row * C::CODES.bytes());
             let products = self.products.chunks_mut(floats_at_once::<S>() * width);
-            for ((rows, x), products) in groups.groups().zip(products) {
+            for ((rows, x), products) in groups.groups::<S>().zip(products) {
                 let (bytes, products) = (bytes.clone(), &mut products[first..]);
                 of_floats!(
                     rows,

@@ -8,6 +8,9 @@ use burn::tensor::activation::silu;
 use burn::tensor::{BasicOps, DType, Distribution, Tolerance};
 use burn_flex::FlexDevice;
 use proptest::prelude::*;
+#[cfg(target_arch = "x86_64")]
+use pulp::x86::{V3, V4};
+use pulp::{Scalar, Simd, WithSimd};
 
 use super::*;
 use crate::holes::Holes;
@@ -384,6 +387,20 @@ fn a_querys_attention_is_its_own() {
     }
 }
 
+/// Does something by each of the processor's instruction sets, not only the one that is taken.
+pub(super) fn by_each_instruction_set(of: impl WithSimd<Output = ()> + Copy) {
+    Simd::vectorize(Scalar::new(), of);
+    #[cfg(target_arch = "x86_64")]
+    {
+        if let Some(simd) = V3::try_new() {
+            Simd::vectorize(simd, of);
+        }
+        if let Some(simd) = V4::try_new() {
+            Simd::vectorize(simd, of);
+        }
+    }
+}
+
 /// What a process of tests may be told to compute by instead of the best the processor has.
 const INSTRUCTIONS: &str = "FUSEDKV_TEST_INSTRUCTIONS";
 
@@ -393,7 +410,7 @@ fn lesser_archs() -> Vec<(&'static str, Arch)> {
         Arch::Scalar => vec![],
         #[cfg(target_arch = "x86_64")]
         Arch::V4(_) => {
-            let avx2 = pulp::x86::V3::try_new().expect("what has AVX-512 has AVX2");
+            let avx2 = V3::try_new().expect("what has AVX-512 has AVX2");
             vec![("avx2", Arch::V3(avx2)), ("scalar", Arch::Scalar)]
         }
         _ => vec![("scalar", Arch::Scalar)],

@@ -303,14 +303,15 @@ pub(super) fn widen_f16(x: f16) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use pulp::{Scalar, WithSimd};
+    use pulp::WithSimd;
 
     use super::*;
+    use crate::kernels::flex::tests::by_each_instruction_set;
 
-    /// Every byte as codes and as halves, and f16 of every 97th pattern.
+    /// Every byte as codes and as halves, and every f16 and bf16.
     struct Widened;
 
-    impl WithSimd for Widened {
+    impl WithSimd for &Widened {
         type Output = ();
 
         #[inline(always)]
@@ -346,19 +347,9 @@ mod tests {
         }
     }
 
-    /// By each of the processor's instruction sets, not only the one that is taken.
     #[test]
     fn instruction_sets_widen_alike() {
-        Simd::vectorize(Scalar::new(), Widened);
-        #[cfg(target_arch = "x86_64")]
-        {
-            if let Some(simd) = V3::try_new() {
-                Simd::vectorize(simd, Widened);
-            }
-            if let Some(simd) = V4::try_new() {
-                Simd::vectorize(simd, Widened);
-            }
-        }
+        by_each_instruction_set(&Widened);
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! Rows of stored numbers, multiplied where they lie, once for several rows of floats. [`products`] are theirs
-//! with each stored row, [`sums`] are those of all stored rows, each times a number. Both go through [`tiles`] of
-//! rows, a vector of which becomes floats in a register, or all of which do in memory that is near.
+//! with each stored row, [`sums`] are those of all stored rows, each times a number. Both go through [`lines`] by
+//! a [`tile`] at a time, a vector of which becomes floats in a register, or all of which does in memory that is near.
 
+mod lines;
 mod products;
 mod sums;
 #[cfg(test)]
 mod tests;
-mod tiles;
+mod tile;
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -14,7 +15,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 use pulp::Simd;
 
-use tiles::Lines;
+use lines::Lines;
 
 /// Stored rows that are multiplied at a time.
 pub(super) const AT_ONCE: usize = 4;
@@ -155,19 +156,17 @@ pub(super) use of_floats;
 pub(super) struct SideBySide<'a, T: Copy> {
     numbers: Cow<'a, [T]>,
     per_row: usize,
-    at_once: usize,
 }
 
 impl<'a, T: Copy> SideBySide<'a, T> {
     /// Of rows one behind the other.
     #[inline(always)]
     pub fn new<S: Simd>(rows: &'a [T], per_row: usize) -> Self {
-        let at_once = floats_at_once::<S>();
         let numbers = match rows.len() == per_row {
             true => Cow::Borrowed(rows),
             false => {
                 let mut numbers = Vec::with_capacity(rows.len());
-                for group in rows.chunks(at_once * per_row) {
+                for group in rows.chunks(floats_at_once::<S>() * per_row) {
                     for i in 0..per_row {
                         numbers.extend(group[i..].iter().step_by(per_row));
                     }
@@ -175,11 +174,7 @@ impl<'a, T: Copy> SideBySide<'a, T> {
                 Cow::Owned(numbers)
             }
         };
-        Self {
-            numbers,
-            per_row,
-            at_once,
-        }
+        Self { numbers, per_row }
     }
 
     fn n_rows(&self) -> usize {
@@ -188,8 +183,8 @@ impl<'a, T: Copy> SideBySide<'a, T> {
 
     /// How many rows each group has, and its numbers.
     #[inline(always)]
-    pub fn groups(&self) -> impl Iterator<Item = (usize, &[T])> {
-        let groups = self.numbers.chunks(self.at_once * self.per_row);
+    pub fn groups<S: Simd>(&self) -> impl Iterator<Item = (usize, &[T])> {
+        let groups = self.numbers.chunks(floats_at_once::<S>() * self.per_row);
         groups.map(|group| (group.len() / self.per_row, group))
     }
 }

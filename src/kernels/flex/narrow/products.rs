@@ -7,12 +7,30 @@ use pulp::{Simd, WithSimd};
 
 use super::super::simd::{fetch_ahead, sums_of_each};
 use super::super::widen::Number;
-use super::tiles::{Ahead, Tile};
-use super::{AHEAD, AT_ONCE, LINE, LONG};
+use super::tile::{Ahead, Tile};
+use super::{AHEAD, AT_ONCE, LINE, LONG, SideBySide, floats_at_once, of_floats};
 
-/// What `Rows::add_products` adds, of the vectors of R rows of floats side by side.
+impl<N: Number> Tile<'_, N> {
+    /// What `Rows::add_products` adds, of vectors of floats.
+    #[inline(always)]
+    pub fn add_products<S: Simd>(
+        mut self,
+        simd: S,
+        x: &SideBySide<S::f32s>,
+        products: &mut [f32],
+        pitch: usize,
+    ) {
+        let products = products.chunks_mut(floats_at_once::<S>() * pitch);
+        for ((rows, x), products) in x.groups::<S>().zip(products) {
+            of_floats!(rows, products_of::<S, N>(simd, self, x, products, pitch));
+            self.ahead = self.ahead.once();
+        }
+    }
+}
+
+/// Of the vectors of R rows of floats side by side.
 #[inline(always)]
-pub(super) fn products_of<S: Simd, N: Number, const R: usize>(
+fn products_of<S: Simd, N: Number, const R: usize>(
     simd: S,
     tile: Tile<N>,
     x: &[S::f32s],
@@ -71,8 +89,8 @@ fn add_dots<S: Simd, N: Number, const R: usize>(
     });
     for (block, rows) in blocks.enumerate() {
         ahead.fetch(simd, block);
-        let (first, last) = rows.split_at(2 * width);
-        let ((a, b), (c, d)) = (first.split_at(width), last.split_at(width));
+        let (ab, cd) = rows.split_at(2 * width);
+        let ((a, b), (c, d)) = (ab.split_at(width), cd.split_at(width));
         let found = dots_of_four(simd, x, [a, b, c, d], ahead);
         let first = block * AT_ONCE;
         let scales = scales_of(scales, first);

@@ -1,15 +1,60 @@
 //! Sums of stored rows, each times a number.
 
+use std::borrow::Cow;
+
 use pulp::bytemuck::cast_slice_mut;
 use pulp::{Simd, WithSimd};
 
 use super::super::widen::Number;
-use super::AT_ONCE;
-use super::tiles::{Ahead, Tile};
+use super::tile::Tile;
+use super::{AT_ONCE, SideBySide, floats_at_once, of_floats};
 
-/// What `Rows::add_sums` adds, of R rows of floats; `factors` are side by side.
+impl<N: Number> Tile<'_, N> {
+    /// What `Rows::add_sums` adds, by factors from the `first` on.
+    #[inline(always)]
+    pub fn add_sums<S: Simd>(
+        mut self,
+        simd: S,
+        factors: &SideBySide<f32>,
+        first: usize,
+        sums: &mut [S::f32s],
+    ) {
+        let n_rows = self.numbers.len() / self.width;
+        let vectors = self.width.div_ceil(S::F32_LANES);
+        let sums = sums.chunks_mut(floats_at_once::<S>() * vectors);
+        for ((rows, factors), sums) in factors.groups::<S>().zip(sums) {
+            let factors = &factors[first * rows..][..n_rows * rows];
+            of_floats!(rows, sums_of::<S, N>(simd, self, factors, sums));
+            self.ahead = self.ahead.once();
+        }
+    }
+}
+
+/// What `per_row` rows are times in sums, by each row of `x` `[rows, pitch]`: their scales included.
 #[inline(always)]
-pub(super) fn sums_of<S: Simd, N: Number, const R: usize>(
+pub(super) fn factors<S: Simd>(
+    simd: S,
+    x: &[f32],
+    pitch: usize,
+    per_row: usize,
+    scales: Option<&[f32]>,
+) -> SideBySide<'static, f32> {
+    let at_once = floats_at_once::<S>();
+    let mut factors = vec![0.0; x.len() / pitch * per_row];
+    let groups = factors.chunks_mut(at_once * per_row);
+    for (group, x) in groups.zip(x.chunks(at_once * pitch)) {
+        let rows = group.len() / per_row;
+        of_floats!(rows, factors_of::<S>(simd, x, pitch, scales, group));
+    }
+    SideBySide {
+        numbers: Cow::Owned(factors),
+        per_row,
+    }
+}
+
+/// Of R rows of floats; `factors` are side by side.
+#[inline(always)]
+fn sums_of<S: Simd, N: Number, const R: usize>(
     simd: S,
     tile: Tile<N>,
     factors: &[f32],
@@ -25,7 +70,7 @@ pub(super) fn sums_of<S: Simd, N: Number, const R: usize>(
 
 /// R rows of `x`, `pitch` from one to the next, times `scales`: of a row of each side by side, as many as fit.
 #[inline(always)]
-pub(super) fn factors_of<S: Simd, const R: usize>(
+fn factors_of<S: Simd, const R: usize>(
     _: S,
     x: &[f32],
     pitch: usize,
@@ -74,15 +119,15 @@ impl<N: Number, const R: usize> WithSimd for Sums<'_, N, R> {
         let eights = if R == 1 { whole / 8 * 8 } else { 0 };
         for first in (0..eights).step_by(8) {
             columns_of::<S, N, R, 8>(simd, tile, factors, sums, first);
-            tile.ahead = Ahead::Nothing;
+            tile.ahead = tile.ahead.once();
         }
         for first in (eights..whole / 4 * 4).step_by(4) {
             columns_of::<S, N, R, 4>(simd, tile, factors, sums, first);
-            tile.ahead = Ahead::Nothing;
+            tile.ahead = tile.ahead.once();
         }
         for first in whole / 4 * 4..vectors {
             columns_of::<S, N, R, 1>(simd, tile, factors, sums, first);
-            tile.ahead = Ahead::Nothing;
+            tile.ahead = tile.ahead.once();
         }
     }
 }

@@ -1,14 +1,13 @@
 //! Products and sums by every instruction set, against loops over whole numbers.
 
 use proptest::prelude::*;
-#[cfg(target_arch = "x86_64")]
-use pulp::x86::{V3, V4};
-use pulp::{Scalar, WithSimd, bytemuck::cast_slice};
+use pulp::{WithSimd, bytemuck::cast_slice};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::*;
 use crate::kernels::flex::simd::maximum;
+use crate::kernels::flex::tests::by_each_instruction_set;
 
 /// Rows of small whole numbers, so that every order of additions gives the same.
 #[derive(Clone, Debug)]
@@ -184,28 +183,14 @@ impl WithSimd for &Case {
     }
 }
 
-/// By each of the processor's instruction sets, not only the one that is taken.
-fn by_all(of: impl WithSimd<Output = ()> + Copy) {
-    Simd::vectorize(Scalar::new(), of);
-    #[cfg(target_arch = "x86_64")]
-    {
-        if let Some(simd) = V3::try_new() {
-            Simd::vectorize(simd, of);
-        }
-        if let Some(simd) = V4::try_new() {
-            Simd::vectorize(simd, of);
-        }
-    }
-}
-
 proptest! {
     #[test]
     fn rows_are_multiplied_as_what_they_are(case in any_case()) {
-        by_all(&case);
+        by_each_instruction_set(&case);
     }
 
     #[test]
     fn what_a_row_of_floats_gives_is_its_own(case in any_case()) {
-        by_all(&OneByOne(&case));
+        by_each_instruction_set(&OneByOne(&case));
     }
 }

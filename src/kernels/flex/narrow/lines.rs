@@ -1,21 +1,20 @@
-//! Stored rows of one type by tiles, each of which is multiplied with all rows of floats before the next is.
+//! Stored rows of one type, divided into tiles, each of which is multiplied with all rows of floats before the next
+//! is.
 
-use std::borrow::Cow;
 use std::ops::Range;
 
 use pulp::Simd;
 
-use super::super::simd::fetch;
 use super::super::widen::{Number, has_avx2_alone, scaled};
-use super::products::products_of;
-use super::sums::{factors_of, sums_of};
-use super::{AHEAD, AT_ONCE, LINE, LONG, SideBySide, floats_at_once, of_floats};
+use super::sums::factors;
+use super::tile::{Ahead, Tile};
+use super::{AHEAD, AT_ONCE, LONG, SideBySide, floats_at_once};
 
 /// Bytes of stored rows that are multiplied with some rows of floats before the next are: they stay in the
 /// second-level cache.
 const BLOCK: usize = 1 << 18;
 
-/// [`Rows`] of one type of numbers.
+/// `Rows` of one type of numbers.
 #[derive(Clone, Copy)]
 pub(super) struct Lines<'a, N> {
     numbers: &'a [N],
@@ -23,52 +22,6 @@ pub(super) struct Lines<'a, N> {
     width: usize,
     /// What each row is times.
     scales: Option<&'a [f32]>,
-}
-
-/// Some rows one behind the other, which are multiplied with all rows of floats before the next are.
-#[derive(Clone, Copy)]
-pub(super) struct Tile<'a, N> {
-    pub numbers: &'a [N],
-    pub width: usize,
-    /// What each row's product is times. In sums the factors have it.
-    pub scales: Option<&'a [f32]>,
-    pub ahead: Ahead,
-}
-
-/// Memory that is fetched while a tile is gone through.
-#[derive(Clone, Copy)]
-pub(super) enum Ahead {
-    Nothing,
-    /// Some bytes for every [`AT_ONCE`] rows, one piece behind the other from a place that may be behind all there
-    /// is.
-    Tile {
-        start: *const i8,
-        bytes: usize,
-    },
-    /// What lies [`AHEAD`] of each line of a row.
-    Lines,
-}
-
-impl Ahead {
-    /// What is due with the tile's `block` of rows.
-    #[inline(always)]
-    pub fn fetch<S: Simd>(self, simd: S, block: usize) {
-        if let Self::Tile { start, bytes } = self {
-            let start = start.wrapping_add(block * bytes);
-            for byte in (0..bytes).step_by(LINE) {
-                fetch(simd, start.wrapping_add(byte));
-            }
-        }
-    }
-
-    /// What is left to fetch when a tile was gone through.
-    #[inline(always)]
-    fn once(self) -> Self {
-        match self {
-            Self::Tile { .. } => Self::Nothing,
-            Self::Nothing | Self::Lines => self,
-        }
-    }
 }
 
 impl<'a, N: Number> Lines<'a, N> {
@@ -120,10 +73,12 @@ impl<'a, N: Number> Lines<'a, N> {
         let mut scratch = Vec::new();
         for rows in self.tiles::<S>(is_tiled, x.n_rows(), range.clone()) {
             let products = &mut products[rows.start - range.start..];
-            let ahead = match self.width < LONG {
-                _ if is_tiled => self.behind(&rows),
-                true => Ahead::Nothing,
-                false => Ahead::Lines,
+            let ahead = if is_tiled {
+                self.behind(&rows)
+            } else if self.width < LONG {
+                Ahead::Nothing
+            } else {
+                Ahead::Lines
             };
             match is_widened {
                 true => {
@@ -150,7 +105,8 @@ impl<'a, N: Number> Lines<'a, N> {
         if range.is_empty() {
             return;
         }
-        let factors = self.factors(simd, x, pitch, range.clone());
+        let scales = self.scales.map(|scales| &scales[range.clone()]);
+        let factors = factors(simd, x, pitch, range.len(), scales);
         let is_widened = self.is_widened(simd, factors.n_rows());
         // f32 gained nothing, and lost in wide rows.
         let is_narrow = size_of::<N>() < size_of::<f32>();
@@ -175,30 +131,6 @@ impl<'a, N: Number> Lines<'a, N> {
         }
     }
 
-    /// What rows are times in sums, their scales included.
-    #[inline(always)]
-    fn factors<S: Simd>(
-        &self,
-        simd: S,
-        x: &[f32],
-        pitch: usize,
-        range: Range<usize>,
-    ) -> SideBySide<'static, f32> {
-        let (per_row, at_once) = (range.len(), floats_at_once::<S>());
-        let mut factors = vec![0.0; x.len() / pitch * per_row];
-        let groups = factors.chunks_mut(at_once * per_row);
-        for (group, x) in groups.zip(x.chunks(at_once * pitch)) {
-            let scales = self.scales.map(|scales| &scales[range.clone()]);
-            let rows = group.len() / per_row;
-            of_floats!(rows, factors_of::<S>(simd, x, pitch, scales, group));
-        }
-        SideBySide {
-            numbers: Cow::Owned(factors),
-            per_row,
-            at_once,
-        }
-    }
-
     /// Whether rows are widened to memory before they are multiplied, and not in registers: where that takes fewer
     /// instructions, unless long rows are read for one pass, and where rows do not lie one behind the other.
     #[inline(always)]
@@ -216,10 +148,12 @@ impl<'a, N: Number> Lines<'a, N> {
         range: Range<usize>,
     ) -> impl Iterator<Item = Range<usize>> {
         let (at_once, bytes) = (floats_at_once::<S>(), self.width * size_of::<N>());
-        let rows = match n_rows > at_once {
-            _ if is_tiled => AHEAD / bytes,
-            true => BLOCK / bytes,
-            false => range.len(),
+        let rows = if is_tiled {
+            AHEAD / bytes
+        } else if n_rows > at_once {
+            BLOCK / bytes
+        } else {
+            range.len()
         };
         let rows = rows.next_multiple_of(AT_ONCE).max(AT_ONCE);
         let starts = range.clone().step_by(rows);
@@ -284,42 +218,6 @@ impl<'a, N: Number> Lines<'a, N> {
 #[inline(always)]
 fn gains_by_tiles<S: Simd>(simd: S, width: usize) -> bool {
     width < LONG && has_avx2_alone(simd)
-}
-
-impl<N: Number> Tile<'_, N> {
-    #[inline(always)]
-    fn add_products<S: Simd>(
-        mut self,
-        simd: S,
-        x: &SideBySide<S::f32s>,
-        products: &mut [f32],
-        pitch: usize,
-    ) {
-        let products = products.chunks_mut(floats_at_once::<S>() * pitch);
-        for ((rows, x), products) in x.groups().zip(products) {
-            of_floats!(rows, products_of::<S, N>(simd, self, x, products, pitch));
-            self.ahead = self.ahead.once();
-        }
-    }
-
-    /// By factors from the `first` on.
-    #[inline(always)]
-    fn add_sums<S: Simd>(
-        mut self,
-        simd: S,
-        factors: &SideBySide<f32>,
-        first: usize,
-        sums: &mut [S::f32s],
-    ) {
-        let n_rows = self.numbers.len() / self.width;
-        let vectors = self.width.div_ceil(S::F32_LANES);
-        let sums = sums.chunks_mut(floats_at_once::<S>() * vectors);
-        for ((rows, factors), sums) in factors.groups().zip(sums) {
-            let factors = &factors[first * rows..][..n_rows * rows];
-            of_floats!(rows, sums_of::<S, N>(simd, self, factors, sums));
-            self.ahead = self.ahead.once();
-        }
-    }
 }
 
 /// The vectors of rows; each row's last ends with zeros.
